@@ -1,0 +1,4 @@
+//! Blocks on the shared device: who owns them, which are free, what is durable.
+
+mod error;
+pub use error::Error;

@@ -1,0 +1,52 @@
+//! What a device may answer instead of doing its work.
+
+use base::{ErrorKind, Pba};
+
+/// Why an operation failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Cause {
+    /// The range does not lie on the device.
+    #[error("the range lies outside the device")]
+    OutOfRange,
+    /// No space below: a sparse file on a full file system, a full thin LUN.
+    #[error("no space left below the store")]
+    NoSpace,
+    /// The device failed the operation, with this errno.
+    #[error("the device reports errno {0}")]
+    Errno(i32),
+    /// The device does not do this.
+    #[error("the device does not support this operation")]
+    Unsupported,
+    /// The device or the engine that drove it went away before it answered.
+    #[error("the device is gone")]
+    Gone,
+}
+
+/// A failed device operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{cause} (block {at})")]
+pub struct DeviceError {
+    /// Why.
+    pub cause: Cause,
+    /// First block of the operation; 0 for a flush.
+    pub at: Pba,
+}
+
+impl DeviceError {
+    /// An error at a block.
+    #[must_use]
+    pub const fn new(cause: Cause, at: Pba) -> Self {
+        Self { cause, at }
+    }
+
+    /// As far as a caller may act upon it.
+    #[must_use]
+    pub const fn kind(&self) -> ErrorKind {
+        match self.cause {
+            Cause::OutOfRange => ErrorKind::Corrupt,
+            Cause::NoSpace => ErrorKind::NoSpace,
+            Cause::Errno(_) | Cause::Gone => ErrorKind::Io,
+            Cause::Unsupported => ErrorKind::Unsupported,
+        }
+    }
+}

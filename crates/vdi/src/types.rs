@@ -1,0 +1,178 @@
+//! What the management interface takes and gives. Plain data; sizes in bytes.
+
+use base::{SnapshotNumber, VdiId};
+
+/// How to format a store.
+#[derive(Clone, Debug)]
+pub struct FormatOptions {
+    /// Bytes per extent: a power of two, 16 MiB to 1 TiB. `None`: 2 GiB, or less so that the
+    /// device has at least 64 extents.
+    pub extent_bytes: Option<u64>,
+    /// Bytes of a host's log ring. `None`: 64 MiB, or a quarter of an extent if that is less.
+    pub log_bytes: Option<u64>,
+    /// Format even if the device looks used.
+    pub force: bool,
+    /// The new store's identity and checksum secret, from a secure source.
+    pub uuid: [u8; 16],
+    /// Key of the store's checksums.
+    pub secret: [u8; 32],
+}
+
+/// How to open a store.
+#[derive(Clone, Debug)]
+pub struct OpenOptions {
+    /// Bytes that the node cache may hold.
+    pub cache_bytes: usize,
+    /// Identity of this boot of this machine (`/proc/sys/kernel/random/boot_id`): an unclean
+    /// store last used under another one is watched for a lease time first (design rule 15).
+    pub boot_id: [u8; 16],
+    /// Random nonce of the new epoch.
+    pub nonce: u64,
+}
+
+/// What opening a store found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OpenReport {
+    /// Whether the store had been closed cleanly.
+    pub clean: bool,
+    /// Log records replayed.
+    pub records_replayed: u64,
+    /// Records above the durable point whose data did not verify, and which were dropped: writes
+    /// that were never acknowledged, or that no flush covered.
+    pub records_dropped: u64,
+    /// Damage that was found or repaired, one sentence each.
+    pub alarms: Vec<String>,
+}
+
+/// Names a VDI, or a snapshot of one: `web01`, `web01@label`, `web01@17`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// Name of the VDI.
+    pub vdi: String,
+    /// Label or number of the snapshot.
+    pub snapshot: Option<String>,
+}
+
+impl Target {
+    /// Parses `NAME` or `NAME@SNAPSHOT`.
+    #[must_use]
+    pub fn parse(text: &str) -> Self {
+        match text.split_once('@') {
+            Some((vdi, snapshot)) => {
+                Self { vdi: vdi.to_owned(), snapshot: Some(snapshot.to_owned()) }
+            }
+            None => Self { vdi: text.to_owned(), snapshot: None },
+        }
+    }
+}
+
+impl std::fmt::Display for Target {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.vdi)?;
+        match &self.snapshot {
+            Some(snapshot) => write!(f, "@{snapshot}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// One VDI in a listing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VdiEntry {
+    /// Identity for ever.
+    pub id: VdiId,
+    /// Its name.
+    pub name: String,
+    /// Logical size.
+    pub size_bytes: u64,
+    /// When it was created, in nanoseconds since 1970.
+    pub created_ns: u64,
+    /// Number of snapshots.
+    pub snapshot_count: u64,
+    /// The VDI that it was cloned from, and the number of the snapshot there; names may be gone.
+    pub parent: Option<(VdiId, SnapshotNumber)>,
+    /// Name of the parent if it still exists.
+    pub parent_name: Option<String>,
+}
+
+/// One snapshot in a listing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SnapshotEntry {
+    /// Number within its VDI, from 1.
+    pub number: SnapshotNumber,
+    /// Label, if it was given one.
+    pub label: Option<String>,
+    /// Logical size of the VDI at that moment.
+    pub size_bytes: u64,
+    /// When it was taken, in nanoseconds since 1970.
+    pub created_ns: u64,
+}
+
+/// Space of a VDI or a snapshot, counted by walking its tree.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VdiSpace {
+    /// Bytes of data that are mapped.
+    pub mapped_bytes: u64,
+    /// Those that nothing else can name.
+    pub exclusive_bytes: u64,
+    /// Those that a snapshot or clone may share.
+    pub shared_bytes: u64,
+}
+
+/// A run of bytes that differs between two VDIs or snapshots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiffExtent {
+    /// First byte.
+    pub offset: u64,
+    /// Number of bytes.
+    pub length: u64,
+    /// Whether the second one has data there; otherwise it reads as zeroes.
+    pub data: bool,
+}
+
+/// Counters and gauges of a running store.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Bytes of blocks that can hold data or metadata.
+    pub capacity_bytes: u64,
+    /// Bytes of free blocks.
+    pub free_bytes: u64,
+    /// Number of VDIs.
+    pub vdi_count: u64,
+    /// Guest reads completed, and their bytes.
+    pub reads: u64,
+    /// Bytes that guests read.
+    pub read_bytes: u64,
+    /// Guest writes completed.
+    pub writes: u64,
+    /// Bytes that guests wrote.
+    pub write_bytes: u64,
+    /// Guest flushes completed.
+    pub flushes: u64,
+    /// Guest discards and zeroings completed.
+    pub discards: u64,
+    /// Requests that ended in an error.
+    pub errors: u64,
+    /// Blocks that failed verification.
+    pub checksum_failures: u64,
+    /// Flushes of the device.
+    pub device_flushes: u64,
+    /// Log blocks written.
+    pub log_blocks: u64,
+    /// Log records written.
+    pub log_records: u64,
+    /// Part of the log ring in use, in percent.
+    pub log_used_percent: u64,
+    /// Checkpoints published.
+    pub checkpoints: u64,
+    /// Tree nodes written by checkpoints.
+    pub nodes_written: u64,
+    /// Node cache hits.
+    pub cache_hits: u64,
+    /// Node cache misses.
+    pub cache_misses: u64,
+    /// Bytes in the node cache.
+    pub cache_bytes: u64,
+    /// Snapshots taken.
+    pub snapshots: u64,
+}
