@@ -1,1 +1,37 @@
-//! api
+//! The management interface of a daemon: what is asked and answered as JSON over HTTP, and the
+//! client that asks.
+//!
+//! | Route | Method | Takes | Gives |
+//! |---|---|---|---|
+//! | `/v1/daemon` | GET | | [`DaemonStatus`] |
+//! | `/v1/stats` | GET | | [`Stats`] |
+//! | `/v1/vdis?after=&max=` | GET | | [`VdiPage`] |
+//! | `/v1/vdis` | POST | [`CreateVdi`] | [`Vdi`] |
+//! | `/v1/vdis/{name}` | GET | | [`Vdi`] |
+//! | `/v1/vdis/{name}` | PATCH | [`ChangeVdi`] | [`Vdi`] |
+//! | `/v1/vdis/{name}` | DELETE | | [`Removed`] |
+//! | `/v1/vdis/{name}/space` | GET | | [`Space`] |
+//! | `/v1/vdis/{name}/rollback` | POST | [`Rollback`] | [`Vdi`] |
+//! | `/v1/vdis/{name}/snapshots?after=&max=` | GET | | [`SnapshotPage`] |
+//! | `/v1/vdis/{name}/snapshots` | POST | [`TakeSnapshot`] | [`Snapshot`] |
+//! | `/v1/vdis/{name}/snapshots/{snapshot}` | GET | | [`Snapshot`] |
+//! | `/v1/vdis/{name}/snapshots/{snapshot}` | DELETE | | [`Removed`] |
+//! | `/v1/vdis/{name}/snapshots/{snapshot}/space` | GET | | [`Space`] |
+//! | `/v1/diff?from=&to=` | GET | | [`Diff`] |
+//!
+//! A `{snapshot}` is a label or a number. Every failure is an [`Error`] as JSON, under the HTTP
+//! status of its kind. Sizes are in bytes, times in RFC 3339. Fields may be added; a client
+//! ignores those that it does not know. Requests with unknown fields are refused.
+
+mod client;
+mod error;
+mod types;
+mod url;
+
+pub use client::Client;
+pub use error::{Error, Kind};
+pub use types::{
+    ChangeVdi, CreateVdi, DaemonStatus, Diff, DiffExtent, NbdEndpoint, OpenReport, PAGE_MAX,
+    Parent, Removed, Rollback, Snapshot, SnapshotPage, Space, Stats, TakeSnapshot, Vdi, VdiPage,
+};
+pub use url::percent_encode;

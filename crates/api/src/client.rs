@@ -1,0 +1,267 @@
+//! Asks a daemon over its unix socket: one connection per request, so that a client holds
+//! nothing and survives a restart of the daemon.
+
+use std::path::{Path, PathBuf};
+
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Bytes;
+use hyper::header::{CONTENT_TYPE, HOST};
+use hyper::{Method, StatusCode};
+use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::net::UnixStream;
+
+use crate::types::{
+    ChangeVdi, CreateVdi, DaemonStatus, Diff, Removed, Rollback, Snapshot, SnapshotPage, Space,
+    Stats, TakeSnapshot, Vdi, VdiPage,
+};
+use crate::{Error, Kind, percent_encode};
+
+/// Longest answer that is read: room for a diff of some millions of extents.
+const ANSWER_BYTES_MAX: usize = 256 << 20;
+
+/// Speaks to the daemon on one control socket.
+#[derive(Clone, Debug)]
+pub struct Client {
+    socket: PathBuf,
+}
+
+/// The body of a request without one.
+const NOTHING: Option<&()> = None;
+
+impl Client {
+    /// A client of the daemon on `socket`. Does not connect yet.
+    pub fn new(socket: impl Into<PathBuf>) -> Self {
+        Self { socket: socket.into() }
+    }
+
+    /// The socket that it speaks to.
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Describes the daemon.
+    ///
+    /// # Errors
+    /// `Unreachable` if none answers, as for every method here.
+    pub async fn daemon(&self) -> Result<DaemonStatus, Error> {
+        self.ask(Method::GET, "/v1/daemon", NOTHING).await
+    }
+
+    /// Current counters.
+    ///
+    /// # Errors
+    /// If the daemon cannot answer.
+    pub async fn stats(&self) -> Result<Stats, Error> {
+        self.ask(Method::GET, "/v1/stats", NOTHING).await
+    }
+
+    /// Every VDI, in order of name.
+    ///
+    /// # Errors
+    /// If metadata cannot be read.
+    pub async fn vdis(&self) -> Result<Vec<Vdi>, Error> {
+        let mut vdis = Vec::new();
+        let mut path = "/v1/vdis".to_owned();
+        loop {
+            let page: VdiPage = self.ask(Method::GET, &path, NOTHING).await?;
+            vdis.extend(page.vdis);
+            let Some(next) = page.next else { return Ok(vdis) };
+            path = format!("/v1/vdis?after={}", percent_encode(&next));
+        }
+    }
+
+    /// Creates or clones a VDI. Durable on return.
+    ///
+    /// # Errors
+    /// `Exists`, `Invalid`, `NotFound` (the source), `NoSpace`.
+    pub async fn create(&self, request: &CreateVdi) -> Result<Vdi, Error> {
+        self.ask(Method::POST, "/v1/vdis", Some(request)).await
+    }
+
+    /// Describes one VDI.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub async fn vdi(&self, name: &str) -> Result<Vdi, Error> {
+        self.ask(Method::GET, &vdi_path(name), NOTHING).await
+    }
+
+    /// Renames or resizes a VDI. Durable on return.
+    ///
+    /// # Errors
+    /// `NotFound`, `Exists`, `Invalid`.
+    pub async fn change(&self, name: &str, request: &ChangeVdi) -> Result<Vdi, Error> {
+        self.ask(Method::PATCH, &vdi_path(name), Some(request)).await
+    }
+
+    /// Deletes a VDI with all its snapshots. Durable on return.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub async fn remove(&self, name: &str) -> Result<Removed, Error> {
+        self.ask(Method::DELETE, &vdi_path(name), NOTHING).await
+    }
+
+    /// Counts the space of a VDI, or of one of its snapshots.
+    ///
+    /// # Errors
+    /// `NotFound`, `Damaged`.
+    pub async fn space(&self, name: &str, snapshot: Option<&str>) -> Result<Space, Error> {
+        let path = match snapshot {
+            Some(snapshot) => snapshot_path(name, snapshot),
+            None => vdi_path(name),
+        };
+        self.ask(Method::GET, &format!("{path}/space"), NOTHING).await
+    }
+
+    /// Makes a VDI's contents those of one of its snapshots. Durable on return.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub async fn rollback(&self, name: &str, snapshot: &str) -> Result<Vdi, Error> {
+        let request = Rollback { snapshot: snapshot.to_owned() };
+        self.ask(Method::POST, &format!("{}/rollback", vdi_path(name)), Some(&request)).await
+    }
+
+    /// Takes a snapshot. Durable on return.
+    ///
+    /// # Errors
+    /// `NotFound`; `Exists` if the label is taken.
+    pub async fn snapshot(&self, name: &str, label: Option<&str>) -> Result<Snapshot, Error> {
+        let request = TakeSnapshot { label: label.map(str::to_owned) };
+        self.ask(Method::POST, &format!("{}/snapshots", vdi_path(name)), Some(&request)).await
+    }
+
+    /// Every snapshot of a VDI, in order of number.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub async fn snapshots(&self, name: &str) -> Result<Vec<Snapshot>, Error> {
+        let mut snapshots = Vec::new();
+        let mut path = format!("{}/snapshots", vdi_path(name));
+        loop {
+            let page: SnapshotPage = self.ask(Method::GET, &path, NOTHING).await?;
+            snapshots.extend(page.snapshots);
+            let Some(next) = page.next else { return Ok(snapshots) };
+            path = format!("{}/snapshots?after={next}", vdi_path(name));
+        }
+    }
+
+    /// Describes one snapshot, named by label or number.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub async fn snapshot_status(&self, name: &str, snapshot: &str) -> Result<Snapshot, Error> {
+        self.ask(Method::GET, &snapshot_path(name, snapshot), NOTHING).await
+    }
+
+    /// Deletes one snapshot, named by label or number. Durable on return.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub async fn remove_snapshot(&self, name: &str, snapshot: &str) -> Result<Removed, Error> {
+        self.ask(Method::DELETE, &snapshot_path(name, snapshot), NOTHING).await
+    }
+
+    /// What differs between two VDIs or snapshots.
+    ///
+    /// # Errors
+    /// `NotFound`, `Damaged`.
+    pub async fn diff(&self, from: &str, to: &str) -> Result<Diff, Error> {
+        let (from, to) = (percent_encode(from), percent_encode(to));
+        self.ask(Method::GET, &format!("/v1/diff?from={from}&to={to}"), NOTHING).await
+    }
+
+    async fn ask<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&(impl Serialize + Sync)>,
+    ) -> Result<T, Error> {
+        let stream = UnixStream::connect(&self.socket).await.map_err(|e| self.unreachable(&e))?;
+        let body = match body {
+            Some(body) => serde_json::to_vec(body).map_err(|e| protocol(&e))?,
+            None => Vec::new(),
+        };
+        let request = hyper::Request::builder()
+            .method(method)
+            .uri(path)
+            .header(HOST, "parallax")
+            .header(CONTENT_TYPE, "application/json")
+            .body(Full::new(Bytes::from(body)))
+            .map_err(|e| protocol(&e))?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|e| protocol(&e))?;
+        // The connection ends with its sender; what it reports, the sender reports too.
+        tokio::spawn(connection);
+        let response = sender.send_request(request).await.map_err(|e| protocol(&e))?;
+        let status = response.status();
+        let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
+        let bytes = body
+            .map_err(|e| Error::new(Kind::Io, format!("the daemon's answer broke off: {e}")))?
+            .to_bytes();
+        decode(status, &bytes)
+    }
+
+    fn unreachable(&self, error: &std::io::Error) -> Error {
+        let socket = self.socket.display();
+        let message = match error.kind() {
+            std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused => {
+                format!("no daemon answers on {socket}; start one with: parallax serve STORE")
+            }
+            std::io::ErrorKind::PermissionDenied => format!(
+                "you may not use {socket}: run as the user who started the daemon, or name \
+                 another socket with --socket"
+            ),
+            _ => format!("cannot connect to the daemon on {socket}: {error}"),
+        };
+        Error::new(Kind::Unreachable, message)
+    }
+}
+
+fn vdi_path(name: &str) -> String {
+    format!("/v1/vdis/{}", percent_encode(name))
+}
+
+fn snapshot_path(name: &str, snapshot: &str) -> String {
+    format!("{}/snapshots/{}", vdi_path(name), percent_encode(snapshot))
+}
+
+fn protocol(error: &dyn std::error::Error) -> Error {
+    Error::new(Kind::Io, format!("the daemon does not answer as it should: {error}"))
+}
+
+fn decode<T: DeserializeOwned>(status: StatusCode, bytes: &[u8]) -> Result<T, Error> {
+    if status.is_success() {
+        return serde_json::from_slice(bytes).map_err(|e| protocol(&e));
+    }
+    Err(serde_json::from_slice(bytes).unwrap_or_else(|_| {
+        Error::new(Kind::Io, format!("the daemon answers with HTTP status {status}"))
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_and_errors_decode() {
+        let ok = decode::<Removed>(StatusCode::OK, br#"{"removed":"a","snapshots":2,"new":1}"#);
+        assert_eq!(ok, Ok(Removed { removed: "a".to_owned(), snapshots: 2 }));
+        let error = Error::new(Kind::Busy, "later");
+        let bytes = serde_json::to_vec(&error).unwrap();
+        assert_eq!(decode::<Removed>(StatusCode::CONFLICT, &bytes), Err(error));
+        let foreign = decode::<Removed>(StatusCode::BAD_GATEWAY, b"<html>").unwrap_err();
+        assert!(foreign.message.contains("502"), "{foreign}");
+        assert_eq!(decode::<Removed>(StatusCode::OK, b"{}").unwrap_err().kind, Kind::Io);
+    }
+
+    #[test]
+    fn names_cannot_leave_their_path_segment() {
+        assert_eq!(snapshot_path("a/b", "x?y"), "/v1/vdis/a%2Fb/snapshots/x%3Fy");
+    }
+}

@@ -1,0 +1,262 @@
+//! What travels. Plain data: sizes in bytes, times in RFC 3339.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+/// Most entries that one page of a listing holds, and how many it holds if `max` is not given.
+pub const PAGE_MAX: usize = 1000;
+
+/// The daemon and the store that it serves.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DaemonStatus {
+    /// Version of the daemon.
+    pub version: String,
+    /// Its process.
+    pub pid: u32,
+    /// Since when it has been ready.
+    pub started: Timestamp,
+    /// The store, as an absolute path.
+    pub store: String,
+    /// What the store lies on, and which I/O engine drives it.
+    pub device: String,
+    /// What opening the store found.
+    pub opened: OpenReport,
+    /// Where VDIs are served over NBD; the first is the daemon's own unix socket.
+    pub nbd: Vec<NbdEndpoint>,
+}
+
+/// What opening a store found.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OpenReport {
+    /// Whether the store had been closed cleanly.
+    pub clean: bool,
+    /// Log records replayed.
+    pub records_replayed: u64,
+    /// Records that no flush covered and whose data did not arrive: dropped.
+    pub records_dropped: u64,
+    /// Damage that was found or repaired, one sentence each.
+    pub alarms: Vec<String>,
+}
+
+/// An address that NBD clients connect to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NbdEndpoint {
+    /// `unix:/path` or `tcp:host:port`.
+    pub address: String,
+    /// Whether clients must use TLS.
+    pub tls: bool,
+}
+
+/// A VDI.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vdi {
+    /// Identity for ever.
+    pub id: u64,
+    /// Its name.
+    pub name: String,
+    /// Logical size.
+    pub size_bytes: u64,
+    /// When it was created.
+    pub created: Timestamp,
+    /// Number of its snapshots.
+    pub snapshot_count: u64,
+    /// Where it was cloned from.
+    pub parent: Option<Parent>,
+}
+
+/// Where a VDI was cloned from. The VDI and the snapshot may be gone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Parent {
+    /// Identity of the VDI.
+    pub id: u64,
+    /// Its name, if it still exists.
+    pub name: Option<String>,
+    /// Number of the snapshot; 0 if the running VDI was cloned.
+    pub snapshot: u64,
+}
+
+/// VDIs in order of name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VdiPage {
+    /// At most [`PAGE_MAX`].
+    pub vdis: Vec<Vdi>,
+    /// What to pass as `after` for the next page; `None` on the last one.
+    pub next: Option<String>,
+}
+
+/// Creates a VDI: an empty one of `size_bytes`, or a clone of `source`. Exactly one is given.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CreateVdi {
+    /// Its name.
+    pub name: String,
+    /// Logical size of an empty VDI.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size_bytes: Option<u64>,
+    /// `NAME` or `NAME@SNAPSHOT` to clone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
+}
+
+/// Renames or resizes a VDI. Exactly one of `name` and `size_bytes` is given.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ChangeVdi {
+    /// New name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// New logical size.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size_bytes: Option<u64>,
+    /// Allows a smaller size: the contents beyond it are lost.
+    #[serde(default)]
+    pub shrink: bool,
+}
+
+/// Space of a VDI or snapshot, counted by walking its tree.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Space {
+    /// Bytes of data that are mapped.
+    pub mapped_bytes: u64,
+    /// Those that nothing else names: what deleting it would give back.
+    pub exclusive_bytes: u64,
+    /// Those that a snapshot or clone may share.
+    pub shared_bytes: u64,
+}
+
+/// Takes a snapshot.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TakeSnapshot {
+    /// Its label.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub label: Option<String>,
+}
+
+/// A snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// `web01@label`, or `web01@17` if it has no label: what commands take.
+    pub handle: String,
+    /// Number within its VDI, from 1.
+    pub number: u64,
+    /// Label, if it was given one.
+    pub label: Option<String>,
+    /// Logical size of the VDI at that moment.
+    pub size_bytes: u64,
+    /// When it was taken.
+    pub created: Timestamp,
+}
+
+/// Snapshots of a VDI in order of number.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotPage {
+    /// At most [`PAGE_MAX`].
+    pub snapshots: Vec<Snapshot>,
+    /// What to pass as `after` for the next page; `None` on the last one.
+    pub next: Option<u64>,
+}
+
+/// Makes a VDI's contents those of one of its snapshots.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rollback {
+    /// Label or number of the snapshot.
+    pub snapshot: String,
+}
+
+/// What was deleted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Removed {
+    /// `NAME` or `NAME@SNAPSHOT`.
+    pub removed: String,
+    /// How many snapshots went with it.
+    pub snapshots: u64,
+}
+
+/// What differs between two VDIs or snapshots.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Diff {
+    /// The first one.
+    pub from: String,
+    /// The second one.
+    pub to: String,
+    /// Runs of bytes that differ, in order of offset.
+    pub extents: Vec<DiffExtent>,
+}
+
+/// A run of bytes that differs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiffExtent {
+    /// First byte.
+    pub offset: u64,
+    /// Number of bytes.
+    pub length: u64,
+    /// Whether the second one has data there; otherwise it reads as zeroes.
+    pub data: bool,
+}
+
+macro_rules! stats {
+    ($($(#[$doc:meta])* $field:ident,)*) => {
+        /// Counters (since the daemon started) and gauges of a running store.
+        #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+        pub struct Stats {
+            $($(#[$doc])* #[serde(default)] pub $field: u64,)*
+        }
+
+        impl Stats {
+            /// Every field by name, in the order above.
+            #[must_use]
+            pub fn fields(&self) -> Vec<(&'static str, u64)> {
+                vec![$((stringify!($field), self.$field),)*]
+            }
+        }
+    };
+}
+
+stats! {
+    /// Bytes of blocks that can hold data or metadata.
+    capacity_bytes,
+    /// Bytes of free blocks.
+    free_bytes,
+    /// Number of VDIs.
+    vdi_count,
+    /// Guest reads completed.
+    reads,
+    /// Bytes that guests read.
+    read_bytes,
+    /// Guest writes completed.
+    writes,
+    /// Bytes that guests wrote.
+    write_bytes,
+    /// Guest flushes completed.
+    flushes,
+    /// Guest discards and zeroings completed.
+    discards,
+    /// Requests that ended in an error.
+    errors,
+    /// Blocks that failed verification.
+    checksum_failures,
+    /// Flushes of the device.
+    device_flushes,
+    /// Log blocks written.
+    log_blocks,
+    /// Log records written.
+    log_records,
+    /// Part of the log ring in use, in percent.
+    log_used_percent,
+    /// Checkpoints published.
+    checkpoints,
+    /// Tree nodes written by checkpoints.
+    nodes_written,
+    /// Node cache hits.
+    cache_hits,
+    /// Node cache misses.
+    cache_misses,
+    /// Bytes in the node cache.
+    cache_bytes,
+    /// Snapshots taken.
+    snapshots,
+    /// Clients that are connected over NBD.
+    nbd_connections,
+}
