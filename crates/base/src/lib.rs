@@ -7,6 +7,7 @@
 mod buffer;
 mod error;
 mod id;
+pub mod mutant;
 pub mod size;
 
 pub use buffer::{Block, BlockSlice, Buffer, BufferPool};
