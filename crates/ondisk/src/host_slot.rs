@@ -1,0 +1,327 @@
+//! The slot through which a host publishes: one write makes a checkpoint of everything that the
+//! host owns valid. Two slots per host, written in turn, so that a torn write loses only the
+//! newer one; plus a heartbeat block that vouches for nothing but life.
+
+use base::{Ballot, Block, Buffer, Epoch, HostId, Lsn, Pba, RingPosition};
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, IntoBytes};
+
+use crate::layout::layout;
+use crate::{Checksums, DecodeError, RootRef, StructureKind};
+
+const MAGIC: [u8; 4] = *b"PXhs";
+const HEARTBEAT_MAGIC: [u8; 4] = *b"PXhb";
+
+/// Most segments of the log that a slot can name. Each recovery adds one, a checkpoint drops those
+/// that it covers; recovery writes a checkpoint itself before they run out.
+pub const LOG_SEGMENTS_MAX: usize = 16;
+
+layout! {
+    /// Fields of a log segment in a host slot.
+    struct RawSegment as "log segment" = LOG_SEGMENT_LAYOUT {
+        epoch: U64,
+        nonce: U64,
+        start: U64,
+        first_lsn: U64,
+        last_lsn: U64,
+        chain: U64,
+    }
+}
+
+layout! {
+    /// Fields of a host slot.
+    struct RawHostSlot as "host slot" = HOST_SLOT_LAYOUT {
+        magic: [u8; 4],
+        host: U16,
+        state: u8,
+        segment_count: u8,
+        sequence: U64,
+        epoch: U64,
+        boot_id: [u8; 16],
+        ballot: U64,
+        cut: U64,
+        vdi_id_next: U64,
+        wall_ns: U64,
+        store_ns: U64,
+        log_start: U64,
+        directory: [u8; RootRef::BYTES],
+        extents: [u8; RootRef::BYTES],
+        vdis: [u8; RootRef::BYTES],
+        bitmaps: [u8; RootRef::BYTES],
+        bad_blocks: [u8; RootRef::BYTES],
+        segments: [RawSegment; LOG_SEGMENTS_MAX],
+        reserved: [u8; 3072],
+        checksum: U64,
+    }
+}
+
+layout! {
+    /// Fields of a heartbeat.
+    struct RawHeartbeat as "heartbeat" = HEARTBEAT_LAYOUT {
+        magic: [u8; 4],
+        host: U16,
+        reserved_0: U16,
+        epoch: U64,
+        sequence: U64,
+        wall_ns: U64,
+        reserved: [u8; 4052],
+        reserved_1: U32,
+        checksum: U64,
+    }
+}
+
+const _: () = assert!(HOST_SLOT_LAYOUT.size == base::BLOCK_SIZE);
+const _: () = assert!(HEARTBEAT_LAYOUT.size == base::BLOCK_SIZE);
+
+/// Whether the host that wrote the slot still runs on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum SlotState {
+    /// No host uses the slot.
+    Free = 0,
+    /// Closed cleanly: the roots hold everything, nothing is to be replayed.
+    Clean = 1,
+    /// In use, or left by a crash.
+    Running = 2,
+}
+
+/// The trees that a slot publishes. Control trees are written under a ballot of their lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Roots {
+    /// Control: name, parent and owner of each VDI.
+    pub directory: RootRef,
+    /// Control: kind and owner of each extent.
+    pub extents: RootRef,
+    /// This host's VDIs: their roots, sizes, snapshots.
+    pub vdis: RootRef,
+    /// Allocation bitmaps of this host's extents.
+    pub bitmaps: RootRef,
+    /// Blocks that failed a write and are never used again.
+    pub bad_blocks: RootRef,
+}
+
+/// A part of the log that one epoch wrote.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LogSegment {
+    /// The epoch.
+    pub epoch: Epoch,
+    /// Its random nonce; seeds every block's checksum, with the epoch.
+    pub nonce: u64,
+    /// Position of its first block that may still be needed.
+    pub start: RingPosition,
+    /// Number of the first record in that block.
+    pub first_lsn: Lsn,
+    /// Last record that counts, once the segment is sealed: what lies above was rewritten by the
+    /// next epoch or dropped. Zero while the epoch is the current one.
+    pub last_lsn: Lsn,
+    /// Checksum of the block before `start`, to which that one is chained.
+    pub chain: u64,
+}
+
+/// A host's published state.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostSlot {
+    /// Whose.
+    pub host: HostId,
+    /// Whether it is in use.
+    pub state: SlotState,
+    /// Rises by one with each publication; the newer slot wins.
+    pub sequence: u64,
+    /// Epoch of the writer.
+    pub epoch: Epoch,
+    /// Boot of the machine that the writer ran on.
+    pub boot_id: [u8; 16],
+    /// Lock ballot of the control trees.
+    pub ballot: Ballot,
+    /// The roots contain all records up to here and none above.
+    pub cut: Lsn,
+    /// Next VDI id.
+    pub vdi_id_next: u64,
+    /// Wall time of the publication in nanoseconds since 1970.
+    pub wall_ns: u64,
+    /// Monotonic time that this store has been open, in nanoseconds.
+    pub store_ns: u64,
+    /// First block of the host's log ring; meaningless in a free slot.
+    pub log_start: Pba,
+    /// The trees.
+    pub roots: Roots,
+    /// Log to replay on top, oldest first.
+    pub segments: Vec<LogSegment>,
+}
+
+impl HostSlot {
+    /// Encodes the slot for block `at`.
+    ///
+    /// # Panics
+    /// If there are more than [`LOG_SEGMENTS_MAX`] segments.
+    #[must_use]
+    pub fn encode(&self, checksums: &Checksums, at: Pba) -> Buffer {
+        assert!(self.segments.len() <= LOG_SEGMENTS_MAX);
+        let segment = |index: usize| self.segments.get(index).map(encode_segment);
+        let mut raw = RawHostSlot {
+            magic: MAGIC,
+            host: self.host.get().into(),
+            state: self.state as u8,
+            segment_count: u8::try_from(self.segments.len()).unwrap_or(u8::MAX),
+            sequence: self.sequence.into(),
+            epoch: self.epoch.get().into(),
+            boot_id: self.boot_id,
+            ballot: self.ballot.get().into(),
+            cut: self.cut.get().into(),
+            vdi_id_next: self.vdi_id_next.into(),
+            wall_ns: self.wall_ns.into(),
+            store_ns: self.store_ns.into(),
+            log_start: self.log_start.get().into(),
+            directory: self.roots.directory.to_bytes(),
+            extents: self.roots.extents.to_bytes(),
+            vdis: self.roots.vdis.to_bytes(),
+            bitmaps: self.roots.bitmaps.to_bytes(),
+            bad_blocks: self.roots.bad_blocks.to_bytes(),
+            segments: std::array::from_fn(|index| segment(index).unwrap_or(EMPTY_SEGMENT)),
+            reserved: [0; 3072],
+            checksum: 0.into(),
+        };
+        let unsealed = Buffer::from_bytes(raw.as_bytes());
+        let checksum = unsealed.blocks().first().map_or(0, |block| {
+            checksums.structure(StructureKind::HostSlot, at, Epoch::new(0), 0, block)
+        });
+        raw.checksum = checksum.into();
+        Buffer::from_bytes(raw.as_bytes())
+    }
+
+    /// Decodes and validates the slot at `at`.
+    ///
+    /// # Errors
+    /// `Magic` if none was ever written here; `Checksum` if it is torn or rotten; `Invalid` if it
+    /// makes no sense.
+    pub fn decode(block: &Block, checksums: &Checksums, at: Pba) -> Result<Self, DecodeError> {
+        let raw = RawHostSlot::read_from_bytes(&block.0).map_err(|_| DecodeError::Magic)?;
+        if raw.magic != MAGIC {
+            return Err(DecodeError::Magic);
+        }
+        let checksum = checksums.structure(StructureKind::HostSlot, at, Epoch::new(0), 0, block);
+        if raw.checksum.get() != checksum {
+            return Err(DecodeError::Checksum);
+        }
+        let state = match raw.state {
+            0 => SlotState::Free,
+            1 => SlotState::Clean,
+            2 => SlotState::Running,
+            _ => return Err(DecodeError::Invalid("host slot state")),
+        };
+        let segments = raw
+            .segments
+            .get(..usize::from(raw.segment_count))
+            .ok_or(DecodeError::Invalid("log segment count"))?;
+        Ok(Self {
+            host: HostId::new(raw.host.get()),
+            state,
+            sequence: raw.sequence.get(),
+            epoch: Epoch::new(raw.epoch.get()),
+            boot_id: raw.boot_id,
+            ballot: Ballot::new(raw.ballot.get()),
+            cut: Lsn::new(raw.cut.get()),
+            vdi_id_next: raw.vdi_id_next.get(),
+            wall_ns: raw.wall_ns.get(),
+            store_ns: raw.store_ns.get(),
+            log_start: Pba::new(raw.log_start.get()),
+            roots: Roots {
+                directory: RootRef::from_bytes(raw.directory)?,
+                extents: RootRef::from_bytes(raw.extents)?,
+                vdis: RootRef::from_bytes(raw.vdis)?,
+                bitmaps: RootRef::from_bytes(raw.bitmaps)?,
+                bad_blocks: RootRef::from_bytes(raw.bad_blocks)?,
+            },
+            segments: segments.iter().map(decode_segment).collect(),
+        })
+    }
+}
+
+const EMPTY_SEGMENT: RawSegment = RawSegment {
+    epoch: U64::ZERO,
+    nonce: U64::ZERO,
+    start: U64::ZERO,
+    first_lsn: U64::ZERO,
+    last_lsn: U64::ZERO,
+    chain: U64::ZERO,
+};
+
+fn encode_segment(segment: &LogSegment) -> RawSegment {
+    RawSegment {
+        epoch: segment.epoch.get().into(),
+        nonce: segment.nonce.into(),
+        start: segment.start.get().into(),
+        first_lsn: segment.first_lsn.get().into(),
+        last_lsn: segment.last_lsn.get().into(),
+        chain: segment.chain.into(),
+    }
+}
+
+fn decode_segment(raw: &RawSegment) -> LogSegment {
+    LogSegment {
+        epoch: Epoch::new(raw.epoch.get()),
+        nonce: raw.nonce.get(),
+        start: RingPosition::new(raw.start.get()),
+        first_lsn: Lsn::new(raw.first_lsn.get()),
+        last_lsn: Lsn::new(raw.last_lsn.get()),
+        chain: raw.chain.get(),
+    }
+}
+
+/// A sign of life of a host, written every second while it runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heartbeat {
+    /// Whose.
+    pub host: HostId,
+    /// Epoch of the writer.
+    pub epoch: Epoch,
+    /// Rises with each beat.
+    pub sequence: u64,
+    /// Wall time in nanoseconds since 1970.
+    pub wall_ns: u64,
+}
+
+impl Heartbeat {
+    /// Encodes the heartbeat for block `at`.
+    #[must_use]
+    pub fn encode(&self, checksums: &Checksums, at: Pba) -> Buffer {
+        let mut raw = RawHeartbeat {
+            magic: HEARTBEAT_MAGIC,
+            host: self.host.get().into(),
+            reserved_0: 0.into(),
+            epoch: self.epoch.get().into(),
+            sequence: self.sequence.into(),
+            wall_ns: self.wall_ns.into(),
+            reserved: [0; 4052],
+            reserved_1: 0.into(),
+            checksum: 0.into(),
+        };
+        let unsealed = Buffer::from_bytes(raw.as_bytes());
+        let checksum = unsealed.blocks().first().map_or(0, |block| {
+            checksums.structure(StructureKind::Heartbeat, at, Epoch::new(0), 0, block)
+        });
+        raw.checksum = checksum.into();
+        Buffer::from_bytes(raw.as_bytes())
+    }
+
+    /// Decodes and validates the heartbeat at `at`.
+    ///
+    /// # Errors
+    /// As [`HostSlot::decode`].
+    pub fn decode(block: &Block, checksums: &Checksums, at: Pba) -> Result<Self, DecodeError> {
+        let raw = RawHeartbeat::read_from_bytes(&block.0).map_err(|_| DecodeError::Magic)?;
+        if raw.magic != HEARTBEAT_MAGIC {
+            return Err(DecodeError::Magic);
+        }
+        let checksum = checksums.structure(StructureKind::Heartbeat, at, Epoch::new(0), 0, block);
+        if raw.checksum.get() != checksum {
+            return Err(DecodeError::Checksum);
+        }
+        Ok(Self {
+            host: HostId::new(raw.host.get()),
+            epoch: Epoch::new(raw.epoch.get()),
+            sequence: raw.sequence.get(),
+            wall_ns: raw.wall_ns.get(),
+        })
+    }
+}

@@ -1,0 +1,383 @@
+//! Records of the metadata tables. A table is a tree whose pages hold fixed-size records; pages
+//! are verified by the hash in the tree, so that records need no checksum of their own.
+
+use base::{
+    BLOCK_SIZE, BirthLabel, Block, ClaimGeneration, Epoch, HostId, Lsn, SnapshotNumber, VdiId,
+};
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, IntoBytes};
+
+use crate::layout::layout;
+use crate::{DecodeError, RootRef};
+
+/// Longest name of a VDI in bytes.
+pub const NAME_BYTES_MAX: usize = 191;
+
+/// Longest label of a snapshot in bytes.
+pub const LABEL_BYTES_MAX: usize = 127;
+
+/// A record of fixed size in a page of a table. All-zero bytes mean: no record.
+pub trait TableRecord: Sized {
+    /// Bytes per record; a divisor of the page size.
+    const BYTES: usize;
+
+    /// Encodes into `BYTES` bytes.
+    fn encode(&self, into: &mut [u8]);
+
+    /// Decodes `BYTES` bytes; `None` if there is no record.
+    ///
+    /// # Errors
+    /// `Invalid` if the record makes no sense.
+    fn decode(bytes: &[u8]) -> Result<Option<Self>, DecodeError>;
+
+    /// Records per page.
+    const PER_PAGE: u64 = (BLOCK_SIZE / Self::BYTES) as u64;
+
+    /// The record at `index` of the table that `page` is the right page of.
+    ///
+    /// # Errors
+    /// As [`Self::decode`].
+    fn get(page: &Block, index: u64) -> Result<Option<Self>, DecodeError> {
+        let start = usize::try_from(index % Self::PER_PAGE).unwrap_or(0) * Self::BYTES;
+        Self::decode(page.0.get(start..start + Self::BYTES).unwrap_or_default())
+    }
+
+    /// Stores `record` at `index` of the table that `page` is the right page of; `None` clears.
+    fn set(page: &mut Block, index: u64, record: Option<&Self>) {
+        let start = usize::try_from(index % Self::PER_PAGE).unwrap_or(0) * Self::BYTES;
+        let bytes = page.0.get_mut(start..start + Self::BYTES).unwrap_or_default();
+        match record {
+            Some(record) => record.encode(bytes),
+            None => bytes.fill(0),
+        }
+    }
+}
+
+layout! {
+    /// Fields of a directory record.
+    struct RawDirectory as "directory record" = DIRECTORY_LAYOUT {
+        id: U64,
+        parent: U64,
+        parent_snapshot: U64,
+        created_ns: U64,
+        claim: U32,
+        owner: U16,
+        flags: U16,
+        reserved: [u8; 24],
+        name: [u8; NAME_BYTES_MAX],
+        name_length: u8,
+    }
+}
+
+layout! {
+    /// Fields of a VDI record.
+    struct RawVdi as "VDI record" = VDI_LAYOUT {
+        id: U64,
+        block_count: U64,
+        root: [u8; RootRef::BYTES],
+        lsn: U64,
+        claim: U32,
+        label: U32,
+        shared_up_to: U32,
+        flags: U32,
+        snapshots: [u8; RootRef::BYTES],
+        snapshot_next: U64,
+        snapshot_count: U64,
+        history: [u8; RootRef::BYTES],
+        reserved: [u8; 104],
+    }
+}
+
+layout! {
+    /// Fields of a snapshot record.
+    struct RawSnapshot as "snapshot record" = SNAPSHOT_LAYOUT {
+        number: U64,
+        position: U64,
+        claim: U32,
+        flags: U32,
+        root: [u8; RootRef::BYTES],
+        block_count: U64,
+        wall_ns: U64,
+        store_ns: U64,
+        label: [u8; LABEL_BYTES_MAX],
+        label_length: u8,
+        reserved: [u8; 48],
+    }
+}
+
+layout! {
+    /// Fields of an extent record.
+    struct RawExtent as "extent record" = EXTENT_LAYOUT {
+        kind: u8,
+        state: u8,
+        owner: U16,
+        reserved: U32,
+        epoch: U64,
+    }
+}
+
+const _: () = assert!(DIRECTORY_LAYOUT.size == 256);
+const _: () = assert!(VDI_LAYOUT.size == 256);
+const _: () = assert!(SNAPSHOT_LAYOUT.size == 256);
+const _: () = assert!(EXTENT_LAYOUT.size == 16);
+
+/// What rarely changes about a VDI; in the control tree.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DirectoryRecord {
+    /// Identity for ever; the index in the table. Not 0.
+    pub id: VdiId,
+    /// The VDI that it was cloned from; 0 for none.
+    pub parent: VdiId,
+    /// The snapshot of it; 0 if it was cloned while running.
+    pub parent_snapshot: SnapshotNumber,
+    /// Wall time of its creation.
+    pub created_ns: u64,
+    /// Generation of its claim.
+    pub claim: ClaimGeneration,
+    /// The host that has claimed it.
+    pub owner: HostId,
+    /// Its name.
+    pub name: String,
+}
+
+impl TableRecord for DirectoryRecord {
+    const BYTES: usize = DIRECTORY_LAYOUT.size;
+
+    fn encode(&self, into: &mut [u8]) {
+        let (name, name_length) = encode_text(&self.name);
+        let raw = RawDirectory {
+            id: self.id.get().into(),
+            parent: self.parent.get().into(),
+            parent_snapshot: self.parent_snapshot.get().into(),
+            created_ns: self.created_ns.into(),
+            claim: self.claim.get().into(),
+            owner: self.owner.get().into(),
+            flags: 0.into(),
+            reserved: [0; 24],
+            name,
+            name_length,
+        };
+        into.copy_from_slice(raw.as_bytes());
+    }
+
+    fn decode(bytes: &[u8]) -> Result<Option<Self>, DecodeError> {
+        let raw = RawDirectory::ref_from_bytes(bytes)
+            .map_err(|_| DecodeError::Invalid("directory record"))?;
+        if raw.id.get() == 0 {
+            return Ok(None);
+        }
+        Ok(Some(Self {
+            id: VdiId::new(raw.id.get()),
+            parent: VdiId::new(raw.parent.get()),
+            parent_snapshot: SnapshotNumber::new(raw.parent_snapshot.get()),
+            created_ns: raw.created_ns.get(),
+            claim: ClaimGeneration::new(raw.claim.get()),
+            owner: HostId::new(raw.owner.get()),
+            name: decode_text(&raw.name, raw.name_length)?,
+        }))
+    }
+}
+
+/// A VDI as its owner host knows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VdiRecord {
+    /// Identity; the index in the table. Not 0.
+    pub id: VdiId,
+    /// Size in blocks.
+    pub block_count: u64,
+    /// The tree of its head.
+    pub root: RootRef,
+    /// The tree contains all of its records up to here.
+    pub lsn: Lsn,
+    /// Generation of the claim under which the tree was written.
+    pub claim: ClaimGeneration,
+    /// Newest birth label that its entries carry.
+    pub label: BirthLabel,
+    /// Entries with births up to here may be shared with a snapshot or a clone. Never decreases.
+    pub shared_up_to: BirthLabel,
+    /// Its snapshots: a table of [`SnapshotRecord`]s by number.
+    pub snapshots: RootRef,
+    /// Number of its next snapshot.
+    pub snapshot_next: SnapshotNumber,
+    /// Number of snapshots that exist.
+    pub snapshot_count: u64,
+    /// Head of the history chain; empty until history is kept.
+    pub history: RootRef,
+}
+
+impl TableRecord for VdiRecord {
+    const BYTES: usize = VDI_LAYOUT.size;
+
+    fn encode(&self, into: &mut [u8]) {
+        let raw = RawVdi {
+            id: self.id.get().into(),
+            block_count: self.block_count.into(),
+            root: self.root.to_bytes(),
+            lsn: self.lsn.get().into(),
+            claim: self.claim.get().into(),
+            label: self.label.get().into(),
+            shared_up_to: self.shared_up_to.get().into(),
+            flags: 0.into(),
+            snapshots: self.snapshots.to_bytes(),
+            snapshot_next: self.snapshot_next.get().into(),
+            snapshot_count: self.snapshot_count.into(),
+            history: self.history.to_bytes(),
+            reserved: [0; 104],
+        };
+        into.copy_from_slice(raw.as_bytes());
+    }
+
+    fn decode(bytes: &[u8]) -> Result<Option<Self>, DecodeError> {
+        let raw = RawVdi::ref_from_bytes(bytes).map_err(|_| DecodeError::Invalid("VDI record"))?;
+        if raw.id.get() == 0 {
+            return Ok(None);
+        }
+        let block_count = raw.block_count.get();
+        if block_count == 0 || block_count > 1 << 40 {
+            return Err(DecodeError::Invalid("VDI size"));
+        }
+        Ok(Some(Self {
+            id: VdiId::new(raw.id.get()),
+            block_count,
+            root: RootRef::from_bytes(raw.root)?,
+            lsn: Lsn::new(raw.lsn.get()),
+            claim: ClaimGeneration::new(raw.claim.get()),
+            label: BirthLabel::new(raw.label.get()),
+            shared_up_to: BirthLabel::new(raw.shared_up_to.get()),
+            snapshots: RootRef::from_bytes(raw.snapshots)?,
+            snapshot_next: SnapshotNumber::new(raw.snapshot_next.get()),
+            snapshot_count: raw.snapshot_count.get(),
+            history: RootRef::from_bytes(raw.history)?,
+        }))
+    }
+}
+
+/// A snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SnapshotRecord {
+    /// Number within the VDI; the index in the table. Not 0.
+    pub number: SnapshotNumber,
+    /// Log position: what has a lower LSN is in.
+    pub position: Lsn,
+    /// Claim generation of that position.
+    pub claim: ClaimGeneration,
+    /// Its tree.
+    pub root: RootRef,
+    /// Size of the VDI then, in blocks.
+    pub block_count: u64,
+    /// Wall time.
+    pub wall_ns: u64,
+    /// Time that the store had been open.
+    pub store_ns: u64,
+    /// Its label; empty for none.
+    pub label: String,
+}
+
+impl TableRecord for SnapshotRecord {
+    const BYTES: usize = SNAPSHOT_LAYOUT.size;
+
+    fn encode(&self, into: &mut [u8]) {
+        let (label, label_length) = encode_text(&self.label);
+        let raw = RawSnapshot {
+            number: self.number.get().into(),
+            position: self.position.get().into(),
+            claim: self.claim.get().into(),
+            flags: 0.into(),
+            root: self.root.to_bytes(),
+            block_count: self.block_count.into(),
+            wall_ns: self.wall_ns.into(),
+            store_ns: self.store_ns.into(),
+            label,
+            label_length,
+            reserved: [0; 48],
+        };
+        into.copy_from_slice(raw.as_bytes());
+    }
+
+    fn decode(bytes: &[u8]) -> Result<Option<Self>, DecodeError> {
+        let raw = RawSnapshot::ref_from_bytes(bytes)
+            .map_err(|_| DecodeError::Invalid("snapshot record"))?;
+        if raw.number.get() == 0 {
+            return Ok(None);
+        }
+        Ok(Some(Self {
+            number: SnapshotNumber::new(raw.number.get()),
+            position: Lsn::new(raw.position.get()),
+            claim: ClaimGeneration::new(raw.claim.get()),
+            root: RootRef::from_bytes(raw.root)?,
+            block_count: raw.block_count.get(),
+            wall_ns: raw.wall_ns.get(),
+            store_ns: raw.store_ns.get(),
+            label: decode_text(&raw.label, raw.label_length)?,
+        }))
+    }
+}
+
+/// What an extent holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum ExtentKind {
+    /// Superblock and slots.
+    System = 1,
+    /// Data blocks.
+    Data = 2,
+    /// Tree nodes and table pages.
+    Metadata = 3,
+    /// Log rings.
+    Log = 4,
+}
+
+/// An extent that is in use; a free one has no record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExtentRecord {
+    /// What it holds.
+    pub kind: ExtentKind,
+    /// The host that owns it.
+    pub owner: HostId,
+    /// Epoch of that host in which it took the extent.
+    pub epoch: Epoch,
+}
+
+impl TableRecord for ExtentRecord {
+    const BYTES: usize = EXTENT_LAYOUT.size;
+
+    fn encode(&self, into: &mut [u8]) {
+        let raw = RawExtent {
+            kind: self.kind as u8,
+            state: 0,
+            owner: self.owner.get().into(),
+            reserved: 0.into(),
+            epoch: self.epoch.get().into(),
+        };
+        into.copy_from_slice(raw.as_bytes());
+    }
+
+    fn decode(bytes: &[u8]) -> Result<Option<Self>, DecodeError> {
+        let raw =
+            RawExtent::ref_from_bytes(bytes).map_err(|_| DecodeError::Invalid("extent record"))?;
+        let kind = match raw.kind {
+            0 => return Ok(None),
+            1 => ExtentKind::System,
+            2 => ExtentKind::Data,
+            3 => ExtentKind::Metadata,
+            4 => ExtentKind::Log,
+            _ => return Err(DecodeError::Invalid("extent kind")),
+        };
+        let owner = HostId::new(raw.owner.get());
+        Ok(Some(Self { kind, owner, epoch: Epoch::new(raw.epoch.get()) }))
+    }
+}
+
+fn encode_text<const MAX: usize>(text: &str) -> ([u8; MAX], u8) {
+    let mut bytes = [0; MAX];
+    for (to, from) in bytes.iter_mut().zip(text.bytes()) {
+        *to = from;
+    }
+    (bytes, u8::try_from(text.len().min(MAX)).unwrap_or(u8::MAX))
+}
+
+fn decode_text(bytes: &[u8], length: u8) -> Result<String, DecodeError> {
+    let text = bytes.get(..usize::from(length)).ok_or(DecodeError::Invalid("text length"))?;
+    let text = std::str::from_utf8(text).map_err(|_| DecodeError::Invalid("text"))?;
+    Ok(text.to_owned())
+}
