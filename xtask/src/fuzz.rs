@@ -1,0 +1,58 @@
+//! Running the fuzz targets of `fuzz/`, each for a while.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::console::Heading;
+use crate::process::Run;
+use crate::workspace::Workspace;
+
+/// Seconds per target if none are asked for.
+const SECONDS: u64 = 60;
+
+/// Runs every target, or those named, for `--seconds N` each.
+///
+/// # Errors
+/// If cargo-fuzz or a nightly toolchain is missing, or a target finds something: the input that
+/// does it stays under fuzz/artifacts.
+pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<()> {
+    let (seconds, wanted) = parse(arguments)?;
+    let directory = workspace.root.join("fuzz");
+    let listed = cargo_fuzz(&directory, "list").read();
+    let listed = listed.context("list the targets (needs `cargo install --locked cargo-fuzz`)")?;
+    let targets: Vec<&str> = listed
+        .lines()
+        .filter(|target| wanted.is_empty() || wanted.iter().any(|name| name == target))
+        .collect();
+    ensure!(!targets.is_empty(), "no fuzz target of that name; there are: {listed}");
+    for target in targets {
+        let heading = Heading::new(&format!("fuzz {target}"));
+        // Compiling comes on top of the time that the target itself is given.
+        let limit = Duration::from_secs(seconds + 1800);
+        let run = cargo_fuzz(&directory, "run").arg(target).arg("--").limit(limit);
+        run.arg(format!("-max_total_time={seconds}"))
+            .words("-rss_limit_mb=4096 -timeout=20")
+            .show()?;
+        heading.done("nothing found");
+    }
+    Ok(())
+}
+
+/// cargo-fuzz needs the nightly compiler; the toolchain that runs us must not be inherited.
+fn cargo_fuzz(directory: &std::path::Path, verb: &str) -> Run {
+    Run::new("cargo")
+        .words("+nightly fuzz")
+        .arg(verb)
+        .dir(directory)
+        .without_env("CARGO_TARGET_DIR")
+}
+
+fn parse(arguments: &[String]) -> Result<(u64, &[String])> {
+    match arguments {
+        [flag, seconds, rest @ ..] if flag == "--seconds" => {
+            Ok((seconds.parse().context("--seconds takes a number")?, rest))
+        }
+        rest => Ok((SECONDS, rest)),
+    }
+}

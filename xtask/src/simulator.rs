@@ -1,0 +1,49 @@
+//! Building and calling the simulator.
+
+use std::time::Duration;
+
+use anyhow::Result;
+
+use crate::process::Run;
+use crate::workspace::Workspace;
+
+/// Seeds of the smoke run that the gate does; each is one whole run of the engine.
+const SMOKE_SEEDS: u32 = 2000;
+
+/// Hands `arguments` to the simulator, or runs the smoke test if there are none.
+///
+/// # Errors
+/// If it does not compile, or a seed fails: the simulator prints how to replay it.
+pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<()> {
+    if arguments.is_empty() {
+        return smoke(workspace);
+    }
+    call(workspace, arguments, Duration::from_secs(24 * 3600))
+}
+
+/// The smoke test of the gate.
+///
+/// # Errors
+/// As [`run`]; also if it takes more than four minutes.
+pub(crate) fn smoke(workspace: &Workspace) -> Result<()> {
+    let arguments = ["smoke".to_owned(), "--seeds".to_owned(), SMOKE_SEEDS.to_string()];
+    call(workspace, &arguments, Duration::from_secs(240))
+}
+
+/// Builds the simulator with every mutant in it, and runs each until it is caught.
+///
+/// # Errors
+/// If a mutant survives: then the simulator has gone blind on that rule.
+pub(crate) fn mutants(workspace: &Workspace) -> Result<()> {
+    // Its own target directory: the flag would otherwise throw away every build of the real code.
+    let target = workspace.target.join("mutants");
+    let build = workspace.cargo().words("build --release --locked --package parallax-sim");
+    build.env("RUSTFLAGS", "--cfg mutants").env("CARGO_TARGET_DIR", &target).show()?;
+    let binary = target.join("release/parallax-sim");
+    Run::new(binary).arg("mutants").limit(Duration::from_secs(1200)).show()
+}
+
+fn call(workspace: &Workspace, arguments: &[String], limit: Duration) -> Result<()> {
+    let binary = workspace.release_binary("parallax-sim", "parallax-sim")?;
+    Run::new(binary).args(arguments).limit(limit).show()
+}
