@@ -17,6 +17,9 @@ pub enum Cause {
     /// The device does not do this.
     #[error("the device does not support this operation")]
     Unsupported,
+    /// The device ends before the block does: something cut it off while it was open.
+    #[error("the device is shorter than when it was opened")]
+    Truncated,
     /// The device or the engine that drove it went away before it answered.
     #[error("the device is gone")]
     Gone,
@@ -45,7 +48,7 @@ impl DeviceError {
         match self.cause {
             Cause::OutOfRange => ErrorKind::Corrupt,
             Cause::NoSpace => ErrorKind::NoSpace,
-            Cause::Errno(_) | Cause::Gone => ErrorKind::Io,
+            Cause::Errno(_) | Cause::Truncated | Cause::Gone => ErrorKind::Io,
             Cause::Unsupported => ErrorKind::Unsupported,
         }
     }

@@ -8,6 +8,8 @@
 //! after a power cut be there, be absent or be torn at 512 bytes, in any order.
 
 mod error;
+mod file;
+mod open;
 
 use std::fmt;
 use std::rc::Rc;
@@ -16,6 +18,8 @@ use base::{BlockSlice, Buffer, Pba};
 use runtime::sync::{OneshotSender, oneshot};
 
 pub use error::{Cause, DeviceError};
+pub use file::BlockFile;
+pub use open::{Access, OpenCause, OpenError, OpenOptions};
 
 /// One operation on its way to a backend, which owns it, buffers and all, until it completes.
 #[derive(Debug)]

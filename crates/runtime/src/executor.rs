@@ -122,6 +122,10 @@ impl ReadyQueue {
         self.tasks.lock().unwrap_or_else(PoisonError::into_inner).push_back(waker);
     }
 
+    fn is_empty(&self) -> bool {
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+
     /// Takes the next task, by `pick` out of the number of ready ones.
     fn pop(&self, pick: impl FnOnce(usize) -> usize) -> Option<Arc<TaskWaker>> {
         let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
@@ -176,6 +180,12 @@ impl Runtime {
         }
         self.0.ready.push(waker);
         JoinHandle(receiver)
+    }
+
+    /// Whether a task is ready to be polled.
+    #[must_use]
+    pub fn has_ready(&self) -> bool {
+        !self.0.ready.is_empty()
     }
 
     /// Polls one ready task. `false` if there was none.
