@@ -77,6 +77,7 @@ struct Inner {
     timers: RefCell<BTreeMap<(Time, u64), Waker>>,
     timer_count: Cell<u64>,
     turn_end: RefCell<Vec<Waker>>,
+    turns_ended: Cell<u64>,
     order: Order,
     random: Cell<u64>,
     clock: Rc<dyn Clock>,
@@ -151,6 +152,7 @@ impl Runtime {
             timers: RefCell::new(BTreeMap::new()),
             timer_count: Cell::new(0),
             turn_end: RefCell::new(Vec::new()),
+            turns_ended: Cell::new(0),
             order: options.order,
             // xorshift must not start at zero; the constant spreads small seeds.
             random: Cell::new((options.seed ^ 0x9e37_79b9_7f4a_7c15).max(1)),
@@ -230,6 +232,7 @@ impl Runtime {
     pub fn end_turn(&self) -> bool {
         let waiting = std::mem::take(&mut *self.0.turn_end.borrow_mut());
         let any = !waiting.is_empty();
+        self.0.turns_ended.set(self.0.turns_ended.get() + 1);
         for waker in waiting {
             waker.wake();
         }
@@ -326,12 +329,12 @@ impl Runtime {
         })
     }
 
-    /// Waits until no other task is ready.
+    /// Waits until no other task is ready, for the first time after this call.
     pub fn turn_end(&self) -> impl Future<Output = ()> + 'static {
         let runtime = self.clone();
-        let mut registered = false;
+        let turn = self.0.turns_ended.get();
         std::future::poll_fn(move |context| {
-            if std::mem::replace(&mut registered, true) {
+            if runtime.0.turns_ended.get() != turn {
                 return Poll::Ready(());
             }
             runtime.0.turn_end.borrow_mut().push(context.waker().clone());
@@ -396,3 +399,6 @@ impl<T> Future for JoinHandle<T> {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;

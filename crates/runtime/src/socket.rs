@@ -143,3 +143,6 @@ impl Drop for MemorySocket {
         self.shutdown();
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -88,29 +88,64 @@ pub struct Signal(Rc<SignalState>);
 #[derive(Default)]
 struct SignalState {
     count: Cell<u64>,
-    waiting: RefCell<Vec<Waker>>,
+    /// Who waits, by rising number. An abandoned wait takes its waker out again: a task that
+    /// selects between a signal that never comes and something else must not fill memory.
+    waiting: RefCell<Vec<(u64, Waker)>>,
+    waits: Cell<u64>,
+}
+
+struct Changed {
+    signal: Signal,
+    seen: u64,
+    number: Option<u64>,
 }
 
 impl Signal {
     /// Wakes all who wait now.
     pub fn notify(&self) {
         self.0.count.set(self.0.count.get() + 1);
-        for waker in std::mem::take(&mut *self.0.waiting.borrow_mut()) {
+        let waiting = std::mem::take(&mut *self.0.waiting.borrow_mut());
+        for (_, waker) in waiting {
             waker.wake();
         }
     }
 
     /// Waits for the next `notify` after this call (not after the first poll).
     pub fn changed(&self) -> impl Future<Output = ()> + 'static {
-        let signal = self.clone();
-        let seen = self.0.count.get();
-        std::future::poll_fn(move |context| {
-            if signal.0.count.get() != seen {
-                return Poll::Ready(());
+        Changed { signal: self.clone(), seen: self.0.count.get(), number: None }
+    }
+}
+
+impl Future for Changed {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+        let state = Rc::clone(&self.signal.0);
+        if state.count.get() != self.seen {
+            self.number = None;
+            return Poll::Ready(());
+        }
+        let number = *self.number.get_or_insert_with(|| state.waits.replace(state.waits.get() + 1));
+        let mut waiting = state.waiting.borrow_mut();
+        match waiting.binary_search_by_key(&number, |&(number, _)| number) {
+            Ok(index) => {
+                if let Some((_, waker)) = waiting.get_mut(index) {
+                    waker.clone_from(context.waker());
+                }
             }
-            signal.0.waiting.borrow_mut().push(context.waker().clone());
-            Poll::Pending
-        })
+            Err(index) => waiting.insert(index, (number, context.waker().clone())),
+        }
+        Poll::Pending
+    }
+}
+
+impl Drop for Changed {
+    fn drop(&mut self) {
+        let Some(number) = self.number else { return };
+        let mut waiting = self.signal.0.waiting.borrow_mut();
+        if let Ok(index) = waiting.binary_search_by_key(&number, |&(number, _)| number) {
+            waiting.remove(index);
+        }
     }
 }
 
@@ -128,7 +163,7 @@ pub struct Semaphore(Rc<SemaphoreState>);
 struct SemaphoreState {
     limit: usize,
     available: Cell<usize>,
-    waiting: RefCell<VecDeque<(usize, OneshotSender<()>)>>,
+    waiting: RefCell<VecDeque<(usize, OneshotSender<Permits>)>>,
 }
 
 /// Permits that return when dropped.
@@ -152,13 +187,16 @@ impl Semaphore {
     pub async fn acquire(&self, count: usize) -> Permits {
         let count = count.min(self.0.limit);
         if self.0.waiting.borrow().is_empty() && self.0.available.get() >= count {
-            self.0.available.set(self.0.available.get() - count);
-        } else {
-            let (sender, receiver) = oneshot();
-            self.0.waiting.borrow_mut().push_back((count, sender));
-            // A dropped sender means a killed runtime; the permits do not matter then.
-            let _ = receiver.await;
+            return self.grant(count);
         }
+        let (sender, receiver) = oneshot();
+        self.0.waiting.borrow_mut().push_back((count, sender));
+        // The queue lives in this semaphore, which we own: the sender is not dropped unsent.
+        receiver.await.unwrap_or_else(|Dropped| self.grant(0))
+    }
+
+    fn grant(&self, count: usize) -> Permits {
+        self.0.available.set(self.0.available.get() - count);
         Permits { semaphore: self.clone(), count }
     }
 
@@ -179,8 +217,8 @@ impl Semaphore {
             let next = waiting.pop_front();
             drop(waiting);
             if let Some((wanted, sender)) = next {
-                self.0.available.set(self.0.available.get() - wanted);
-                sender.send(());
+                // To one that waits no more this releases them at once, by dropping them.
+                sender.send(self.grant(wanted));
             }
         }
     }
@@ -203,3 +241,6 @@ impl fmt::Debug for Permits {
         write!(f, "Permits({})", self.count)
     }
 }
+
+#[cfg(test)]
+mod tests;
