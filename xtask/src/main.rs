@@ -6,15 +6,21 @@
 //! the project from outside, through its binaries, sockets and files.
 
 mod arrows;
+mod bench;
 mod clock;
 mod console;
+mod control;
+mod fio;
 mod fuzz;
 mod gate;
 mod licences;
 mod lint;
+mod nbd;
 mod packages;
 mod process;
+mod qmp;
 mod readme;
+mod server;
 mod simulator;
 mod workspace;
 
@@ -25,12 +31,13 @@ use anyhow::{Result, bail};
 use crate::workspace::Workspace;
 
 /// Every task and what it does; a star marks what the gate runs too.
-const TASKS: [(&str, &str); 7] = [
+const TASKS: [(&str, &str); 8] = [
     ("test", "the whole gate: everything below marked *, in one go; words pick steps"),
     ("lint", "* formatting, clippy, licences, arrows between crates, house style, README"),
     ("docs", "* the API documentation, warnings denied"),
     ("sim", "* the simulator; without arguments its smoke test, `sim help` tells more"),
     ("fuzz", "the fuzz targets: [--seconds N] [target…]; needs cargo-fuzz and a nightly toolchain"),
+    ("bench", "figures beside those of peers: [--quick] [--peers-only] [--write] [--rows a,b]"),
     ("packages", "install the Debian packages that any task needs"),
     ("help", "this list"),
 ];
@@ -58,6 +65,7 @@ fn run(arguments: &[String]) -> Result<ExitCode> {
         "docs" => lint::docs(&workspace)?,
         "sim" => simulator::run(&workspace, rest)?,
         "fuzz" => fuzz::run(&workspace, rest)?,
+        "bench" => bench::run(&workspace, rest)?,
         "packages" => packages::ensure(packages::Use::Everything)?,
         "help" | "--help" | "-h" => console::say(&usage()),
         other => bail!("there is no task '{other}'\n\n{}", usage()),

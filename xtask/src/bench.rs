@@ -1,0 +1,184 @@
+//! `cargo xtask bench`: our daemon beside its peers, in one run on one file system.
+//!
+//! Every figure is the median of several rounds, and the subjects take turns within a round
+//! (A B C, A B C, …), so that whatever else changes on the machine meanwhile meets all of them.
+//! Everything is opened O_DIRECT; only one server runs at a time; a server is stopped cleanly
+//! after each turn, so nobody works while another is measured.
+
+mod chart;
+mod latency;
+mod plan;
+mod report;
+mod subject;
+mod throughput;
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::console::Heading;
+use crate::packages;
+use crate::workspace::Workspace;
+
+use plan::Row;
+use report::Line;
+
+/// What was asked for on the command line.
+#[derive(Debug)]
+struct Arguments {
+    /// Small disks and short runs: shows that it works, not how fast it is.
+    quick: bool,
+    /// Only the peers: for a machine without our binary, or to see what they can do.
+    peers_only: bool,
+    /// Write the results into docs/.
+    write: bool,
+    /// Which rows; empty for all.
+    rows: Vec<String>,
+    /// Rounds, if not the usual number.
+    rounds: Option<usize>,
+    /// Where the disks go, if not under the target directory.
+    directory: Option<PathBuf>,
+}
+
+/// How large and how long everything is.
+#[derive(Clone, Debug)]
+pub(crate) struct Scale {
+    /// Size of the disks that are measured.
+    disk_bytes: u64,
+    /// Rounds that a median is taken of.
+    rounds: usize,
+    /// Seconds that a load is measured for.
+    runtime_seconds: u64,
+    /// Seconds that it runs before that.
+    ramp_seconds: u64,
+    /// Commands that a latency is measured over.
+    commands: usize,
+}
+
+impl Scale {
+    const FULL: Self = Self {
+        disk_bytes: 4 << 30,
+        rounds: 5,
+        runtime_seconds: 10,
+        ramp_seconds: 2,
+        commands: 500,
+    };
+    const QUICK: Self =
+        Self { disk_bytes: 1 << 30, rounds: 3, runtime_seconds: 3, ramp_seconds: 1, commands: 100 };
+}
+
+/// Where and on what the measurements run.
+pub(crate) struct Bench {
+    scale: Scale,
+    /// Our binary, unless only peers are measured.
+    binary: Option<PathBuf>,
+    /// Disks and stores.
+    data: PathBuf,
+    /// Sockets, logs, state files.
+    scratch: PathBuf,
+}
+
+/// Measures.
+///
+/// # Errors
+/// If a program fails, or an argument makes no sense. A missed target is a result, not an error.
+pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<()> {
+    let arguments = parse(arguments)?;
+    packages::ensure(packages::Use::Bench)?;
+    let binary = match arguments.peers_only {
+        true => None,
+        false => Some(workspace.release_binary("parallax", "parallax")?),
+    };
+    let mut scale = if arguments.quick { Scale::QUICK } else { Scale::FULL };
+    scale.rounds = arguments.rounds.unwrap_or(scale.rounds);
+    let data = arguments.directory.clone().unwrap_or_else(|| workspace.target.join("bench"));
+    let scratch = std::env::temp_dir().join(format!("parallax-bench-{}", std::process::id()));
+    std::fs::create_dir_all(&data)?;
+    std::fs::create_dir_all(&scratch)?;
+    let bench = Bench { scale, binary, data, scratch };
+
+    let result = measure_and_report(workspace, &bench, &arguments);
+    // Gigabytes: removed even after a failure. The logs stay then, to tell why.
+    bench.remove_data()?;
+    if result.is_ok() {
+        std::fs::remove_dir_all(&bench.scratch)?;
+    }
+    result
+}
+
+fn measure_and_report(workspace: &Workspace, bench: &Bench, arguments: &Arguments) -> Result<()> {
+    let mut lines: Vec<Line> = Vec::new();
+    for row in Row::ALL {
+        if !arguments.rows.is_empty() && !arguments.rows.iter().any(|name| name == row.name()) {
+            continue;
+        }
+        if bench.binary.is_none() && !row.has_peers() {
+            continue;
+        }
+        let heading = Heading::new(&format!("bench {}", row.name()));
+        let measured = row.measure(bench).with_context(|| format!("measure {}", row.name()))?;
+        heading.done("measured");
+        for line in &measured {
+            report::say(line);
+        }
+        lines.extend(measured);
+        bench.remove_data()?;
+    }
+    ensure!(!lines.is_empty(), "nothing was measured: the rows are {}", Row::names());
+    let directory = match arguments.write {
+        true => workspace.root.join("docs/benchmarks"),
+        false => workspace.target.join("bench-results"),
+    };
+    report::write(&directory, &lines, &bench.scale)?;
+    if arguments.write {
+        report::update_document(&workspace.root.join("docs/benchmarks.md"), &directory)?;
+    }
+    Ok(())
+}
+
+impl Bench {
+    fn remove_data(&self) -> Result<()> {
+        for entry in std::fs::read_dir(&self.data)? {
+            let path = entry?.path();
+            if path.is_dir() {
+                std::fs::remove_dir_all(&path)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn parse(arguments: &[String]) -> Result<Arguments> {
+    let mut parsed = Arguments {
+        quick: false,
+        peers_only: false,
+        write: false,
+        rows: Vec::new(),
+        rounds: None,
+        directory: None,
+    };
+    let mut rest = arguments.iter();
+    while let Some(argument) = rest.next() {
+        let mut value = || rest.next().with_context(|| format!("{argument} takes a value"));
+        match argument.as_str() {
+            "--quick" => parsed.quick = true,
+            "--peers-only" => parsed.peers_only = true,
+            "--write" => parsed.write = true,
+            "--rows" => parsed.rows = value()?.split(',').map(str::to_owned).collect(),
+            "--rounds" => parsed.rounds = Some(value()?.parse().context("--rounds")?),
+            "--dir" => parsed.directory = Some(value()?.into()),
+            other => bail!(
+                "bench does not know '{other}': [--quick] [--peers-only] [--write] [--rows a,b] \
+                 [--rounds N] [--dir PATH]; the rows are {}",
+                Row::names()
+            ),
+        }
+    }
+    if let Some(unknown) =
+        parsed.rows.iter().find(|name| Row::ALL.iter().all(|r| r.name() != *name))
+    {
+        bail!("there is no row '{unknown}': the rows are {}", Row::names());
+    }
+    ensure!(parsed.rounds != Some(0), "--rounds must be at least 1");
+    Ok(parsed)
+}

@@ -1,0 +1,340 @@
+//! What was measured, as lines on the terminal, JSON, a table and a chart.
+//!
+//! The JSON is the record: a later run of single rows replaces those and keeps the others, and
+//! the table and the chart are made from all of it.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+use crate::console;
+use crate::process::Run;
+
+use super::Scale;
+use super::chart;
+use super::latency::quantile;
+
+/// Between these, the table in the document is ours.
+const BEGIN: &str = "<!-- begin: written by cargo xtask bench -->";
+const END: &str = "<!-- end -->";
+
+/// What a number counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Unit {
+    /// Operations per second.
+    Iops,
+    /// Bytes per second.
+    BytesPerSecond,
+    /// Milliseconds.
+    Milliseconds,
+    /// MiB.
+    Mebibytes,
+}
+
+impl Unit {
+    /// A value with its unit.
+    pub(crate) fn show(self, value: f64) -> String {
+        match self {
+            Self::Iops => format!("{}/s", thousands(value)),
+            Self::BytesPerSecond => format!("{} MiB/s", thousands(value / f64::from(1 << 20))),
+            Self::Milliseconds if value < 10.0 => format!("{value:.3} ms"),
+            Self::Milliseconds => format!("{value:.0} ms"),
+            Self::Mebibytes => format!("{value:.1} MiB"),
+        }
+    }
+}
+
+/// One subject's figures, one per round.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Column {
+    /// Who.
+    pub(crate) label: String,
+    /// Each round.
+    pub(crate) values: Vec<f64>,
+}
+
+impl Column {
+    /// Without figures yet.
+    pub(crate) fn new(label: &str) -> Self {
+        Self { label: label.to_owned(), values: Vec::new() }
+    }
+
+    fn median(&self) -> Option<f64> {
+        if self.values.is_empty() { None } else { Some(quantile(&self.values, 0.5)) }
+    }
+}
+
+/// What a line must reach.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) enum Goal {
+    /// So many times what stands in another column.
+    AtLeastTimes { factor: f64, column: String },
+    /// No more than this.
+    AtMost { limit: f64 },
+}
+
+/// A line of the table. The first column is ours, if we were measured.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Line {
+    /// What was measured.
+    pub(crate) measure: String,
+    /// What the numbers count.
+    pub(crate) unit: Unit,
+    /// Who reached what.
+    pub(crate) columns: Vec<Column>,
+    /// What must be reached.
+    pub(crate) goals: Vec<Goal>,
+    /// What else belongs to it.
+    pub(crate) note: String,
+}
+
+/// A goal's outcome in words, and whether it was reached; `None` if it was not measured.
+type Outcome = Option<(String, bool)>;
+
+impl Line {
+    /// Median of a column.
+    pub(crate) fn value(&self, label: &str) -> Option<f64> {
+        self.columns.iter().find(|column| column.label == label)?.median()
+    }
+
+    fn outcome(&self, goal: &Goal) -> Outcome {
+        let ours = self.value("ours")?;
+        match goal {
+            Goal::AtLeastTimes { factor, column } => {
+                let ratio = ours / self.value(column)?;
+                Some((format!("{ratio:.2}x {column}"), ratio >= *factor))
+            }
+            Goal::AtMost { limit } => Some((self.unit.show(ours), ours <= *limit)),
+        }
+    }
+
+    fn goal_text(&self, goal: &Goal) -> String {
+        match goal {
+            Goal::AtLeastTimes { factor, column } => format!("≥ {factor}x {column}"),
+            Goal::AtMost { limit } => format!("≤ {}", self.unit.show(*limit)),
+        }
+    }
+
+    fn goals_text(&self) -> String {
+        self.goals.iter().map(|goal| self.goal_text(goal)).collect::<Vec<_>>().join(", ")
+    }
+
+    fn reached_text(&self) -> String {
+        let text = |goal: &Goal| match self.outcome(goal) {
+            Some((said, true)) => format!("{said} **pass**"),
+            Some((said, false)) => format!("{said} **miss**"),
+            None => "not measured".to_owned(),
+        };
+        self.goals.iter().map(text).collect::<Vec<_>>().join(", ")
+    }
+}
+
+/// Everything that is recorded.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+struct Record {
+    machine: Vec<(String, String)>,
+    lines: Vec<Line>,
+}
+
+/// Prints one line.
+pub(crate) fn say(line: &Line) {
+    let value = |column: &Column| {
+        let shown = column.median().map(|value| line.unit.show(value));
+        format!("{} {}", column.label, shown.unwrap_or_else(|| "-".to_owned()))
+    };
+    let columns: Vec<String> = line.columns.iter().map(value).collect();
+    console::say(&format!("{}: {}", line.measure, columns.join(", ")));
+    console::say(&format!("  must reach {}: {}", line.goals_text(), line.reached_text()));
+    if !line.note.is_empty() {
+        console::say(&format!("  {}", line.note));
+    }
+}
+
+/// Writes `results.json`, `table.md` and `chart.svg` into `directory`, keeping the lines of an
+/// earlier run that were not measured again.
+///
+/// # Errors
+/// If the files cannot be written, or an earlier record is not ours.
+pub(crate) fn write(directory: &Path, lines: &[Line], scale: &Scale) -> Result<()> {
+    std::fs::create_dir_all(directory)?;
+    let path = directory.join("results.json");
+    let mut record = Record::default();
+    if path.exists() {
+        let text = std::fs::read_to_string(&path)?;
+        record = serde_json::from_str(&text).context("decode the earlier results")?;
+    }
+    record.machine = machine(scale);
+    for line in lines {
+        match record.lines.iter_mut().find(|earlier| earlier.measure == line.measure) {
+            Some(earlier) => *earlier = line.clone(),
+            None => record.lines.push(line.clone()),
+        }
+    }
+    std::fs::write(&path, serde_json::to_string_pretty(&record)? + "\n")?;
+    std::fs::write(directory.join("table.md"), table(&record))?;
+    std::fs::write(directory.join("chart.svg"), chart::draw(&record.lines))?;
+    console::say(&format!("results: {}", directory.display()));
+    Ok(())
+}
+
+/// Puts the table of `directory` between the markers of the document.
+///
+/// # Errors
+/// If the document has no markers.
+pub(crate) fn update_document(document: &Path, directory: &Path) -> Result<()> {
+    let text = std::fs::read_to_string(document).context("read the document")?;
+    let table = std::fs::read_to_string(directory.join("table.md"))?;
+    let (head, rest) = text.split_once(BEGIN).context("the document has no begin marker")?;
+    let (_, tail) = rest.split_once(END).context("the document has no end marker")?;
+    std::fs::write(document, format!("{head}{BEGIN}\n\n{table}\n{END}{tail}"))?;
+    Ok(())
+}
+
+/// One table per set of columns, and the machine.
+fn table(record: &Record) -> String {
+    let mut text = String::new();
+    let mut waiting: Vec<&Line> = record.lines.iter().collect();
+    while let Some(first) = waiting.first().copied() {
+        let labels = labels(first);
+        let (group, rest): (Vec<&Line>, Vec<&Line>) =
+            waiting.into_iter().partition(|line| self::labels(line) == labels);
+        waiting = rest;
+        text += &format!("| measure | {} | must reach | reached |\n", labels.join(" | "));
+        text += &format!("|---|{}---|---|\n", "---:|".repeat(labels.len()));
+        for line in group {
+            text += &table_row(line);
+        }
+        text += "\n";
+    }
+    for (name, value) in &record.machine {
+        text += &format!("- {name}: {value}\n");
+    }
+    text
+}
+
+fn labels(line: &Line) -> Vec<&str> {
+    line.columns.iter().map(|column| column.label.as_str()).collect()
+}
+
+fn table_row(line: &Line) -> String {
+    let cell = |column: &Column| {
+        column.median().map_or_else(|| "–".to_owned(), |value| line.unit.show(value))
+    };
+    let cells: Vec<String> = line.columns.iter().map(cell).collect();
+    let note = if line.note.is_empty() { String::new() } else { format!(" ({})", line.note) };
+    format!(
+        "| {}{note} | {} | {} | {} |\n",
+        line.measure,
+        cells.join(" | "),
+        line.goals_text(),
+        line.reached_text()
+    )
+}
+
+/// What the figures depend on.
+fn machine(scale: &Scale) -> Vec<(String, String)> {
+    let first_line = |program: &str, arguments: &str| {
+        let said = Run::new(program).words(arguments).read().unwrap_or_default();
+        said.lines().next().unwrap_or("unknown").to_owned()
+    };
+    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name"));
+    let model = model.map_or("unknown", |rest| rest.trim_start_matches([' ', '\t', ':']));
+    let cores = cpuinfo.lines().filter(|line| line.starts_with("processor")).count();
+    let runs = format!(
+        "{} GiB disks, medians of {} rounds of {} s",
+        scale.disk_bytes >> 30,
+        scale.rounds,
+        scale.runtime_seconds
+    );
+    [
+        ("measured", first_line("date", "-u +%Y-%m-%d")),
+        ("at commit", first_line("git", "rev-parse --short HEAD")),
+        ("runs", runs),
+        ("processor", format!("{cores} x {model}")),
+        ("kernel", first_line("uname", "-r")),
+        ("peers", first_line("qemu-storage-daemon", "--version")),
+        ("client", first_line("fio", "--version")),
+    ]
+    .map(|(name, value)| (name.to_owned(), value))
+    .to_vec()
+}
+
+/// A whole number with commas.
+fn thousands(value: f64) -> String {
+    let digits = format!("{value:.0}");
+    let mut text = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(ours: &[f64], raw: &[f64]) -> Line {
+        let column = |label: &str, values: &[f64]| Column {
+            label: label.to_owned(),
+            values: values.to_vec(),
+        };
+        Line {
+            measure: "random write".to_owned(),
+            unit: Unit::Iops,
+            columns: vec![column("ours", ours), column("raw", raw)],
+            goals: vec![Goal::AtLeastTimes { factor: 1.5, column: "raw".to_owned() }],
+            note: String::new(),
+        }
+    }
+
+    #[test]
+    fn a_goal_is_judged_on_medians() {
+        let check = |ours: &[f64], raw: &[f64], expected: Option<bool>| {
+            let line = line(ours, raw);
+            let reached = line.goals.first().and_then(|goal| line.outcome(goal)).map(|(_, ok)| ok);
+            assert_eq!(reached, expected, "{line:?}");
+        };
+        check(&[150.0, 1.0, 160.0], &[100.0], Some(true));
+        check(&[149.0], &[100.0], Some(false));
+        check(&[], &[100.0], None);
+    }
+
+    #[test]
+    fn limits_are_judged_too() {
+        let mut line = line(&[0.4], &[]);
+        line.unit = Unit::Milliseconds;
+        let goal = Goal::AtMost { limit: 0.3 };
+        assert_eq!(line.outcome(&goal), Some(("0.400 ms".to_owned(), false)));
+    }
+
+    #[test]
+    fn the_table_has_every_line_and_the_document_keeps_its_text() {
+        let record = Record { machine: Vec::new(), lines: vec![line(&[200.0], &[100.0])] };
+        let table = table(&record);
+        let row = "| random write | 200/s | 100/s | ≥ 1.5x raw | 2.00x raw **pass** |";
+        assert!(table.contains(row), "{table}");
+
+        let directory = std::env::temp_dir().join(format!("report-{}", std::process::id()));
+        std::fs::create_dir_all(&directory).unwrap();
+        let document = directory.join("doc.md");
+        std::fs::write(&document, format!("head\n{BEGIN}\nold\n{END}\ntail\n")).unwrap();
+        std::fs::write(directory.join("table.md"), &table).unwrap();
+        update_document(&document, &directory).unwrap();
+        let text = std::fs::read_to_string(&document).unwrap();
+        assert!(text.starts_with("head\n") && text.ends_with("\ntail\n"), "{text}");
+        assert!(text.contains(row) && !text.contains("old"), "{text}");
+        std::fs::remove_dir_all(&directory).unwrap();
+    }
+
+    #[test]
+    fn numbers_are_readable() {
+        assert_eq!(thousands(1_234_567.0), "1,234,567");
+        assert_eq!(thousands(999.4), "999");
+        assert_eq!(Unit::BytesPerSecond.show(f64::from(3 << 20)), "3 MiB/s");
+    }
+}

@@ -1,0 +1,274 @@
+//! A server under test: our daemon, or qemu-storage-daemon as the peer to measure and to prove
+//! the tests themselves on.
+//!
+//! Every kind serves one disk as the NBD export [`EXPORT`] on a unix socket, from a file opened
+//! O_DIRECT, so whatever runs against one runs against all.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::clock;
+use crate::control::Control;
+use crate::nbd;
+use crate::process::{Run, Running, tail};
+
+/// Name of the disk that is served.
+pub(crate) const EXPORT: &str = "d";
+
+/// Longest that a server may take to answer after its start.
+const START_LIMIT: Duration = Duration::from_secs(60);
+/// Longest that one may take to stop: it may have dirty state to write.
+const STOP_LIMIT: Duration = Duration::from_secs(60);
+
+/// Which program serves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Our daemon: the path of the binary.
+    Parallax(PathBuf),
+    /// qemu-storage-daemon on a raw file.
+    Raw,
+    /// qemu-storage-daemon on a qcow2 file.
+    Qcow2,
+}
+
+/// What a server is made with.
+#[derive(Clone, Debug)]
+pub(crate) struct Options {
+    /// Size of the disk.
+    pub(crate) disk_bytes: u64,
+    /// Size of our store.
+    pub(crate) store_bytes: u64,
+    /// Whether our store takes its space from the file system at once.
+    pub(crate) preallocate: bool,
+    /// Bytes of our node cache.
+    pub(crate) cache_bytes: u64,
+}
+
+impl Options {
+    /// A disk of `disk_bytes` on a sparse store with ample room for old versions of every block.
+    pub(crate) fn disk(disk_bytes: u64) -> Self {
+        let store_bytes = (disk_bytes * 4).max(1 << 30);
+        Self { disk_bytes, store_bytes, preallocate: false, cache_bytes: 256 << 20 }
+    }
+}
+
+/// A server with its files. Running between [`start`](Self::start) and a stop or kill.
+pub(crate) struct Server {
+    kind: Kind,
+    options: Options,
+    /// The store, or the peer's file.
+    file: PathBuf,
+    /// Sockets and logs; short, because a socket's path may have 107 bytes.
+    directory: PathBuf,
+    running: Option<Running>,
+}
+
+impl Server {
+    /// Makes a disk in `data` (large files) and starts serving it; sockets go to `directory`.
+    ///
+    /// # Errors
+    /// If anything of that fails.
+    pub(crate) fn create(
+        kind: &Kind,
+        options: &Options,
+        data: &Path,
+        directory: &Path,
+    ) -> Result<Self> {
+        std::fs::create_dir_all(data)?;
+        std::fs::create_dir_all(directory)?;
+        let file = data.join(match kind {
+            Kind::Parallax(_) => "store.plx",
+            Kind::Raw => "disk.raw",
+            Kind::Qcow2 => "disk.qcow2",
+        });
+        if file.exists() {
+            std::fs::remove_file(&file)?;
+        }
+        let mut server = Self {
+            kind: kind.clone(),
+            options: options.clone(),
+            file,
+            directory: directory.to_owned(),
+            running: None,
+        };
+        server.make_file().context("make the disk")?;
+        server.launch()?;
+        if let Kind::Parallax(_) = kind {
+            let mut control = server.wait_for_control()?;
+            control.create(EXPORT, options.disk_bytes)?;
+        }
+        server.wait_ready()?;
+        Ok(server)
+    }
+
+    fn make_file(&self) -> Result<()> {
+        let bytes = self.options.disk_bytes.to_string();
+        match &self.kind {
+            Kind::Raw => std::fs::File::create(&self.file)?.set_len(self.options.disk_bytes)?,
+            Kind::Qcow2 => {
+                let run = Run::new("qemu-img").words("create -q -f qcow2").arg(&self.file);
+                run.arg(bytes).read()?;
+            }
+            Kind::Parallax(binary) => {
+                let run = Run::new(binary).arg("format").arg(&self.file).arg("--size");
+                let run = run.arg(self.options.store_bytes.to_string()).arg("--preallocate");
+                run.arg(if self.options.preallocate { "full" } else { "off" }).read()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts the program again after [`stop`](Self::stop) or [`kill`](Self::kill), and returns
+    /// how long it took until it answered.
+    ///
+    /// # Errors
+    /// If it does not answer in time; the error has the end of its log.
+    pub(crate) fn start(&mut self) -> Result<Duration> {
+        let start = self.launch()?;
+        self.wait_ready()?;
+        Ok(start.elapsed())
+    }
+
+    fn launch(&mut self) -> Result<Instant> {
+        ensure!(self.running.is_none(), "the server is running already");
+        let ours = matches!(self.kind, Kind::Parallax(_));
+        for socket in [self.nbd_socket(), self.control_socket()] {
+            // qemu-storage-daemon refuses a socket that a killed one left behind; ours may not.
+            if !ours && socket.exists() {
+                std::fs::remove_file(&socket)?;
+            }
+        }
+        let run = match &self.kind {
+            Kind::Parallax(binary) => self.parallax(binary),
+            Kind::Raw => self.storage_daemon("raw"),
+            Kind::Qcow2 => self.storage_daemon("qcow2"),
+        };
+        let start = clock::now();
+        self.running = Some(run.background(&self.log())?);
+        Ok(start)
+    }
+
+    fn parallax(&self, binary: &Path) -> Run {
+        Run::new(binary)
+            .arg("serve")
+            .arg(&self.file)
+            .arg("--socket")
+            .arg(self.control_socket())
+            .arg("--nbd")
+            .arg(format!("unix:{}", self.nbd_socket().display()))
+            .arg("--cache")
+            .arg(self.options.cache_bytes.to_string())
+    }
+
+    fn storage_daemon(&self, format: &str) -> Run {
+        let (nbd, qmp) = (self.nbd_socket(), self.control_socket());
+        let file = format!(
+            "driver=file,node-name=f,filename={},cache.direct=on,aio=io_uring,discard=unmap",
+            self.file.display()
+        );
+        let server = format!("addr.type=unix,addr.path={},max-connections=64", nbd.display());
+        Run::new("qemu-storage-daemon")
+            .arg("--blockdev")
+            .arg(file)
+            .arg("--blockdev")
+            .arg(format!("driver={format},node-name={EXPORT},file=f,discard=unmap"))
+            .arg("--nbd-server")
+            .arg(server)
+            .arg("--export")
+            .arg(format!("type=nbd,id=e,node-name={EXPORT},name={EXPORT},writable=on"))
+            .arg("--chardev")
+            .arg(format!("socket,id=q,path={},server=on,wait=off", qmp.display()))
+            .words("--monitor chardev=q")
+    }
+
+    /// Waits until the export answers.
+    fn wait_ready(&mut self) -> Result<()> {
+        let socket = self.nbd_socket();
+        self.wait_for("serve its disk", || nbd::Client::connect(&socket, EXPORT)).map(drop)
+    }
+
+    fn wait_for_control(&mut self) -> Result<Control> {
+        let socket = self.control_socket();
+        self.wait_for("answer on its control socket", || Control::connect(&socket))
+    }
+
+    fn wait_for<T>(&mut self, what: &str, attempt: impl Fn() -> Result<T>) -> Result<T> {
+        let mut last = None;
+        let running = self.running.as_mut().context("the server was not started")?;
+        clock::wait_until(START_LIMIT, || {
+            // A failed attempt says little while the server starts; the last one is kept.
+            last = Some(attempt());
+            matches!(last, Some(Ok(_))) || !running.is_alive()
+        });
+        match last {
+            Some(Ok(value)) => Ok(value),
+            Some(Err(error)) => {
+                let log = std::fs::read_to_string(self.log()).unwrap_or_default();
+                Err(error).with_context(|| format!("the server did not {what}:\n{}", tail(&log)))
+            }
+            None => bail!("the server was not asked"),
+        }
+    }
+
+    /// Kills it without warning, as a crash would.
+    ///
+    /// # Errors
+    /// If it is not running.
+    pub(crate) fn kill(&mut self) -> Result<()> {
+        self.running.take().context("the server is not running")?.kill()
+    }
+
+    /// Asks it to stop and waits until it has.
+    ///
+    /// # Errors
+    /// If it takes too long, or had ended before.
+    pub(crate) fn stop(&mut self) -> Result<ExitStatus> {
+        self.running.take().context("the server is not running")?.stop(STOP_LIMIT)
+    }
+
+    /// Which program this is.
+    pub(crate) fn kind(&self) -> &Kind {
+        &self.kind
+    }
+
+    /// Its process.
+    ///
+    /// # Errors
+    /// If it is not running.
+    pub(crate) fn process_id(&self) -> Result<u32> {
+        Ok(self.running.as_ref().context("the server is not running")?.id())
+    }
+
+    /// The store, or the peer's file.
+    pub(crate) fn file(&self) -> &Path {
+        &self.file
+    }
+
+    /// Where NBD clients connect.
+    pub(crate) fn nbd_socket(&self) -> PathBuf {
+        self.directory.join("nbd.sock")
+    }
+
+    /// Our control socket, or the peer's QMP monitor.
+    pub(crate) fn control_socket(&self) -> PathBuf {
+        self.directory.join("control.sock")
+    }
+
+    /// What the server printed.
+    pub(crate) fn log(&self) -> PathBuf {
+        self.directory.join("server.log")
+    }
+
+    /// The disk as a URI.
+    pub(crate) fn uri(&self) -> String {
+        self.uri_of(EXPORT)
+    }
+
+    /// Another export of this server as a URI.
+    pub(crate) fn uri_of(&self, export: &str) -> String {
+        format!("nbd+unix:///{export}?socket={}", self.nbd_socket().display())
+    }
+}
