@@ -265,3 +265,6 @@ fn cause(error: &io::Error) -> Cause {
 fn may_repeat(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN))
 }
+
+#[cfg(test)]
+mod tests;

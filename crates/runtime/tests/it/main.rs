@@ -1,5 +1,10 @@
 //! The reactor on the real kernel: each test runs on both engines.
-#![allow(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests with real time")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    clippy::disallowed_methods,
+    reason = "tests with real time"
+)]
 
 mod reactor;
 mod sockets;
