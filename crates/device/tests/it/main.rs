@@ -1,6 +1,7 @@
 //! Real files and block devices, on both engines.
 #![allow(
     clippy::unwrap_used,
+    clippy::expect_used,
     clippy::print_stderr,
     clippy::disallowed_methods,
     reason = "tests on the real kernel"
