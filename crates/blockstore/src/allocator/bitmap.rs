@@ -158,6 +158,11 @@ impl Planes {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn page_count(&self) -> usize {
+        self.pages.len()
+    }
+
     pub(super) fn live_count(&self) -> u64 {
         self.live_count
     }

@@ -140,6 +140,7 @@ fn empty_extents_become_free_but_not_under_a_window() {
     assert_eq!(allocator.reclaim_empty_extents(), 0);
     allocator.return_window(&mut window);
     assert_eq!(allocator.reclaim_empty_extents(), 1);
+    assert_eq!(allocator.state.borrow().planes.page_count(), 0, "its bits are forgotten");
     assert_eq!(allocator.take_dirty_extents(), [(ExtentIndex::new(0), None)]);
     assert_eq!(total(&fill(&allocator, Space::Metadata)), 1024, "all of it may be metadata now");
 }
@@ -376,6 +377,13 @@ impl Model {
         let extent = run.start.get() / self.extent_blocks;
         assert_eq!((run.end().get() - 1) / self.extent_blocks, extent, "a window in one extent");
         let longest = self.longest_run(space.kind());
+        // A last extent of a few blocks is taken like any other, but is itself a crumb then.
+        if let Some(taken) = self.takeable(space, &self.free_extents())
+            && longest < 16
+            && self.blocks_of(taken).count() < 16
+        {
+            self.kinds.insert(taken, space.kind());
+        }
         match self.kinds.get(&extent) {
             None => {
                 assert!(longest < 16, "an extent was taken although a run of {longest} was free");
@@ -587,7 +595,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(96))]
 
     #[test]
-    fn it_equals_the_model(steps in steps(), tail in 0u64..200) {
+    fn it_equals_the_model(steps in steps(), tail in prop_oneof![0u64..20, 20u64..200]) {
         play(9 * 256 + tail, 256, &steps);
     }
 }
