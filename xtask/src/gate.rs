@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use crate::console::{self, Heading};
 use crate::process::Run;
 use crate::workspace::Workspace;
-use crate::{arrows, licences, lint, packages, readme, simulator};
+use crate::{arrows, e2e, licences, lint, packages, readme, simulator};
 
 /// The version that is installed where there is none; anything newer does as well.
 const NEXTEST_VERSION: &str = "0.9.143";
@@ -43,7 +43,7 @@ macro_rules! single {
     };
 }
 
-const STEPS: [Step; 13] = [
+const STEPS: [Step; 14] = [
     single!("system packages", |_: &Workspace| packages::ensure(packages::Use::Gate)),
     single!("formatting", lint::formatting),
     single!("licences and sources of dependencies", licences::check),
@@ -57,6 +57,7 @@ const STEPS: [Step; 13] = [
     single!("release build", release_build),
     single!("simulator smoke", simulator::smoke),
     single!("simulator catches every mutant", simulator::mutants),
+    Step { name: "end to end", run: e2e::quick },
 ];
 
 /// Runs every step, or those whose names contain one of `filters`.

@@ -10,6 +10,7 @@ mod bench;
 mod clock;
 mod console;
 mod control;
+mod e2e;
 mod fio;
 mod fuzz;
 mod gate;
@@ -19,6 +20,7 @@ mod nbd;
 mod packages;
 mod process;
 mod qmp;
+mod random;
 mod readme;
 mod server;
 mod simulator;
@@ -31,12 +33,13 @@ use anyhow::{Result, bail};
 use crate::workspace::Workspace;
 
 /// Every task and what it does; a star marks what the gate runs too.
-const TASKS: [(&str, &str); 8] = [
+const TASKS: [(&str, &str); 9] = [
     ("test", "the whole gate: everything below marked *, in one go; words pick steps"),
     ("lint", "* formatting, clippy, licences, arrows between crates, house style, README"),
     ("docs", "* the API documentation, warnings denied"),
     ("sim", "* the simulator; without arguments its smoke test, `sim help` tells more"),
     ("fuzz", "the fuzz targets: [--seconds N] [target…]; needs cargo-fuzz and a nightly toolchain"),
+    ("e2e", "* end to end, the gate a part of it: [--quick] [--peer] [--seed N] [scenario…]"),
     ("bench", "figures beside those of peers: [--quick] [--peers-only] [--write] [--rows a,b]"),
     ("packages", "install the Debian packages that any task needs"),
     ("help", "this list"),
@@ -66,6 +69,7 @@ fn run(arguments: &[String]) -> Result<ExitCode> {
         "sim" => simulator::run(&workspace, rest)?,
         "fuzz" => fuzz::run(&workspace, rest)?,
         "bench" => bench::run(&workspace, rest)?,
+        "e2e" => e2e::run(&workspace, rest)?,
         "packages" => packages::ensure(packages::Use::Everything)?,
         "help" | "--help" | "-h" => console::say(&usage()),
         other => bail!("there is no task '{other}'\n\n{}", usage()),

@@ -107,26 +107,42 @@ pub(crate) fn add_backports() -> Result<()> {
     if !is_bookworm()? {
         return Ok(());
     }
-    let mut mirror = "http://deb.debian.org/debian".to_owned();
-    for entry in std::fs::read_dir("/etc/apt/sources.list.d")? {
-        let path = entry?.path();
-        let is_list = path.extension().is_some_and(|kind| kind == "list" || kind == "sources");
-        let text = if is_list { std::fs::read_to_string(&path)? } else { continue };
+    for text in source_lists()? {
         if text.contains("bookworm-backports") {
             return Ok(());
         }
-        if let Some(found) = debian_mirror(&text) {
-            mirror = found;
-        }
     }
-    std::fs::write(BACKPORTS_LIST, format!("deb {mirror} bookworm-backports main\n"))?;
+    let line = format!("deb {} bookworm-backports main\n", mirror()?);
+    std::fs::write(BACKPORTS_LIST, line)?;
     Ok(())
 }
 
+/// The mirror that this machine takes its release from.
+///
+/// # Errors
+/// If the lists cannot be read.
+pub(crate) fn mirror() -> Result<String> {
+    let release = release()?;
+    let found = source_lists()?.iter().find_map(|text| debian_mirror(text, &release));
+    Ok(found.unwrap_or_else(|| "http://deb.debian.org/debian".to_owned()))
+}
+
+/// Every list of package sources.
+fn source_lists() -> Result<Vec<String>> {
+    let mut texts = Vec::new();
+    for entry in std::fs::read_dir("/etc/apt/sources.list.d").context("list package sources")? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|kind| kind == "list" || kind == "sources") {
+            texts.push(std::fs::read_to_string(&path)?);
+        }
+    }
+    Ok(texts)
+}
+
 /// The mirror that a deb822 source file names for the release itself.
-fn debian_mirror(sources: &str) -> Option<String> {
-    let stanza =
-        sources.split("\n\n").find(|stanza| stanza.contains("bookworm bookworm-updates"))?;
+fn debian_mirror(sources: &str, release: &str) -> Option<String> {
+    let suites = format!("Suites: {release} ");
+    let stanza = sources.split("\n\n").find(|stanza| stanza.contains(&suites))?;
     let line = stanza.lines().find(|line| line.starts_with("URIs:"))?;
     line.split_whitespace().nth(1).map(str::to_owned)
 }
@@ -136,8 +152,17 @@ fn debian_mirror(sources: &str) -> Option<String> {
 /// # Errors
 /// If the system does not say what it is.
 pub(crate) fn is_bookworm() -> Result<bool> {
+    Ok(release()? == "bookworm")
+}
+
+/// The code name of this machine's release.
+///
+/// # Errors
+/// If the system does not say what it is.
+pub(crate) fn release() -> Result<String> {
     let text = std::fs::read_to_string("/etc/os-release").context("read /etc/os-release")?;
-    Ok(text.lines().any(|line| line == "VERSION_CODENAME=bookworm"))
+    let name = text.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="));
+    name.map(str::to_owned).context("the system has no code name")
 }
 
 /// apt-get that asks nothing and waits for another one to finish.
@@ -155,7 +180,7 @@ mod tests {
     fn the_mirror_is_taken_from_the_release_not_from_security() {
         let text = "Types: deb\nURIs: http://mirror/debian\nSuites: bookworm bookworm-updates\n\n\
                     Types: deb\nURIs: http://mirror/security\nSuites: bookworm-security\n";
-        assert_eq!(debian_mirror(text).as_deref(), Some("http://mirror/debian"));
-        assert_eq!(debian_mirror("Types: deb\nURIs: http://x\nSuites: sid\n"), None);
+        assert_eq!(debian_mirror(text, "bookworm").as_deref(), Some("http://mirror/debian"));
+        assert_eq!(debian_mirror("Types: deb\nURIs: http://x\nSuites: sid\n", "bookworm"), None);
     }
 }

@@ -1,0 +1,77 @@
+#!/bin/busybox sh
+# First process of the guest that fills a file system and checks it after crashes.
+# From the kernel's command line: plx.mode=fill|check plx.fs=ext4|xfs|btrfs plx.new=0|1
+# plx.from=N. It says on the serial line: ACKED number md5 (after fsync has returned), DEL number
+# (before a file is removed), GOT number md5, FSCK exit-code, IOERROR, END.
+/bin/busybox mkdir -p /proc /sys /dev /mnt /tmp /run /bin
+/bin/busybox --install -s /bin
+export PATH=/bin:/sbin:/usr/bin:/usr/sbin
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+for word in $(cat /proc/cmdline); do
+    case $word in plx.*) eval "${word#plx.}" ;; esac
+done
+while read -r module; do
+    insmod "$module" || echo "INSMOD $module failed"
+done < /modules
+options=rw
+[ "$fs" = xfs ] && options=rw,nouuid
+
+make() {
+    case $fs in
+    ext4) mkfs.ext4 -q -F /dev/vda ;;
+    xfs) mkfs.xfs -q -f /dev/vda ;;
+    btrfs) mkfs.btrfs -q -f /dev/vda ;;
+    esac
+}
+
+fsck_only() {
+    case $fs in
+    ext4) e2fsck -fn /dev/vda ;;
+    xfs) xfs_repair -n /dev/vda ;;
+    btrfs) btrfs check --readonly /dev/vda ;;
+    esac
+}
+
+fill() {
+    number=$from
+    while [ "$number" -lt 100000 ]; do
+        number=$((number + 1))
+        blocks=$((number * 7919 % 64 + 1))
+        if ! dd if=/dev/urandom of=/mnt/f.$number bs=4k count=$blocks conv=fsync 2>/tmp/dd; then
+            echo "IOERROR $number $(tail -n 1 /tmp/dd)"
+            return
+        fi
+        sum=$(md5sum < /mnt/f.$number)
+        echo "ACKED $number ${sum%% *}"
+        if [ "$number" -gt 400 ]; then
+            echo "DEL $((number - 400))"
+            rm -f /mnt/f.$((number - 400))
+        fi
+    done
+}
+
+check() {
+    for file in /mnt/f.*; do
+        sum=$(md5sum < "$file")
+        echo "GOT ${file#/mnt/f.} ${sum%% *}"
+    done
+    umount /mnt
+    fsck_only > /tmp/fsck 2>&1
+    code=$?
+    [ $code = 0 ] || tail -n 20 /tmp/fsck
+    echo "FSCK $code"
+}
+
+echo BOOTED
+[ "$new" = 1 ] && { make || echo "MKFS failed"; }
+if mount -t "$fs" -o $options /dev/vda /mnt; then
+    "$mode"
+else
+    dmesg | tail -n 20
+    echo "MOUNT failed"
+fi
+echo END
+sync
+poweroff -f

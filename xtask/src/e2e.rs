@@ -1,0 +1,198 @@
+//! `cargo xtask e2e`: real clients, real kernels and real crashes against the real daemon.
+//!
+//! Every scenario runs against one server of its own, in directories of its own. With `--peer`
+//! they run against qemu-storage-daemon instead, as far as it can do what they ask: a harness
+//! that finds faults in a server that is known to be good is itself at fault.
+
+mod clones;
+mod crash;
+mod filesystems;
+mod fio_matrix;
+mod guest;
+mod initramfs;
+mod kernel;
+mod ledger;
+mod tools;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::clock;
+use crate::console::{self, Heading};
+use crate::gate::Count;
+use crate::packages;
+use crate::random::Random;
+use crate::server::{Kind, Options, Server};
+use crate::workspace::Workspace;
+
+/// One scenario.
+struct Scenario {
+    name: &'static str,
+    /// Whether the gate runs it, in its short form.
+    quick: bool,
+    /// Whether it boots guests.
+    guests: bool,
+    run: fn(&mut Bed) -> Result<()>,
+}
+
+const SCENARIOS: [Scenario; 7] = [
+    Scenario { name: "tools", quick: true, guests: false, run: tools::run },
+    Scenario { name: "fio", quick: true, guests: false, run: fio_matrix::run },
+    Scenario { name: "crash", quick: true, guests: false, run: crash::run },
+    Scenario { name: "guest-ext4", quick: false, guests: true, run: filesystems::ext4 },
+    Scenario { name: "guest-xfs", quick: false, guests: true, run: filesystems::xfs },
+    Scenario { name: "guest-btrfs", quick: false, guests: true, run: filesystems::btrfs },
+    Scenario { name: "clones", quick: false, guests: true, run: clones::run },
+];
+
+/// Where a scenario runs, and what it found.
+pub(crate) struct Bed {
+    /// The server to test.
+    kind: Kind,
+    /// Short form, for the gate.
+    quick: bool,
+    /// Large files of this scenario; gone when it has passed.
+    data: PathBuf,
+    /// Sockets and logs of this scenario; gone when it has passed.
+    scratch: PathBuf,
+    /// What outlives a run: a kernel, a root file system.
+    cache: PathBuf,
+    /// The scenario's choices; the seed is printed.
+    random: Random,
+    count: Count,
+}
+
+/// Runs the scenarios asked for, or all.
+///
+/// # Errors
+/// If any check fails.
+pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<()> {
+    let mut quick = false;
+    let mut peer = false;
+    let mut seed = None;
+    let mut names = Vec::new();
+    let mut rest = arguments.iter();
+    while let Some(argument) = rest.next() {
+        match argument.as_str() {
+            "--quick" => quick = true,
+            "--peer" => peer = true,
+            "--seed" => {
+                seed =
+                    Some(rest.next().context("--seed takes a number")?.parse().context("--seed")?);
+            }
+            name if SCENARIOS.iter().any(|scenario| scenario.name == name) => names.push(name),
+            other => bail!(
+                "e2e does not know '{other}': [--quick] [--peer] [--seed N] [scenario…]; the \
+                 scenarios are {}",
+                SCENARIOS.map(|scenario| scenario.name).join(", ")
+            ),
+        }
+    }
+    let chosen = |scenario: &&Scenario| match names.is_empty() {
+        true => !quick || scenario.quick,
+        false => names.contains(&scenario.name),
+    };
+    let kind = match peer {
+        true => Kind::Raw,
+        false => Kind::Parallax(workspace.release_binary("parallax", "parallax")?),
+    };
+    let scenarios: Vec<&Scenario> = SCENARIOS.iter().filter(chosen).collect();
+    let count = scenarios_on(workspace, &kind, quick, seed, &scenarios)?;
+    console::say(&format!("{} passed, {} failed", count.passed, count.failed));
+    ensure!(count.failed == 0, "{} end-to-end checks failed", count.failed);
+    Ok(())
+}
+
+/// The gate's part: the quick scenarios in their short form.
+///
+/// # Errors
+/// If a scenario cannot be run at all.
+pub(crate) fn quick(workspace: &Workspace) -> Result<Count> {
+    let kind = Kind::Parallax(workspace.release_binary("parallax", "parallax")?);
+    let quick: Vec<&Scenario> = SCENARIOS.iter().filter(|scenario| scenario.quick).collect();
+    scenarios_on(workspace, &kind, true, None, &quick)
+}
+
+fn scenarios_on(
+    workspace: &Workspace,
+    kind: &Kind,
+    quick: bool,
+    seed: Option<u64>,
+    scenarios: &[&Scenario],
+) -> Result<Count> {
+    let guests = scenarios.iter().any(|scenario| scenario.guests);
+    packages::ensure(if guests { packages::Use::Everything } else { packages::Use::Gate })?;
+    let mut total = Count::default();
+    for scenario in scenarios {
+        let heading = Heading::new(&format!("e2e {}", scenario.name));
+        let seed = seed.unwrap_or_else(Random::fresh_seed);
+        console::say(&format!("replay with: cargo xtask e2e {} --seed {seed}", scenario.name));
+        let name = format!("{}-{}", scenario.name, std::process::id());
+        let mut bed = Bed {
+            kind: kind.clone(),
+            quick,
+            data: workspace.target.join("e2e").join(&name),
+            scratch: std::env::temp_dir().join(format!("parallax-e2e-{name}")),
+            cache: workspace.target.join("guest"),
+            random: Random::new(seed),
+            count: Count::default(),
+        };
+        for directory in [&bed.data, &bed.scratch, &bed.cache] {
+            std::fs::create_dir_all(directory)?;
+        }
+        if let Err(error) = (scenario.run)(&mut bed) {
+            console::error(&format!("{error:#}"));
+            bed.count.failed += 1;
+        }
+        // Gigabytes: gone in any case. Logs stay after a failure.
+        std::fs::remove_dir_all(&bed.data)?;
+        if bed.count.failed == 0 {
+            std::fs::remove_dir_all(&bed.scratch)?;
+            heading.done(&format!("{} passed", bed.count.passed));
+        } else {
+            console::say(&format!("logs: {}", bed.scratch.display()));
+            heading.done(&format!("{} FAILED", bed.count.failed));
+        }
+        total.passed += bed.count.passed;
+        total.failed += bed.count.failed;
+    }
+    Ok(total)
+}
+
+impl Bed {
+    /// A server with a disk of this size.
+    fn server(&self, disk_bytes: u64) -> Result<Server> {
+        self.server_with(&Options::disk(disk_bytes))
+    }
+
+    fn server_with(&self, options: &Options) -> Result<Server> {
+        Server::create(&self.kind, options, &self.data, &self.scratch)
+    }
+
+    /// Our binary; `None` when the peer is tested.
+    fn parallax(&self) -> Option<&Path> {
+        match &self.kind {
+            Kind::Parallax(binary) => Some(binary),
+            Kind::Raw | Kind::Qcow2 => None,
+        }
+    }
+
+    /// Runs one check, says how it went and counts it; a failed one does not end the scenario.
+    fn check(&mut self, name: &str, check: impl FnOnce() -> Result<()>) {
+        let start = clock::now();
+        let result = check();
+        let seconds = start.elapsed().as_secs_f64();
+        match result {
+            Ok(()) => {
+                self.count.passed += 1;
+                console::say(&format!("  pass {name} ({seconds:.1} s)"));
+            }
+            Err(error) => {
+                self.count.failed += 1;
+                console::say(&format!("  FAIL {name} ({seconds:.1} s)"));
+                console::error(&format!("{name}: {error:#}"));
+            }
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! A virtual machine under QEMU's own emulation: slow, but it runs where nothing else does.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use crate::clock;
+use crate::process::{Run, Running, tail};
+
+use super::kernel::Kernel;
+
+/// How long a guest's disk may be away before it sees an error.
+const RECONNECT_SECONDS: u32 = 120;
+
+/// What a guest is started with.
+pub(crate) struct Machine<'a> {
+    /// Its kernel.
+    pub(crate) kernel: &'a Kernel,
+    /// Its first file system.
+    pub(crate) initramfs: &'a Path,
+    /// Added to the kernel's command line.
+    pub(crate) append: String,
+    /// NBD socket and export of each disk.
+    pub(crate) disks: Vec<(PathBuf, String)>,
+    /// Where its serial line is written to.
+    pub(crate) serial: PathBuf,
+}
+
+/// A running guest; gone when dropped.
+pub(crate) struct Guest {
+    running: Running,
+    serial: PathBuf,
+}
+
+impl Machine<'_> {
+    /// Switches it on.
+    ///
+    /// # Errors
+    /// If QEMU does not start.
+    pub(crate) fn start(&self) -> Result<Guest> {
+        if self.serial.exists() {
+            std::fs::remove_file(&self.serial)?;
+        }
+        let append =
+            format!("console=ttyS0 quiet panic=-1 mitigations=off nokaslr {}", self.append);
+        let mut run = Run::new("qemu-system-x86_64")
+            .words("-M q35 -accel tcg,thread=multi -cpu max -smp 2 -m 512")
+            .words("-nodefaults -display none -no-reboot -kernel")
+            .arg(&self.kernel.image)
+            .arg("-initrd")
+            .arg(self.initramfs)
+            .arg("-append")
+            .arg(append)
+            .arg("-serial")
+            .arg(format!("file:{}", self.serial.display()));
+        for (index, (socket, export)) in self.disks.iter().enumerate() {
+            run = run
+                .arg("-blockdev")
+                .arg(format!(
+                    "driver=nbd,node-name=n{index},server.type=unix,server.path={},export={export},\
+                     reconnect-delay={RECONNECT_SECONDS},open-timeout=10",
+                    socket.display()
+                ))
+                .arg("-device")
+                .arg(format!("virtio-blk-pci,drive=n{index},num-queues=2"));
+        }
+        let log = self.serial.with_extension("qemu.log");
+        Ok(Guest { running: run.background(&log)?, serial: self.serial.clone() })
+    }
+}
+
+impl Guest {
+    /// What it has said so far.
+    pub(crate) fn said(&self) -> String {
+        let bytes = std::fs::read(&self.serial).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).replace('\r', "")
+    }
+
+    /// Waits until it has said a line for which `wanted` holds.
+    ///
+    /// # Errors
+    /// If it ends before, or takes longer than `limit`; the error has the end of what it said.
+    pub(crate) fn wait_for(
+        &mut self,
+        what: &str,
+        limit: Duration,
+        wanted: impl Fn(&str) -> bool,
+    ) -> Result<()> {
+        let mut found = false;
+        let mut ended = false;
+        clock::wait_until(limit, || {
+            // Asked first: what it says last is still read.
+            ended = !self.running.is_alive();
+            found = complete_lines(&self.said()).any(&wanted);
+            clock::sleep(Duration::from_millis(20));
+            found || ended
+        });
+        if found {
+            return Ok(());
+        }
+        let how = if ended { "ended" } else { "was silent for too long" };
+        bail!("the guest {how} instead of {what}:\n{}", tail(&self.said()))
+    }
+
+    /// Pulls the plug.
+    ///
+    /// # Errors
+    /// If QEMU is gone already.
+    pub(crate) fn kill(mut self) -> Result<String> {
+        self.running.kill()?;
+        Ok(self.said())
+    }
+
+    /// Waits until it has switched itself off; returns all that it said.
+    ///
+    /// # Errors
+    /// If it does not within `limit`.
+    pub(crate) fn wait(mut self, limit: Duration) -> Result<String> {
+        let ended = self.running.wait(limit);
+        let said = self.said();
+        ended.with_context(|| format!("the guest said:\n{}", tail(&said)))?;
+        Ok(said)
+    }
+}
+
+/// Lines that have been said to their end: the last one may be cut off by a kill.
+pub(crate) fn complete_lines(said: &str) -> impl Iterator<Item = &str> {
+    let end = said.rfind('\n').map_or(0, |end| end + 1);
+    said.get(..end).unwrap_or_default().lines()
+}
