@@ -1,5 +1,6 @@
 //! A block device: a loop device on a scratch file, where we may make one.
 
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::rc::Rc;
@@ -34,6 +35,12 @@ fn a_block_device_works_like_a_file() {
             eprintln!("not allowed to make a loop device here");
             return;
         };
+        // As a mounted file system does: without our lock, but exclusively.
+        let mut options = std::fs::OpenOptions::new();
+        let mounted = options.read(true).custom_flags(libc::O_EXCL).open(&node.0).unwrap();
+        let error = BlockFile::open(reactor.io(), &node.0, OpenOptions::default()).unwrap_err();
+        assert_eq!(error.cause, OpenCause::Busy);
+        drop(mounted);
         let file = BlockFile::open(reactor.io(), &node.0, OpenOptions::default()).unwrap();
         let error = BlockFile::open(reactor.io(), &node.0, OpenOptions::default()).unwrap_err();
         assert_eq!(error.cause, OpenCause::Busy);

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::mpsc;
-use std::task::Poll;
+use std::task::{Poll, Waker};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -101,20 +101,29 @@ thread_local! {
 #[test]
 fn no_wake_from_another_thread_is_lost() {
     on_each_engine(|reactor| {
-        let (give, take) = mpsc::channel::<std::task::Waker>();
+        let (give, take) = mpsc::channel::<Waker>();
+        // It spins, so as to wake at once; the task lingers for a time that differs each round.
+        // So some wakes hit the moment between the reactor's last look and its sleep.
         let waker = thread::spawn(move || {
-            for waker in take {
-                waker.wake();
+            loop {
+                match take.try_recv() {
+                    Ok(waker) => waker.wake(),
+                    Err(mpsc::TryRecvError::Empty) => thread::yield_now(),
+                    Err(mpsc::TryRecvError::Disconnected) => return,
+                }
             }
         });
         let rounds = 20_000;
-        let mut polls = 0;
+        let mut polls = 0u32;
         let task = std::future::poll_fn(move |context| {
             polls += 1;
             if polls > rounds {
                 return Poll::Ready(());
             }
             give.send(context.waker().clone()).unwrap();
+            for _ in 0..polls.wrapping_mul(2_654_435_761) % 256 {
+                std::hint::spin_loop();
+            }
             Poll::Pending
         });
         reactor.run(task).unwrap();
