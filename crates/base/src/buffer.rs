@@ -214,6 +214,16 @@ impl BufferPool {
         Buffer { blocks, registration: None, home }
     }
 
+    /// As [`Self::take`], but never a registered buffer: for what is kept, such as cached nodes, so
+    /// that registered ones stay with the I/O that they speed up.
+    #[must_use]
+    pub fn take_to_keep(&self, block_count: usize) -> Buffer {
+        let set_aside = std::mem::take(&mut self.shelves.borrow_mut().registered);
+        let buffer = self.take(block_count);
+        self.shelves.borrow_mut().registered = set_aside;
+        buffer
+    }
+
     /// Creates `count` single-block buffers and hands their blocks to `register`, which tells the
     /// kernel about them in that order; from then on they are what `take(1)` prefers.
     /// The blocks never move or go away while the pool or a buffer of it lives.

@@ -42,6 +42,9 @@ pub enum EntryState {
     Zero = 1,
     /// Names a block.
     Mapped = 2,
+    /// What it named was lost to damage that was found and reported: reads fail until the block is
+    /// written again.
+    Damaged = 3,
 }
 
 /// One entry: 16 bytes that name a child node, a page or a data block, and verify it.
@@ -59,6 +62,23 @@ impl Entry {
         Self(bytes)
     };
 
+    /// What was here is lost.
+    pub const DAMAGED: Self = {
+        let mut bytes = [0; ENTRY_BYTES];
+        bytes[5] = EntryState::Damaged as u8;
+        Self(bytes)
+    };
+
+    /// The entry that stands for `state` without naming a block.
+    #[must_use]
+    pub const fn uniform(state: EntryState) -> Self {
+        match state {
+            EntryState::Zero => Self::ZERO,
+            EntryState::Damaged => Self::DAMAGED,
+            EntryState::Unmapped | EntryState::Mapped => Self::UNMAPPED,
+        }
+    }
+
     /// Names the block at `pba`, whose bytes hash to `hash` (48 bits of it are kept).
     ///
     /// # Panics
@@ -73,20 +93,33 @@ impl Entry {
         Self([a0, a1, a2, a3, a4, state, b0, b1, b2, b3, h0, h1, h2, h3, h4, h5])
     }
 
-    /// Its state; damage that hashing did not catch reads as mapped nowhere, see `is_valid`.
+    /// The same, born at `birth`.
+    #[must_use]
+    pub fn with_birth(self, birth: BirthLabel) -> Self {
+        let mut bytes = self.0;
+        let [b0, b1, b2, b3] = birth.get().to_le_bytes();
+        bytes[6] = b0;
+        bytes[7] = b1;
+        bytes[8] = b2;
+        bytes[9] = b3;
+        Self(bytes)
+    }
+
+    /// Its state.
     #[must_use]
     pub fn state(self) -> EntryState {
         match self.0[5] & STATE_MASK {
             0 => EntryState::Unmapped,
             1 => EntryState::Zero,
-            _ => EntryState::Mapped,
+            2 => EntryState::Mapped,
+            _ => EntryState::Damaged,
         }
     }
 
     /// Whether all bits have a meaning that this version knows.
     #[must_use]
     pub fn is_valid(self) -> bool {
-        self.0[5] & !KNOWN_FLAGS == 0 && self.0[5] & STATE_MASK != STATE_MASK
+        self.0[5] & !KNOWN_FLAGS == 0
     }
 
     /// The block that it names. Meaningful if mapped.
@@ -143,6 +176,7 @@ impl std::fmt::Debug for Entry {
         match self.state() {
             EntryState::Unmapped => f.write_str("unmapped"),
             EntryState::Zero => f.write_str("zero"),
+            EntryState::Damaged => f.write_str("damaged"),
             EntryState::Mapped => {
                 write!(f, "{} (born {}, {:012x})", self.pba(), self.birth(), self.hash48())
             }

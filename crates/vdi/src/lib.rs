@@ -1,8 +1,37 @@
 //! Virtual disk images over a blockstore.
+//!
+//! One 4 KiB guest write, from top to bottom:
+//!
+//! 1. A frontend calls [`disk::Disk::submit`] on a handle (`handle.rs`), which checks the range.
+//! 2. `write.rs` holds the block against other changes (`ranges.rs`), takes a free block from the
+//!    VDI's window (`blockstore::allocator`) and room in the log (`blockstore::log`).
+//! 3. The data goes to the write scheduler (`blockstore::scheduler`), which joins it with its
+//!    neighbours of this turn; the mapping record goes into the open log block.
+//! 4. When both have completed, and every log block before, the mapping enters the overlay of the
+//!    VDI's branch (`branch.rs`, `overlay.rs`), where reads (`read.rs`) find it from now on.
+//! 5. The request is acknowledged.
+//! 6. Some time later a checkpoint (`checkpoint.rs`) merges the overlay into the radix tree
+//!    (`blockstore::tree`) and publishes the root with one slot write (`blockstore::slots`).
+//! 7. After a crash, `recovery.rs` replays the log over the last published root.
+//!
+//! Snapshots, clones and the rest are log records too (`manage.rs`).
 
+mod background;
+mod branch;
+mod checkpoint;
+mod compare;
+mod engine;
 mod error;
+mod handle;
+mod manage;
+mod overlay;
+mod ranges;
+mod read;
+mod recovery;
 pub mod store;
 mod types;
+mod vdi;
+mod write;
 
 pub use error::Error;
 pub use store::Store;

@@ -1,11 +1,18 @@
 //! A store: the VDIs of one host on one device.
 
+use std::ops::Bound;
 use std::rc::Rc;
 
-use base::{ErrorKind, SnapshotNumber, VdiId};
-use device::Device;
+use base::{BLOCK_SIZE_U64, SnapshotNumber, VdiId};
+use device::{Device, DeviceError};
 use disk::Disk;
 use runtime::Runtime;
+
+use crate::engine::{Engine, as_u64};
+use crate::handle::{SnapshotHandle, VdiHandle};
+use crate::manage::{find_snapshot, not_found};
+use crate::vdi::Snapshot;
+use crate::{background, recovery};
 
 use crate::Error;
 use crate::types::{
@@ -14,12 +21,8 @@ use crate::types::{
 };
 
 /// An open store. Clones share it.
-#[derive(Clone, Debug)]
-pub struct Store {}
-
-fn unsupported<T>() -> Result<T, Error> {
-    Err(Error::refused(ErrorKind::Unsupported, "not built yet"))
-}
+#[derive(Clone)]
+pub struct Store(Rc<Engine>);
 
 impl Store {
     /// Writes an empty store to `device`. Durable on return.
@@ -27,11 +30,12 @@ impl Store {
     /// # Errors
     /// `Busy` if the device looks used and `force` is not set; `Invalid` for impossible sizes.
     pub async fn format(
-        _device: &Device,
-        _runtime: &Runtime,
-        _options: &FormatOptions,
+        device: &Device,
+        runtime: &Runtime,
+        options: &FormatOptions,
     ) -> Result<(), Error> {
-        unsupported()
+        let options = recovery::format_options(options);
+        Ok(blockstore::format::format(device, runtime, &options).await?)
     }
 
     /// Opens a store: recovers it if it was not closed cleanly, and starts its background tasks
@@ -41,11 +45,13 @@ impl Store {
     /// `Corrupt` if no superblock or host slot is intact; `Unsupported` for an unknown
     /// incompatible feature; `NotFound` if there is no store on the device.
     pub async fn open(
-        _device: Device,
-        _runtime: Runtime,
-        _options: &OpenOptions,
+        device: Device,
+        runtime: Runtime,
+        options: &OpenOptions,
     ) -> Result<(Self, OpenReport), Error> {
-        unsupported()
+        let (engine, report) = recovery::open(device, runtime, options).await?;
+        background::start(&engine);
+        Ok((Self(engine), report))
     }
 
     /// Stops taking requests, waits for those in flight, writes a last checkpoint and marks the
@@ -54,15 +60,15 @@ impl Store {
     /// # Errors
     /// If the device fails; the store is as after a crash then.
     pub async fn close(&self) -> Result<(), Error> {
-        unsupported()
+        self.0.close().await
     }
 
     /// Creates an empty VDI. Durable on return.
     ///
     /// # Errors
     /// `Exists`; `Invalid` for a bad name or size (1 block to 4 PiB; rounded up to whole blocks).
-    pub async fn create(&self, _name: &str, _size_bytes: u64) -> Result<VdiId, Error> {
-        unsupported()
+    pub async fn create(&self, name: &str, size_bytes: u64) -> Result<VdiId, Error> {
+        self.0.create(name, size_bytes).await
     }
 
     /// Makes a new VDI with the contents of a snapshot, or of a VDI at this moment. Durable on
@@ -70,8 +76,8 @@ impl Store {
     ///
     /// # Errors
     /// `NotFound`, `Exists`, `Invalid`.
-    pub async fn clone_vdi(&self, _source: &Target, _name: &str) -> Result<VdiId, Error> {
-        unsupported()
+    pub async fn clone_vdi(&self, source: &Target, name: &str) -> Result<VdiId, Error> {
+        self.0.clone_vdi(source, name).await
     }
 
     /// Takes a snapshot; it holds every write acknowledged before this call and none issued after
@@ -79,20 +85,29 @@ impl Store {
     ///
     /// # Errors
     /// `NotFound`; `Exists` if the label is taken.
-    pub async fn snapshot(
-        &self,
-        _name: &str,
-        _label: Option<&str>,
-    ) -> Result<SnapshotNumber, Error> {
-        unsupported()
+    pub async fn snapshot(&self, name: &str, label: Option<&str>) -> Result<SnapshotNumber, Error> {
+        self.0.snapshot(name, label).await
     }
 
     /// Lists at most `max` VDIs whose names come after `after`, in order of name.
     ///
     /// # Errors
     /// If metadata cannot be read.
-    pub async fn list(&self, _after: Option<&str>, _max: usize) -> Result<Vec<VdiEntry>, Error> {
-        unsupported()
+    pub async fn list(&self, after: Option<&str>, max: usize) -> Result<Vec<VdiEntry>, Error> {
+        let from = match after {
+            Some(name) => Bound::Excluded(name.to_owned()),
+            None => Bound::Unbounded,
+        };
+        let ids: Vec<VdiId> = {
+            let registry = self.0.registry.borrow();
+            registry.names.range((from, Bound::Unbounded)).take(max).map(|(_, &id)| id).collect()
+        };
+        let mut entries = Vec::with_capacity(ids.len());
+        for id in ids {
+            // One that is deleted meanwhile is left out.
+            entries.extend(self.entry(id).await?);
+        }
+        Ok(entries)
     }
 
     /// Lists at most `max` snapshots of a VDI with numbers above `after`.
@@ -101,35 +116,39 @@ impl Store {
     /// `NotFound`.
     pub async fn snapshots(
         &self,
-        _name: &str,
-        _after: SnapshotNumber,
-        _max: usize,
+        name: &str,
+        after: SnapshotNumber,
+        max: usize,
     ) -> Result<Vec<SnapshotEntry>, Error> {
-        unsupported()
+        let vdi = self.0.find(name).await?;
+        let snapshots = vdi.snapshots.borrow();
+        let behind = snapshots.range((Bound::Excluded(after), Bound::Unbounded));
+        Ok(behind.take(max).map(|(_, snapshot)| snapshot_entry(snapshot)).collect())
     }
 
     /// Describes one VDI.
     ///
     /// # Errors
     /// `NotFound`.
-    pub async fn info(&self, _name: &str) -> Result<VdiEntry, Error> {
-        unsupported()
+    pub async fn info(&self, name: &str) -> Result<VdiEntry, Error> {
+        let vdi = self.0.find(name).await?;
+        self.entry(vdi.id).await?.ok_or_else(|| not_found(name))
     }
 
     /// Counts the space of a VDI or snapshot by walking its tree.
     ///
     /// # Errors
     /// `NotFound`; `Corrupt` if a node of it is damaged.
-    pub async fn space(&self, _target: &Target) -> Result<VdiSpace, Error> {
-        unsupported()
+    pub async fn space(&self, target: &Target) -> Result<VdiSpace, Error> {
+        self.0.space(target).await
     }
 
     /// Renames a VDI. Durable on return. Open handles go on.
     ///
     /// # Errors
     /// `NotFound`, `Exists`, `Invalid`.
-    pub async fn rename(&self, _name: &str, _new_name: &str) -> Result<(), Error> {
-        unsupported()
+    pub async fn rename(&self, name: &str, new_name: &str) -> Result<(), Error> {
+        self.0.rename(name, new_name).await
     }
 
     /// Changes the size. Durable on return. Contents beyond a smaller size are gone for ever:
@@ -137,8 +156,8 @@ impl Store {
     ///
     /// # Errors
     /// `NotFound`, `Invalid`.
-    pub async fn resize(&self, _name: &str, _size_bytes: u64) -> Result<(), Error> {
-        unsupported()
+    pub async fn resize(&self, name: &str, size_bytes: u64) -> Result<(), Error> {
+        self.0.resize(name, size_bytes).await
     }
 
     /// Deletes a VDI with all its snapshots, or one snapshot. Durable on return. Open handles of
@@ -146,8 +165,8 @@ impl Store {
     ///
     /// # Errors
     /// `NotFound`.
-    pub async fn remove(&self, _target: &Target) -> Result<(), Error> {
-        unsupported()
+    pub async fn remove(&self, target: &Target) -> Result<(), Error> {
+        self.0.remove(target).await
     }
 
     /// Makes the VDI's contents those of one of its snapshots. Snapshots stay. Durable on return.
@@ -155,24 +174,32 @@ impl Store {
     ///
     /// # Errors
     /// `NotFound`.
-    pub async fn rollback(&self, _name: &str, _snapshot: &str) -> Result<(), Error> {
-        unsupported()
+    pub async fn rollback(&self, name: &str, snapshot: &str) -> Result<(), Error> {
+        self.0.rollback(name, snapshot).await
     }
 
     /// Lists the runs of bytes that differ between two VDIs or snapshots. Walks only what differs.
     ///
     /// # Errors
     /// `NotFound`; `Corrupt`.
-    pub async fn diff(&self, _from: &Target, _to: &Target) -> Result<Vec<DiffExtent>, Error> {
-        unsupported()
+    pub async fn diff(&self, from: &Target, to: &Target) -> Result<Vec<DiffExtent>, Error> {
+        self.0.diff(from, to).await
     }
 
     /// Opens a VDI for reading and writing, or a snapshot for reading.
     ///
     /// # Errors
     /// `NotFound`.
-    pub async fn open_disk(&self, _target: &Target) -> Result<Rc<dyn Disk>, Error> {
-        unsupported()
+    pub async fn open_disk(&self, target: &Target) -> Result<Rc<dyn Disk>, Error> {
+        let vdi = self.0.find(&target.vdi).await?;
+        let engine = Rc::clone(&self.0);
+        Ok(match &target.snapshot {
+            Some(label) => {
+                let snapshot = find_snapshot(&vdi, &target.vdi, label)?;
+                Rc::new(SnapshotHandle::new(engine, vdi, snapshot))
+            }
+            None => Rc::new(VdiHandle::new(engine, vdi)),
+        })
     }
 
     /// Publishes everything up to now, twice, so that both host slots name it and every block
@@ -181,12 +208,68 @@ impl Store {
     /// # Errors
     /// If the device fails.
     pub async fn checkpoint(&self) -> Result<(), Error> {
-        unsupported()
+        self.0.checkpoint_twice().await
     }
 
     /// Current counters.
     #[must_use]
     pub fn stats(&self) -> Stats {
-        Stats::default()
+        let engine = &self.0;
+        let (log_used, log_ring) = engine.log.usage();
+        let cache = engine.nodes.cache().stats();
+        Stats {
+            capacity_bytes: engine.allocator.capacity_blocks() * BLOCK_SIZE_U64,
+            free_bytes: engine.allocator.free_blocks() * BLOCK_SIZE_U64,
+            vdi_count: as_u64(engine.registry.borrow().names.len()),
+            device_flushes: engine.scheduler.flush_count(),
+            log_blocks: engine.log.blocks_written(),
+            log_records: engine.log.last_lsn().get(),
+            log_used_percent: log_used * 100 / log_ring,
+            cache_hits: cache.hits,
+            cache_misses: cache.misses,
+            cache_bytes: as_u64(cache.bytes),
+            ..engine.stats.borrow().clone()
+        }
+    }
+
+    /// Waits until the store has stopped because a log write or a flush failed. Every handle is
+    /// severed then; opening the store again recovers what was promised (G10).
+    pub async fn failed(&self) -> DeviceError {
+        self.0.scheduler.failed().await
+    }
+
+    async fn entry(&self, id: VdiId) -> Result<Option<VdiEntry>, Error> {
+        if !self.0.registry.borrow().directory.contains_key(&id) {
+            return Ok(None);
+        }
+        let vdi = self.0.vdi(id).await?;
+        let registry = self.0.registry.borrow();
+        let Some(record) = registry.directory.get(&id) else { return Ok(None) };
+        let parent = (record.parent.get() != 0).then_some((record.parent, record.parent_snapshot));
+        let parent_name = registry.directory.get(&record.parent).map(|parent| parent.name.clone());
+        Ok(Some(VdiEntry {
+            id,
+            name: record.name.clone(),
+            size_bytes: vdi.block_count.get() * BLOCK_SIZE_U64,
+            created_ns: record.created_ns,
+            snapshot_count: as_u64(vdi.snapshots.borrow().len()),
+            parent,
+            parent_name,
+        }))
+    }
+}
+
+impl std::fmt::Debug for Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Store({:?})", self.0.device)
+    }
+}
+
+fn snapshot_entry(snapshot: &Snapshot) -> SnapshotEntry {
+    SnapshotEntry {
+        number: snapshot.number,
+        label: (!snapshot.label.is_empty()).then(|| snapshot.label.clone()),
+        size_bytes: snapshot.block_count * BLOCK_SIZE_U64,
+        created_ns: snapshot.wall_ns,
     }
 }

@@ -1,0 +1,149 @@
+//! An empty store.
+
+use std::rc::Rc;
+
+use base::{
+    Ballot, Block, BlockSlice, Buffer, Epoch, ErrorKind, ExtentIndex, HostId, Lsn, Pba,
+    REQUEST_BLOCKS_MAX, StoreUuid,
+};
+use device::{Cause, Device};
+use ondisk::{
+    Checksums, Features, HostSlot, RootRef, Roots, SUPERBLOCK_COPIES, SlotState, Superblock,
+};
+use runtime::Runtime;
+
+use crate::geometry::{self, Geometry};
+use crate::{Error, superblock};
+
+/// How to format.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Bytes per extent, or a fitting default.
+    pub extent_bytes: Option<u64>,
+    /// Bytes per log ring, or a fitting default.
+    pub log_bytes: Option<u64>,
+    /// Format even if the device looks used.
+    pub force: bool,
+    /// Identity.
+    pub uuid: StoreUuid,
+    /// Checksum key.
+    pub key: [u8; 32],
+}
+
+/// Blocks at the start of the device that must be zero for it to look unused: all superblock
+/// copies, slots, and where partition tables and file systems put their labels.
+const LOOKS_USED_BLOCKS: usize = REQUEST_BLOCKS_MAX;
+
+/// Writes an empty store. Old copies of superblocks are wiped first and the primary is written
+/// last (design rule 44): a format that was cut short leaves no store, never half of one.
+///
+/// # Errors
+/// `Busy` if the device looks used and `force` is not set; `Invalid` for impossible sizes;
+/// device errors.
+pub async fn format(device: &Device, runtime: &Runtime, options: &Options) -> Result<(), Error> {
+    let (extent_blocks, ring_blocks) =
+        geometry::choose_sizes(device.block_count(), options.extent_bytes, options.log_bytes)?;
+    if !options.force {
+        refuse_used(device, runtime).await?;
+    }
+    let zero = BlockSlice::whole(Rc::new(Buffer::zeroed(1)));
+    for at in SUPERBLOCK_COPIES {
+        device.write(at, vec![zero.clone()]).await?;
+    }
+    device.flush().await?;
+
+    let superblock = Superblock {
+        uuid: options.uuid,
+        key: options.key,
+        features: Features::default(),
+        block_count: device.block_count() / extent_blocks * extent_blocks,
+        extent_blocks,
+        log_ring_blocks: ring_blocks,
+        host_slots_start: Geometry::host_slots_start(),
+        host_slot_count: geometry::HOST_SLOT_COUNT,
+        lock_slots_start: Geometry::lock_slots_start(),
+        lock_slot_count: geometry::LOCK_SLOT_COUNT,
+        created_ns: runtime.wall_ns(),
+    };
+    let places = Geometry::new(&superblock);
+    // The ring of the first host fills the head of extent 1; further hosts take further extents.
+    let log_start = places.extent_start(ExtentIndex::new(1));
+    prepare(device, Pba::new(0), extent_blocks, false).await?;
+    prepare(device, log_start, ring_blocks, true).await?;
+    let slots = u64::from(geometry::HOST_SLOT_COUNT) * 4;
+    zero_blocks(device, Geometry::host_slots_start(), slots).await?;
+    zero_blocks(device, Geometry::lock_slots_start(), u64::from(geometry::LOCK_SLOT_COUNT)).await?;
+
+    let checksums = Checksums::new(options.uuid, &options.key);
+    let slot = empty_slot(log_start, runtime.wall_ns());
+    let at = places.host_slot(slot.host, 0);
+    let block = BlockSlice::whole(Rc::new(slot.encode(&checksums, at)));
+    device.write(at, vec![block]).await?;
+    device.flush().await?;
+    let [primary, secondary] = SUPERBLOCK_COPIES;
+    superblock::write(device, &superblock, &[secondary, primary]).await
+}
+
+fn empty_slot(log_start: Pba, wall_ns: u64) -> HostSlot {
+    HostSlot {
+        host: HostId::new(0),
+        state: SlotState::Clean,
+        sequence: 1,
+        epoch: Epoch::new(0),
+        boot_id: [0; 16],
+        ballot: Ballot::new(0),
+        cut: Lsn::new(0),
+        vdi_id_next: 1,
+        wall_ns,
+        store_ns: 0,
+        log_start,
+        roots: Roots {
+            directory: RootRef::empty(1),
+            extents: RootRef::empty(1),
+            vdis: RootRef::empty(1),
+            bitmaps: RootRef::empty(1),
+            bad_blocks: RootRef::empty(1),
+        },
+        segments: Vec::new(),
+    }
+}
+
+async fn refuse_used(device: &Device, runtime: &Runtime) -> Result<(), Error> {
+    let buffer = runtime.buffers().take(LOOKS_USED_BLOCKS);
+    let buffer = device.read(Pba::new(0), LOOKS_USED_BLOCKS, buffer).await?;
+    let mut blocks: Vec<Block> = buffer.blocks().iter().take(LOOKS_USED_BLOCKS).cloned().collect();
+    let [_, secondary] = SUPERBLOCK_COPIES;
+    let buffer = device.read(secondary, 1, runtime.buffers().take(1)).await?;
+    blocks.extend(buffer.blocks().first().cloned());
+    if blocks.iter().any(|block| block.0.iter().any(|&byte| byte != 0)) {
+        return Err(Error::refused(
+            ErrorKind::Busy,
+            format!("{} is not empty; format --force destroys what is on it", device.describe()),
+        ));
+    }
+    Ok(())
+}
+
+/// Makes sure that what is rewritten in place has room below (design rule 26): really allocated,
+/// and, for the log, already written once, so that a flush of it moves no file system metadata.
+async fn prepare(device: &Device, at: Pba, count: u64, write: bool) -> Result<(), Error> {
+    match device.allocate(at, count.min(4096)).await {
+        Ok(()) => {}
+        Err(error) if error.cause == Cause::Unsupported => {}
+        Err(error) => return Err(error.into()),
+    }
+    if write { zero_blocks(device, at, count).await } else { Ok(()) }
+}
+
+async fn zero_blocks(device: &Device, at: Pba, count: u64) -> Result<(), Error> {
+    let zeroes = Rc::new(Buffer::zeroed(REQUEST_BLOCKS_MAX));
+    let chunk = u64::try_from(REQUEST_BLOCKS_MAX).unwrap_or(1);
+    let mut done = 0;
+    while done < count {
+        let length = chunk.min(count - done);
+        let slice = BlockSlice::new(Rc::clone(&zeroes), 0, usize::try_from(length).unwrap_or(1));
+        device.write(at.plus(done), vec![slice]).await?;
+        done += length;
+    }
+    Ok(())
+}

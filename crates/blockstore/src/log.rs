@@ -1,0 +1,471 @@
+//! The write-ahead log of one host: a ring of chained blocks, written in groups.
+//!
+//! Life of a record: [`Log::admit`] waits for room, [`Log::append`] gives it its LSN and puts it
+//! into the open block; at the end of the turn the block is sealed and written, together with
+//! whatever else was appended; the receiver answers when this block *and every block before it*
+//! have completed (design rule 1). When its data has completed too, the owner says
+//! [`Log::complete`]; that moves the completed watermark, which the next flush carries to F.
+//!
+//! Invariants:
+//! - a block is written once per lap (rule 6): each group begins a new one;
+//! - LSNs are given without gaps, in the order of the blocks;
+//! - F never passes a record whose data has not completed (rule 10);
+//! - guests stop at the high-water mark, so that checkpoints always have room (rule 25);
+//! - after a failed append nothing is appended any more (rule 56).
+
+mod replay;
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::rc::Rc;
+
+use base::{BlockSlice, Epoch, Lsn, Pba, RingPosition};
+use device::{Cause, DeviceError};
+use ondisk::{Checksums, LogBlockBuilder, LogSegment, Record, Seal};
+use runtime::Runtime;
+use runtime::sync::{OneshotReceiver, OneshotSender, Signal, oneshot};
+
+pub use replay::{Replayed, replay};
+
+use crate::{Geometry, WriteScheduler};
+
+/// Log blocks in flight; more records wait and share the next block. Two keep the device busy
+/// while a group gathers.
+const BLOCKS_IN_FLIGHT_MAX: usize = 4;
+
+/// What the log's writer needs to know of its surroundings.
+#[derive(Clone, Debug)]
+pub struct LogConfig {
+    /// Places.
+    pub geometry: Geometry,
+    /// First block of the ring.
+    pub log_start: Pba,
+    /// Checksums of the store.
+    pub checksums: Checksums,
+    /// Epoch of this run.
+    pub epoch: Epoch,
+    /// Its nonce.
+    pub nonce: u64,
+    /// Position of the first block to write.
+    pub position: RingPosition,
+    /// Number of the first record.
+    pub first_lsn: Lsn,
+    /// First position that is still needed.
+    pub tail: RingPosition,
+    /// Newest host slot sequence that is durable.
+    pub slot_sequence: u64,
+}
+
+/// The log. Clones share it.
+#[derive(Clone)]
+pub struct Log(Rc<Inner>);
+
+struct Inner {
+    runtime: Runtime,
+    scheduler: WriteScheduler,
+    config: LogConfig,
+    state: RefCell<State>,
+    room: Signal,
+    completed: Signal,
+}
+
+struct State {
+    position: RingPosition,
+    lsn_next: Lsn,
+    /// Checksum of the block before `position`.
+    previous: u64,
+    tail: RingPosition,
+    slot_sequence: u64,
+    cut: Lsn,
+    /// Blocks promised to admitted records that are not sealed yet.
+    reserved: u64,
+    open: LogBlockBuilder,
+    open_waiters: Vec<OneshotSender<Result<(), DeviceError>>>,
+    commit_scheduled: bool,
+    /// Sealed blocks in order, until they and all before them have completed.
+    in_flight: VecDeque<SealedBlock>,
+    /// For each record above the completed watermark: whether it is complete.
+    incomplete: VecDeque<bool>,
+    /// F as the newest sealed block says it.
+    durable_noted: Lsn,
+    blocks_written: u64,
+    /// Where the log stood when F last moved.
+    flush_position: RingPosition,
+    durable_seen: Lsn,
+}
+
+struct SealedBlock {
+    position: RingPosition,
+    outcome: Option<Result<(), DeviceError>>,
+    waiters: Vec<OneshotSender<Result<(), DeviceError>>>,
+}
+
+/// Room in the log for one record. Returned if it is dropped unused.
+pub struct Admission {
+    log: Log,
+    used: bool,
+}
+
+impl Log {
+    /// Starts the log of an epoch.
+    #[must_use]
+    pub fn start(runtime: Runtime, scheduler: WriteScheduler, config: LogConfig) -> Self {
+        scheduler.watermarks().start_at(Lsn::new(config.first_lsn.get().saturating_sub(1)));
+        let state = State {
+            position: config.position,
+            lsn_next: config.first_lsn,
+            previous: 0,
+            tail: config.tail,
+            slot_sequence: config.slot_sequence,
+            cut: Lsn::default(),
+            reserved: 0,
+            open: LogBlockBuilder::default(),
+            open_waiters: Vec::new(),
+            commit_scheduled: false,
+            in_flight: VecDeque::new(),
+            incomplete: VecDeque::new(),
+            durable_noted: Lsn::default(),
+            blocks_written: 0,
+            flush_position: config.position,
+            durable_seen: Lsn::default(),
+        };
+        Self(Rc::new(Inner {
+            runtime,
+            scheduler,
+            config,
+            state: RefCell::new(state),
+            room: Signal::default(),
+            completed: Signal::default(),
+        }))
+    }
+
+    /// Waits for room for one guest record below the high-water mark.
+    ///
+    /// # Errors
+    /// If the log has failed.
+    pub async fn admit(&self) -> Result<Admission, DeviceError> {
+        loop {
+            if let Some(error) = self.0.scheduler.failure() {
+                return Err(error);
+            }
+            let room = self.0.room.changed();
+            {
+                let mut state = self.0.state.borrow_mut();
+                if self.used_blocks(&state) + state.reserved < self.high_water() {
+                    state.reserved += 1;
+                    return Ok(Admission { log: self.clone(), used: false });
+                }
+            }
+            room.await;
+        }
+    }
+
+    /// Appends a record for which there is room. Its number, and a receiver that answers when its
+    /// block and all before it have completed.
+    pub fn append_admitted(
+        &self,
+        mut admission: Admission,
+        record: &Record,
+    ) -> (Lsn, OneshotReceiver<Result<(), DeviceError>>) {
+        admission.used = true;
+        self.0.state.borrow_mut().reserved -= 1;
+        self.append(record)
+    }
+
+    /// Appends a record that may use the reserve: what a checkpoint, a deletion or a repair needs.
+    pub fn append(&self, record: &Record) -> (Lsn, OneshotReceiver<Result<(), DeviceError>>) {
+        let (done, outcome) = oneshot();
+        let bytes = record.encoded_bytes();
+        if !self.0.state.borrow().open.fits(bytes) {
+            self.seal_open();
+        }
+        let (lsn, schedule) = {
+            let mut state = self.0.state.borrow_mut();
+            let lsn = state.lsn_next;
+            state.lsn_next = lsn.plus(1);
+            state.open.push(record);
+            state.open_waiters.push(done);
+            state.incomplete.push_back(false);
+            (lsn, !std::mem::replace(&mut state.commit_scheduled, true))
+        };
+        if schedule {
+            self.schedule_commit();
+        }
+        (lsn, outcome)
+    }
+
+    /// Says that a record is complete: its receiver has answered, and its data, if it has any,
+    /// has been written. Moves the completed watermark.
+    pub fn complete(&self, lsn: Lsn) {
+        let advanced = {
+            let mut state = self.0.state.borrow_mut();
+            let watermarks = self.0.scheduler.watermarks();
+            let first = watermarks.completed().plus(1);
+            let index = usize::try_from(lsn.distance_from(first)).unwrap_or(usize::MAX);
+            if let Some(complete) = state.incomplete.get_mut(index) {
+                assert!(!*complete, "a record completes once");
+                *complete = true;
+            }
+            let mut to = watermarks.completed();
+            while state.incomplete.front() == Some(&true) {
+                state.incomplete.pop_front();
+                to = to.plus(1);
+            }
+            let advanced = to > watermarks.completed();
+            watermarks.advance_completed(to);
+            advanced
+        };
+        if advanced {
+            self.0.completed.notify();
+        }
+    }
+
+    /// Waits until every record up to `lsn` is complete.
+    ///
+    /// # Errors
+    /// If the log has failed.
+    pub async fn completed(&self, lsn: Lsn) -> Result<(), DeviceError> {
+        loop {
+            let changed = self.0.completed.changed();
+            if self.0.scheduler.watermarks().completed() >= lsn {
+                return Ok(());
+            }
+            if let Some(error) = self.0.scheduler.failure() {
+                return Err(error);
+            }
+            changed.await;
+        }
+    }
+
+    /// Waits until every record up to `lsn` is complete and durable.
+    ///
+    /// # Errors
+    /// If the log or the flush failed.
+    pub async fn durable(&self, lsn: Lsn) -> Result<(), DeviceError> {
+        self.completed(lsn).await?;
+        if self.0.scheduler.watermarks().durable() >= lsn {
+            return Ok(());
+        }
+        self.0.scheduler.flush().await
+    }
+
+    /// Number of the last record that was appended.
+    #[must_use]
+    pub fn last_lsn(&self) -> Lsn {
+        Lsn::new(self.0.state.borrow().lsn_next.get() - 1)
+    }
+
+    /// Ends the open block, so that the next record begins a new one, and describes the log from
+    /// there on: what a checkpoint with a cut at [`Self::last_lsn`] leaves to replay.
+    pub fn cut(&self) -> LogSegment {
+        self.seal_open();
+        let state = self.0.state.borrow();
+        LogSegment {
+            epoch: self.0.config.epoch,
+            nonce: self.0.config.nonce,
+            start: state.position,
+            first_lsn: state.lsn_next,
+            last_lsn: Lsn::default(),
+            chain: state.previous,
+        }
+    }
+
+    /// Records that slot `sequence` with `cut` is durable, and that the log is needed from `tail`
+    /// on only: the older of the two slots decides (design rule 18).
+    pub fn published(&self, sequence: u64, cut: Lsn, tail: RingPosition) {
+        {
+            let mut state = self.0.state.borrow_mut();
+            assert!(tail >= state.tail, "the tail never goes back");
+            state.tail = tail;
+            state.slot_sequence = sequence;
+            state.cut = cut;
+        }
+        self.0.room.notify();
+    }
+
+    /// Writes an empty block if F is not on the device yet (design rule 3): called when idle.
+    pub fn mark_durable(&self) {
+        let stale = {
+            let state = self.0.state.borrow();
+            let room = self.used_blocks(&state) + 4 < self.0.config.geometry.ring_blocks;
+            state.durable_noted < self.0.scheduler.watermarks().durable()
+                && state.open.record_count() == 0
+                && state.in_flight.is_empty()
+                && room
+        };
+        if stale && self.0.scheduler.failure().is_none() {
+            self.seal_block();
+        }
+    }
+
+    /// Position of the next block.
+    #[must_use]
+    pub fn position(&self) -> RingPosition {
+        self.0.state.borrow().position
+    }
+
+    /// Blocks in use, and the length of the ring.
+    #[must_use]
+    pub fn usage(&self) -> (u64, u64) {
+        let state = self.0.state.borrow();
+        (self.used_blocks(&state), self.0.config.geometry.ring_blocks)
+    }
+
+    /// Whether so much of the ring is not covered by a flush that recovering it would not fit into
+    /// the reserve: what stands above F is written again then.
+    #[must_use]
+    pub fn is_long_unflushed(&self) -> bool {
+        let mut state = self.0.state.borrow_mut();
+        let durable = self.0.scheduler.watermarks().durable();
+        if state.durable_seen != durable {
+            state.durable_seen = durable;
+            state.flush_position = state.position;
+        }
+        let unflushed = state.position.distance_from(state.flush_position);
+        if unflushed < self.0.config.geometry.ring_blocks / 8 {
+            return false;
+        }
+        state.flush_position = state.position;
+        true
+    }
+
+    /// Log blocks written so far.
+    #[must_use]
+    pub fn blocks_written(&self) -> u64 {
+        self.0.state.borrow().blocks_written
+    }
+
+    /// Wakes everybody who waits, so that they see that the store has failed.
+    pub fn wake_all(&self) {
+        self.0.room.notify();
+        self.0.completed.notify();
+    }
+
+    fn used_blocks(&self, state: &State) -> u64 {
+        state.position.distance_from(state.tail) + u64::from(state.open.record_count() > 0)
+    }
+
+    /// Guests use three quarters of the ring.
+    fn high_water(&self) -> u64 {
+        self.0.config.geometry.ring_blocks * 3 / 4
+    }
+
+    fn schedule_commit(&self) {
+        let log = self.clone();
+        drop(self.0.runtime.spawn(async move {
+            log.0.runtime.turn_end().await;
+            let busy = {
+                let mut state = log.0.state.borrow_mut();
+                state.commit_scheduled = false;
+                state.in_flight.len() >= BLOCKS_IN_FLIGHT_MAX
+            };
+            // When busy, the completion of a block commits what gathers meanwhile.
+            if !busy {
+                log.seal_open();
+            }
+        }));
+    }
+
+    fn seal_open(&self) {
+        if self.0.state.borrow().open.record_count() > 0 {
+            self.seal_block();
+        }
+    }
+
+    /// Seals the open block and writes it.
+    fn seal_block(&self) {
+        let config = &self.0.config;
+        let mut buffer = self.0.runtime.buffers().take(1);
+        let (position, at) = {
+            let mut state = self.0.state.borrow_mut();
+            let position = state.position;
+            assert!(
+                position.distance_from(state.tail) < config.geometry.ring_blocks,
+                "the reserve of the log is used up"
+            );
+            let at = config.geometry.log_block(config.log_start, position);
+            let records = u64::from(state.open.record_count());
+            let durable = self.0.scheduler.watermarks().durable();
+            let seal = Seal {
+                epoch: config.epoch,
+                nonce: config.nonce,
+                position,
+                at,
+                first_lsn: Lsn::new(state.lsn_next.get() - records),
+                durable,
+                previous: state.previous,
+                slot_sequence: state.slot_sequence,
+                cut: state.cut,
+            };
+            state.previous = state.open.seal(&config.checksums, &seal, &mut buffer);
+            state.position = position.plus(1);
+            state.durable_noted = durable;
+            state.blocks_written += 1;
+            let waiters = std::mem::take(&mut state.open_waiters);
+            state.in_flight.push_back(SealedBlock { position, outcome: None, waiters });
+            (position, at)
+        };
+        let written = self.0.scheduler.write(at, vec![BlockSlice::new(Rc::new(buffer), 0, 1)]);
+        let log = self.clone();
+        drop(self.0.runtime.spawn(async move {
+            let outcome = written.await.unwrap_or_else(|_| Err(DeviceError::new(Cause::Gone, at)));
+            log.block_done(position, outcome);
+        }));
+    }
+
+    fn block_done(&self, position: RingPosition, outcome: Result<(), DeviceError>) {
+        if let Err(error) = outcome {
+            self.0.scheduler.fail(error);
+        }
+        let mut state = self.0.state.borrow_mut();
+        let first = state.in_flight.front().map_or(position, |block| block.position);
+        let index = usize::try_from(position.distance_from(first)).unwrap_or(usize::MAX);
+        if let Some(block) = state.in_flight.get_mut(index) {
+            block.outcome = Some(outcome);
+            if base::mutant::active("ack_own_log_block_only") {
+                for waiter in std::mem::take(&mut block.waiters) {
+                    waiter.send(outcome);
+                }
+            }
+        }
+        // Answer in order: a record counts only if the chain up to it is complete.
+        while let Some(Some(outcome)) = state.in_flight.front().map(|block| block.outcome) {
+            let outcome = self.0.scheduler.failure().map_or(outcome, Err);
+            for waiter in state.in_flight.pop_front().map(|block| block.waiters).unwrap_or_default()
+            {
+                waiter.send(outcome);
+            }
+        }
+        let commit = state.open.record_count() > 0 && state.in_flight.len() < BLOCKS_IN_FLIGHT_MAX;
+        let schedule = commit && !std::mem::replace(&mut state.commit_scheduled, true);
+        drop(state);
+        if schedule {
+            self.schedule_commit();
+        }
+        if outcome.is_err() {
+            self.wake_all();
+        }
+    }
+}
+
+impl std::fmt::Debug for Log {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (used, ring) = self.usage();
+        write!(f, "Log(last {}, {used} of {ring} blocks)", self.last_lsn())
+    }
+}
+
+impl Drop for Admission {
+    fn drop(&mut self) {
+        if !self.used {
+            self.log.0.state.borrow_mut().reserved -= 1;
+            self.log.0.room.notify();
+        }
+    }
+}
+
+impl std::fmt::Debug for Admission {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Admission")
+    }
+}

@@ -1,0 +1,173 @@
+//! Reading a log back: which records count, and where it really ends.
+//!
+//! A chain of blocks ends where the next one does not validate. That is the end of the log if
+//! nothing behind it was promised to be durable; it is damage if a later block of the same epoch
+//! says that F had passed the missing one (design rule 9), or if a sealed segment ends early.
+
+use base::{Lsn, Pba, REQUEST_BLOCKS_MAX, RingPosition};
+use device::Device;
+use ondisk::{Checksums, LogBlock, LogSegment, Record};
+use runtime::Runtime;
+
+use crate::{Error, Geometry};
+
+/// What a log says.
+#[derive(Debug, Default)]
+pub struct Replayed {
+    /// All records in order; those of sealed segments up to their last one.
+    pub records: Vec<(Lsn, Record)>,
+    /// F: everything up to here was durable. Sealed segments are durable as a whole.
+    pub durable: Lsn,
+    /// Position behind the last valid block.
+    pub end: RingPosition,
+    /// Number behind the last valid record.
+    pub lsn_next: Lsn,
+    /// Newest host slot sequence that a block names as durable.
+    pub slot_sequence: u64,
+}
+
+/// Reads the segments of a log, oldest first. The last one is the live one if it is not sealed.
+///
+/// # Errors
+/// `Damaged`, with the place, if something that was durable does not validate.
+pub async fn replay(
+    device: &Device,
+    runtime: &Runtime,
+    geometry: &Geometry,
+    log_start: Pba,
+    checksums: &Checksums,
+    segments: &[LogSegment],
+) -> Result<Replayed, Error> {
+    let mut ring = RingReader { device, runtime, geometry, log_start, chunk: None };
+    let mut replayed = Replayed::default();
+    for segment in segments {
+        ring.read_segment(checksums, segment, &mut replayed).await?;
+    }
+    replayed.records = without_void(replayed.records);
+    Ok(replayed)
+}
+
+/// Reads the ring in large pieces.
+struct RingReader<'a> {
+    device: &'a Device,
+    runtime: &'a Runtime,
+    geometry: &'a Geometry,
+    log_start: Pba,
+    /// Offset in the ring, number of blocks, contents.
+    chunk: Option<(u64, u64, base::Buffer)>,
+}
+
+impl RingReader<'_> {
+    async fn read_segment(
+        &mut self,
+        checksums: &Checksums,
+        segment: &LogSegment,
+        replayed: &mut Replayed,
+    ) -> Result<(), Error> {
+        let sealed = segment.last_lsn > Lsn::default();
+        let mut position = segment.start;
+        let mut lsn = segment.first_lsn;
+        let mut chain = segment.chain;
+        let mut durable = Lsn::default();
+        while position.distance_from(segment.start) < self.geometry.ring_blocks
+            && !(sealed && lsn > segment.last_lsn)
+        {
+            let at = self.geometry.log_block(self.log_start, position);
+            let block = self.block(position).await?;
+            let decoded = LogBlock::decode(block, checksums, at, segment.epoch, segment.nonce);
+            let Ok(block) = decoded else { break };
+            // The first block of an epoch is chained to nothing: its epoch's nonce stands for it.
+            if block.position != position || block.first_lsn != lsn || block.previous != chain {
+                break;
+            }
+            for record in block.records {
+                if !sealed || lsn <= segment.last_lsn {
+                    replayed.records.push((lsn, record));
+                }
+                lsn = lsn.plus(1);
+            }
+            durable = durable.max(block.durable);
+            replayed.slot_sequence = replayed.slot_sequence.max(block.slot_sequence);
+            chain = block.checksum;
+            position = position.plus(1);
+        }
+        if sealed {
+            if lsn <= segment.last_lsn {
+                let at = self.geometry.log_block(self.log_start, position);
+                return Err(Error::Damaged { what: "sealed log segment", at });
+            }
+            durable = segment.last_lsn;
+        } else {
+            let later = self.durable_behind(checksums, segment, position).await?;
+            if later >= lsn {
+                let at = self.geometry.log_block(self.log_start, position);
+                return Err(Error::Damaged { what: "log block", at });
+            }
+            durable = durable.max(later);
+        }
+        replayed.durable = replayed.durable.max(durable);
+        replayed.end = position;
+        replayed.lsn_next = lsn;
+        Ok(())
+    }
+
+    /// Highest F in valid blocks of the segment's epoch behind a break of its chain.
+    async fn durable_behind(
+        &mut self,
+        checksums: &Checksums,
+        segment: &LogSegment,
+        broken: RingPosition,
+    ) -> Result<Lsn, Error> {
+        let mut durable = Lsn::default();
+        let end = segment.start.plus(self.geometry.ring_blocks);
+        let mut position = broken;
+        while position < end {
+            let at = self.geometry.log_block(self.log_start, position);
+            let block = self.block(position).await?;
+            let decoded = LogBlock::decode(block, checksums, at, segment.epoch, segment.nonce);
+            if let Ok(block) = decoded {
+                if block.position > position {
+                    // The ring went round: this slot is older than the log knows (rule 18).
+                    return Err(Error::Damaged { what: "host slot older than the log", at });
+                }
+                if block.position == position {
+                    durable = durable.max(block.durable);
+                }
+            }
+            position = position.plus(1);
+        }
+        Ok(durable)
+    }
+
+    async fn block(&mut self, position: RingPosition) -> Result<&base::Block, Error> {
+        let offset = position.get() % self.geometry.ring_blocks;
+        let held = matches!(&self.chunk, Some((start, count, _)) if (*start..start + count).contains(&offset));
+        if !held {
+            let chunk = u64::try_from(REQUEST_BLOCKS_MAX).unwrap_or(1);
+            let count = chunk.min(self.geometry.ring_blocks - offset);
+            let block_count = usize::try_from(count).unwrap_or(1);
+            let buffer = self.runtime.buffers().take(block_count);
+            let buffer = self.device.read(self.log_start.plus(offset), block_count, buffer).await?;
+            self.chunk = Some((offset, count, buffer));
+        }
+        let at = self.log_start.plus(offset);
+        self.chunk
+            .as_ref()
+            .and_then(|(start, _, buffer)| {
+                buffer.blocks().get(usize::try_from(offset - start).ok()?)
+            })
+            .ok_or(Error::Damaged { what: "log ring", at })
+    }
+}
+
+/// Applies `VOID` records: those that they name do not count.
+fn without_void(records: Vec<(Lsn, Record)>) -> Vec<(Lsn, Record)> {
+    let void: std::collections::HashSet<Lsn> = records
+        .iter()
+        .filter_map(|(_, record)| match record.body {
+            ondisk::RecordBody::Void { lsn } => Some(lsn),
+            _ => None,
+        })
+        .collect();
+    records.into_iter().filter(|(lsn, _)| !void.contains(lsn)).collect()
+}

@@ -1,0 +1,93 @@
+//! What a store does by itself: flush what nobody flushes, note F, beat, checkpoint.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use base::BlockSlice;
+use ondisk::Heartbeat;
+
+use crate::engine::Engine;
+
+/// How often the tasks look whether something is due.
+const TICK: Duration = Duration::from_millis(250);
+
+/// Ticks between heartbeats.
+const TICKS_PER_BEAT: u64 = 4;
+
+/// Ticks after which acknowledged writes are flushed although nobody asked (design rule 16).
+const TICKS_PER_FLUSH: u64 = 4;
+
+/// Written bytes after which they are flushed although nobody asked: what recovery verifies and
+/// writes again stays small.
+const UNFLUSHED_BYTES_MAX: u64 = 64 << 20;
+
+/// Starts the background tasks of an open store.
+pub(crate) fn start(engine: &Rc<Engine>) {
+    let runtime = engine.runtime.clone();
+    drop(runtime.spawn(Rc::clone(engine).checkpoint_when_due()));
+    drop(runtime.spawn(tick(Rc::clone(engine))));
+    let watched = Rc::clone(engine);
+    drop(runtime.spawn(async move {
+        watched.scheduler.failed().await;
+        // Whoever waits for room or for a record sees now that there is nothing to wait for.
+        watched.log.wake_all();
+        watched.request_checkpoint();
+    }));
+}
+
+async fn tick(engine: Rc<Engine>) {
+    let mut ticks: u64 = 0;
+    let mut beats: u64 = 0;
+    loop {
+        engine.runtime.sleep(TICK).await;
+        if engine.closing.get() || engine.scheduler.failure().is_some() {
+            return;
+        }
+        ticks += 1;
+        let watermarks = engine.scheduler.watermarks().clone();
+        if ticks.is_multiple_of(TICKS_PER_FLUSH) && watermarks.completed() > watermarks.durable() {
+            // A failure is the scheduler's to report.
+            let _ = engine.scheduler.flush().await;
+        }
+        engine.log.mark_durable();
+        if ticks.is_multiple_of(TICKS_PER_BEAT) {
+            beats += 1;
+            beat(&engine, beats).await;
+        }
+        if engine.checkpoint_is_due() {
+            engine.request_checkpoint();
+        }
+    }
+}
+
+async fn beat(engine: &Engine, sequence: u64) {
+    let at = engine.geometry.heartbeat(engine.host);
+    let heartbeat = Heartbeat {
+        host: engine.host,
+        epoch: engine.epoch(),
+        sequence,
+        wall_ns: engine.runtime.wall_ns(),
+    };
+    let block = BlockSlice::whole(Rc::new(heartbeat.encode(&engine.checksums, at)));
+    if let Ok(Err(error)) = engine.scheduler.write(at, vec![block]).await {
+        tracing::warn!(%error, "the heartbeat could not be written");
+    }
+}
+
+impl Engine {
+    /// Called for every write: flushes and checkpoints that are due by amount rather than time.
+    pub(crate) fn nudge(self: &Rc<Self>, bytes: u64) {
+        let unflushed = self.unflushed.get() + bytes;
+        self.unflushed.set(unflushed);
+        if unflushed >= UNFLUSHED_BYTES_MAX || self.log.is_long_unflushed() {
+            self.unflushed.set(0);
+            let engine = Rc::clone(self);
+            drop(self.runtime.spawn(async move {
+                let _ = engine.scheduler.flush().await;
+            }));
+        }
+        if self.checkpoint_is_due() {
+            self.request_checkpoint();
+        }
+    }
+}

@@ -1,0 +1,348 @@
+//! What all parts of an open store share, and how they wait for space.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::rc::Rc;
+
+use base::{BirthLabel, BlockSlice, ErrorKind, HostId, Lsn, Pba, VdiId};
+use blockstore::allocator::{Allocator, Run, Space};
+use blockstore::log::Log;
+use blockstore::slots::SlotWriter;
+use blockstore::tree::Change;
+use blockstore::{Geometry, NodeStore, ReadEpochs, WriteScheduler, table};
+use device::{Device, DeviceError};
+use ondisk::{
+    Checksums, DirectoryRecord, LogSegment, Record, RecordBody, Roots, SnapshotRecord, VdiRecord,
+};
+use runtime::Runtime;
+use runtime::sync::{OneshotReceiver, Semaphore, Signal};
+
+use crate::branch::{Base, Branch, Generation, Point};
+use crate::checkpoint::Checkpoints;
+use crate::vdi::{Snapshot, Vdi};
+use crate::{Error, Stats};
+
+/// Nodes that a checkpoint may need beyond those of changed leaves: tables, bitmaps, paths.
+const NODES_MARGIN: u64 = 256;
+
+/// The parts of an open store.
+pub(crate) struct Engine {
+    pub(crate) runtime: Runtime,
+    pub(crate) device: Device,
+    pub(crate) geometry: Geometry,
+    pub(crate) checksums: Checksums,
+    pub(crate) host: HostId,
+    pub(crate) log_start: Pba,
+    pub(crate) scheduler: WriteScheduler,
+    pub(crate) log: Log,
+    pub(crate) nodes: NodeStore,
+    pub(crate) allocator: Allocator,
+    pub(crate) epochs: ReadEpochs,
+    pub(crate) slots: RefCell<Option<SlotWriter>>,
+    /// The trees as the last merge left them; newer than what is published while one is on its way.
+    pub(crate) roots: Cell<Roots>,
+    /// Segments of the log that the newest slot names.
+    pub(crate) segments: RefCell<Vec<LogSegment>>,
+    pub(crate) registry: RefCell<Registry>,
+    pub(crate) checkpoints: Checkpoints,
+    /// Requests under way, and who waits for their end.
+    pub(crate) active: Cell<u64>,
+    pub(crate) idle: Signal,
+    pub(crate) closing: Cell<bool>,
+    /// Set when the last checkpoint is being written: none may follow it.
+    pub(crate) closed: Cell<bool>,
+    /// Bytes written since the last flush that was asked for by amount.
+    pub(crate) unflushed: Cell<u64>,
+    /// Tree nodes with changes that no checkpoint has merged yet.
+    pub(crate) changed_nodes: Cell<u64>,
+    /// Set when a forced checkpoint freed nothing; cleared by the next release.
+    pub(crate) full: Cell<bool>,
+    pub(crate) branch_serial: Cell<u64>,
+    pub(crate) stats: RefCell<Stats>,
+    /// One change of names and snapshots at a time.
+    pub(crate) management: Semaphore,
+    pub(crate) opened_store_ns: u64,
+    pub(crate) opened_at: runtime::Time,
+}
+
+/// Names and what is known of each VDI.
+#[derive(Debug, Default)]
+pub(crate) struct Registry {
+    pub(crate) names: BTreeMap<String, VdiId>,
+    pub(crate) directory: HashMap<VdiId, DirectoryRecord>,
+    /// VDIs in use.
+    pub(crate) loaded: HashMap<VdiId, Rc<Vdi>>,
+    pub(crate) id_next: u64,
+    /// Directory records that changed since the last checkpoint.
+    pub(crate) dirty_directory: BTreeSet<VdiId>,
+    /// VDIs that changed since the last checkpoint; a deleted one is in `directory` no more.
+    pub(crate) dirty: BTreeSet<VdiId>,
+    /// Branches with changes or points that no tree has yet, by serial number.
+    pub(crate) unsettled: BTreeMap<u64, Rc<Branch>>,
+}
+
+/// A request under way; keeps `close` waiting.
+pub(crate) struct ActiveRequest(Rc<Engine>);
+
+impl Drop for ActiveRequest {
+    fn drop(&mut self) {
+        self.0.active.set(self.0.active.get() - 1);
+        if self.0.active.get() == 0 {
+            self.0.idle.notify();
+        }
+    }
+}
+
+impl Engine {
+    /// Begins a request, unless the store has stopped.
+    pub(crate) fn begin(self: &Rc<Self>) -> Result<ActiveRequest, Error> {
+        if let Some(error) = self.scheduler.failure() {
+            return Err(stopped(&error));
+        }
+        if self.closing.get() {
+            return Err(Error::refused(ErrorKind::Fenced, "the store is being closed"));
+        }
+        self.active.set(self.active.get() + 1);
+        Ok(ActiveRequest(Rc::clone(self)))
+    }
+
+    /// Stops taking requests, waits for those under way, and publishes a clean state.
+    pub(crate) async fn close(self: &Rc<Self>) -> Result<(), Error> {
+        self.closing.set(true);
+        self.request_checkpoint();
+        while self.active.get() > 0 {
+            self.idle.changed().await;
+        }
+        self.closed.set(true);
+        self.checkpoint(ondisk::SlotState::Clean).await
+    }
+
+    /// Time that the store has been open in its life, in nanoseconds.
+    pub(crate) fn store_ns(&self) -> u64 {
+        let since = self.runtime.now().since(self.opened_at).as_nanos();
+        self.opened_store_ns.saturating_add(u64::try_from(since).unwrap_or(u64::MAX))
+    }
+
+    /// Appends a record of `vdi`. The caller applies it in the same breath.
+    pub(crate) fn append(
+        &self,
+        vdi: &Vdi,
+        body: RecordBody,
+    ) -> (Lsn, OneshotReceiver<Result<(), DeviceError>>) {
+        self.log.append(&Record { vdi: vdi.id, claim: vdi.claim, body })
+    }
+
+    /// Waits until a record without data is on the device and durable.
+    pub(crate) async fn settle(
+        &self,
+        (lsn, appended): (Lsn, OneshotReceiver<Result<(), DeviceError>>),
+    ) -> Result<(), Error> {
+        wait(appended, self.geometry.extent_start(base::ExtentIndex::new(0))).await?;
+        self.log.complete(lsn);
+        self.log.durable(lsn).await.map_err(blockstore::Error::from)?;
+        Ok(())
+    }
+
+    /// A branch that begins now.
+    pub(crate) fn new_branch(
+        &self,
+        base: Base,
+        label: BirthLabel,
+        shared_up_to: BirthLabel,
+    ) -> Rc<Branch> {
+        let serial = self.branch_serial.get() + 1;
+        self.branch_serial.set(serial);
+        Branch::new(serial, base, label, shared_up_to)
+    }
+
+    /// Notes that a checkpoint has something to do for a VDI.
+    pub(crate) fn touch(&self, vdi: &Vdi) {
+        let branch = Rc::clone(&vdi.branch.borrow());
+        let mut registry = self.registry.borrow_mut();
+        registry.dirty.insert(vdi.id);
+        registry.unsettled.entry(branch.serial).or_insert(branch);
+    }
+
+    /// The VDI with this id, loaded from its table if it is not in use yet.
+    pub(crate) async fn vdi(&self, id: VdiId) -> Result<Rc<Vdi>, Error> {
+        if let Some(vdi) = self.registry.borrow().loaded.get(&id) {
+            return Ok(Rc::clone(vdi));
+        }
+        let _reader = self.epochs.enter();
+        let roots = self.roots.get();
+        let record: Option<VdiRecord> = table::get(&self.nodes, &roots.vdis, id.get()).await?;
+        let missing =
+            || Error::refused(ErrorKind::Corrupt, format!("VDI {id} has no record in its table"));
+        let record = record.ok_or_else(missing)?;
+        let mut snapshots = Vec::new();
+        table::scan(&self.nodes, &record.snapshots, 0, |_, snapshot: SnapshotRecord| {
+            snapshots.push(snapshot);
+            true
+        })
+        .await?;
+        // Somebody else may have loaded it meanwhile.
+        if let Some(vdi) = self.registry.borrow().loaded.get(&id) {
+            return Ok(Rc::clone(vdi));
+        }
+        let vdi = self.adopt(record, snapshots);
+        self.registry.borrow_mut().loaded.insert(id, Rc::clone(&vdi));
+        Ok(vdi)
+    }
+
+    fn adopt(&self, record: VdiRecord, snapshots: Vec<SnapshotRecord>) -> Rc<Vdi> {
+        let branch = self.new_branch(Base::Root(record.root), record.label, record.shared_up_to);
+        let snapshots = snapshots.into_iter().map(|snapshot| {
+            let point = Point::resolved(snapshot.position, snapshot.root, record.label);
+            let branch = Rc::clone(&branch);
+            (snapshot.number, Rc::new(loaded_snapshot(snapshot, branch, point)))
+        });
+        let snapshots = snapshots.collect();
+        Rc::new(Vdi {
+            id: record.id,
+            claim: record.claim,
+            branch: RefCell::new(branch),
+            block_count: Cell::new(record.block_count),
+            window: RefCell::default(),
+            ranges: Default::default(),
+            incarnation: Cell::new(0),
+            deleted: Cell::new(false),
+            snapshots: RefCell::new(snapshots),
+            snapshot_next: Cell::new(record.snapshot_next),
+            snapshots_dirty: RefCell::default(),
+            snapshot_table: Cell::new(record.snapshots),
+            history: record.history,
+        })
+    }
+
+    /// Takes free data blocks: as many adjacent ones as there are, up to `count`. Waits for
+    /// checkpoints that may free some.
+    ///
+    /// # Errors
+    /// `NoSpace` when even those gave nothing.
+    pub(crate) async fn allocate_data(
+        self: &Rc<Self>,
+        vdi: &Vdi,
+        count: u64,
+    ) -> Result<Run, Error> {
+        for attempt in 0..2 {
+            if self.metadata_suffices()
+                && let Some(run) =
+                    self.allocator.allocate(Space::Data, &mut vdi.window.borrow_mut(), count)
+            {
+                return Ok(run);
+            }
+            if self.full.get() || attempt == 1 {
+                break;
+            }
+            let free_before = self.allocator.free_blocks();
+            self.return_windows();
+            self.checkpoint_twice().await?;
+            if self.allocator.free_blocks() <= free_before && !self.metadata_suffices() {
+                break;
+            }
+        }
+        // What other VDIs have reserved is better used than refused.
+        self.return_windows();
+        if self.metadata_suffices()
+            && let Some(run) =
+                self.allocator.allocate(Space::Data, &mut vdi.window.borrow_mut(), count)
+        {
+            return Ok(run);
+        }
+        self.full.set(true);
+        Err(Error::refused(
+            ErrorKind::NoSpace,
+            "the store is full: discard, delete VDIs or snapshots, or grow it",
+        ))
+    }
+
+    fn return_windows(&self) {
+        for vdi in self.registry.borrow().loaded.values() {
+            self.allocator.return_window(&mut vdi.window.borrow_mut());
+        }
+    }
+
+    /// Whether there is room for the nodes of the next checkpoints (design rule 25): each changed
+    /// node with its path, while the old ones still stand.
+    fn metadata_suffices(&self) -> bool {
+        let needed = 2 * self.changed_nodes.get() + NODES_MARGIN;
+        self.allocator.metadata_available() >= needed
+    }
+
+    /// Applies a change that was recorded while `generation` of `branch` was active.
+    pub(crate) fn install(&self, branch: &Branch, generation: &Generation, change: &Change) {
+        let before = generation.overlay.borrow().node_count();
+        branch.insert(generation, change);
+        let added = generation.overlay.borrow().node_count() - before;
+        self.changed_nodes.set(self.changed_nodes.get() + as_u64(added));
+    }
+
+    /// Makes blocks that nothing can reach allocatable. The only caller is the publication of a
+    /// checkpoint, when both slots are past the replacement (design rules 17, 18).
+    pub(crate) async fn release(&self, blocks: Vec<Pba>) {
+        if !base::mutant::active("release_ignores_readers") {
+            self.epochs.quiesce().await;
+        }
+        for pba in &blocks {
+            self.nodes.cache().remove(*pba);
+        }
+        self.allocator.release(blocks);
+        self.full.set(false);
+    }
+
+    /// Counts and reports a block that is not what was written.
+    pub(crate) fn alarm_damage(&self, vdi: VdiId, lba: u64, pba: Pba) {
+        self.stats.borrow_mut().checksum_failures += 1;
+        tracing::error!(%vdi, lba, block = %pba, "a data block does not match its checksum");
+    }
+
+    /// Writes data blocks; the receiver answers when they have completed.
+    pub(crate) fn write_data(
+        &self,
+        at: Pba,
+        slice: BlockSlice,
+    ) -> OneshotReceiver<Result<(), DeviceError>> {
+        self.scheduler.write(at, vec![slice])
+    }
+
+    /// Greatest level of a subtree that a change of a VDI of this size may cover.
+    pub(crate) fn level_max(block_count: u64) -> u8 {
+        ondisk::RootRef::height_for(block_count) - 1
+    }
+}
+
+fn loaded_snapshot(record: SnapshotRecord, branch: Rc<Branch>, point: Rc<Point>) -> Snapshot {
+    Snapshot {
+        number: record.number,
+        position: record.position,
+        claim: record.claim,
+        branch,
+        point,
+        block_count: record.block_count,
+        wall_ns: record.wall_ns,
+        store_ns: record.store_ns,
+        label: record.label,
+        deleted: Cell::new(false),
+    }
+}
+
+/// Waits for a device operation of the engine's own.
+pub(crate) async fn wait(
+    outcome: OneshotReceiver<Result<(), DeviceError>>,
+    at: Pba,
+) -> Result<(), Error> {
+    let gone = |_| Err(DeviceError::new(device::Cause::Gone, at));
+    outcome.await.unwrap_or_else(gone).map_err(|error| blockstore::Error::from(error).into())
+}
+
+/// What every request gets after the store has failed.
+pub(crate) fn stopped(error: &DeviceError) -> Error {
+    Error::refused(
+        ErrorKind::Fenced,
+        format!("the store stopped after a failed write or flush ({error}); it must be reopened"),
+    )
+}
+
+pub(crate) fn as_u64(count: usize) -> u64 {
+    u64::try_from(count).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,407 @@
+//! Creating, cloning, snapshotting and deleting: one log record each, whatever the size.
+//!
+//! Every change is an `apply_…` that alters memory without waiting. Running, it is called in the
+//! same breath in which its record gets its LSN; after a crash, replay calls it with the record.
+//! So both give the same state.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use base::{BLOCK_SIZE_U64, BirthLabel, ClaimGeneration, ErrorKind, Lsn, SnapshotNumber, VdiId};
+use ondisk::{
+    DirectoryRecord, LABEL_BYTES_MAX, NAME_BYTES_MAX, RangeState, Record, RecordBody, RootRef,
+};
+
+use crate::Error;
+use crate::branch::{Base, Branch};
+use crate::engine::Engine;
+use crate::types::Target;
+use crate::vdi::{Snapshot, Vdi};
+
+/// Largest VDI: what a tree of the greatest height maps.
+const VDI_BLOCKS_MAX: u64 = 1 << 40;
+
+/// Claims rise when VDIs move between hosts; a host that never lets go stays in the first.
+const FIRST_CLAIM: ClaimGeneration = ClaimGeneration::new(1);
+
+impl Engine {
+    /// Creates an empty VDI. Durable on return.
+    pub(crate) async fn create(self: &Rc<Self>, name: &str, size: u64) -> Result<VdiId, Error> {
+        let _request = self.begin()?;
+        let block_count = blocks_of(size)?;
+        check_name(name)?;
+        let one = self.management.acquire(1).await;
+        self.refuse_taken(name)?;
+        let id = self.next_id();
+        let wall_ns = self.runtime.wall_ns();
+        let body = RecordBody::Create { block_count, wall_ns, name: name.to_owned() };
+        let appended = self.log.append(&Record { vdi: id, claim: FIRST_CLAIM, body });
+        self.apply_create(id, block_count, wall_ns, name, None, Base::Root(RootRef::empty(1)));
+        drop(one);
+        self.settle(appended).await?;
+        Ok(id)
+    }
+
+    /// Makes a VDI of a snapshot, or of a VDI as it is now. Durable on return.
+    pub(crate) async fn clone_vdi(
+        self: &Rc<Self>,
+        source: &Target,
+        name: &str,
+    ) -> Result<VdiId, Error> {
+        let _request = self.begin()?;
+        check_name(name)?;
+        let one = self.management.acquire(1).await;
+        self.refuse_taken(name)?;
+        let vdi = self.find(&source.vdi).await?;
+        let snapshot = match &source.snapshot {
+            Some(label) => Some(find_snapshot(&vdi, &source.vdi, label)?),
+            None => None,
+        };
+        let id = self.next_id();
+        let wall_ns = self.runtime.wall_ns();
+        let number = snapshot.as_ref().map_or(SnapshotNumber::new(0), |snapshot| snapshot.number);
+        let body =
+            RecordBody::Clone { source: vdi.id, snapshot: number, wall_ns, name: name.to_owned() };
+        let appended = self.log.append(&Record { vdi: id, claim: FIRST_CLAIM, body });
+        self.apply_clone(id, &vdi, snapshot.as_deref(), appended.0, wall_ns, name);
+        drop(one);
+        self.settle(appended).await?;
+        Ok(id)
+    }
+
+    /// Takes a snapshot. Durable on return.
+    pub(crate) async fn snapshot(
+        self: &Rc<Self>,
+        name: &str,
+        label: Option<&str>,
+    ) -> Result<SnapshotNumber, Error> {
+        let _request = self.begin()?;
+        let label = label.unwrap_or_default();
+        check_label(label)?;
+        let vdi = self.find(name).await?;
+        if !label.is_empty() && vdi.snapshot(label).is_some() {
+            let message = format!("{name}@{label} exists already");
+            return Err(Error::refused(ErrorKind::Exists, message));
+        }
+        if vdi.deleted.get() {
+            return Err(not_found(name));
+        }
+        let number = vdi.snapshot_next.get();
+        let (wall_ns, store_ns) = (self.runtime.wall_ns(), self.store_ns());
+        let body = RecordBody::Snapshot { number, wall_ns, store_ns, label: label.to_owned() };
+        let appended = self.append(&vdi, body);
+        self.apply_snapshot(&vdi, number, appended.0, (wall_ns, store_ns), label);
+        // Guests go on; what they wrote before is waited for (design rule 30).
+        self.settle(appended).await?;
+        self.stats.borrow_mut().snapshots += 1;
+        Ok(number)
+    }
+
+    /// Gives a VDI another name. Durable on return.
+    pub(crate) async fn rename(self: &Rc<Self>, name: &str, new: &str) -> Result<(), Error> {
+        let _request = self.begin()?;
+        check_name(new)?;
+        let one = self.management.acquire(1).await;
+        let vdi = self.find(name).await?;
+        if name == new {
+            return Ok(());
+        }
+        self.refuse_taken(new)?;
+        let appended = self.append(&vdi, RecordBody::Rename { name: new.to_owned() });
+        self.apply_rename(vdi.id, new);
+        drop(one);
+        self.settle(appended).await
+    }
+
+    /// Changes the size. Shrinking severs open handles. Durable on return.
+    pub(crate) async fn resize(self: &Rc<Self>, name: &str, size: u64) -> Result<(), Error> {
+        let _request = self.begin()?;
+        let block_count = blocks_of(size)?;
+        let _one = self.management.acquire(1).await;
+        let vdi = self.find(name).await?;
+        let shrinks = block_count < vdi.block_count.get();
+        if shrinks {
+            vdi.sever();
+        }
+        // Nothing is on its way while the size changes.
+        let _all = vdi.ranges.lock(0..u64::MAX).await;
+        let appended = self.append(&vdi, RecordBody::Resize { block_count });
+        self.apply_resize(&vdi, block_count, appended.0);
+        self.settle(appended).await
+    }
+
+    /// Deletes a VDI with its snapshots, or one snapshot. Durable on return.
+    pub(crate) async fn remove(self: &Rc<Self>, target: &Target) -> Result<(), Error> {
+        let _request = self.begin()?;
+        let one = self.management.acquire(1).await;
+        let vdi = self.find(&target.vdi).await?;
+        let appended = match &target.snapshot {
+            Some(label) => {
+                let snapshot = find_snapshot(&vdi, &target.vdi, label)?;
+                let number = snapshot.number;
+                let appended = self.append(&vdi, RecordBody::DeleteSnapshot { number });
+                self.apply_delete_snapshot(&vdi, number);
+                appended
+            }
+            None => {
+                vdi.sever();
+                let _all = vdi.ranges.lock(0..u64::MAX).await;
+                let appended = self.append(&vdi, RecordBody::Delete);
+                self.apply_delete(&vdi);
+                appended
+            }
+        };
+        drop(one);
+        self.settle(appended).await
+    }
+
+    /// Makes a VDI what a snapshot of it was. Severs open handles. Durable on return.
+    pub(crate) async fn rollback(self: &Rc<Self>, name: &str, label: &str) -> Result<(), Error> {
+        let _request = self.begin()?;
+        let one = self.management.acquire(1).await;
+        let vdi = self.find(name).await?;
+        let snapshot = find_snapshot(&vdi, name, label)?;
+        vdi.sever();
+        let all = vdi.ranges.lock(0..u64::MAX).await;
+        let appended = self.append(&vdi, RecordBody::Rollback { number: snapshot.number });
+        self.apply_rollback(&vdi, &snapshot);
+        drop(all);
+        drop(one);
+        self.settle(appended).await
+    }
+
+    /// The VDI of this name.
+    pub(crate) async fn find(self: &Rc<Self>, name: &str) -> Result<Rc<Vdi>, Error> {
+        let id = self.registry.borrow().names.get(name).copied();
+        let vdi = self.vdi(id.ok_or_else(|| not_found(name))?).await?;
+        if vdi.deleted.get() {
+            return Err(not_found(name));
+        }
+        Ok(vdi)
+    }
+
+    fn refuse_taken(&self, name: &str) -> Result<(), Error> {
+        if self.registry.borrow().names.contains_key(name) {
+            let message = format!("a VDI named {name} exists already");
+            return Err(Error::refused(ErrorKind::Exists, message));
+        }
+        Ok(())
+    }
+
+    fn next_id(&self) -> VdiId {
+        VdiId::new(self.registry.borrow().id_next)
+    }
+
+    pub(crate) fn apply_create(
+        &self,
+        id: VdiId,
+        block_count: u64,
+        wall_ns: u64,
+        name: &str,
+        parent: Option<(VdiId, SnapshotNumber)>,
+        base: Base,
+    ) {
+        let (parent, parent_snapshot) = parent.unwrap_or_default();
+        // A root of its own has nothing that is shared; a point's labels are known when it is
+        // merged.
+        let branch = self.new_branch(base, BirthLabel::new(1), BirthLabel::new(0));
+        let vdi = Rc::new(Vdi {
+            id,
+            claim: FIRST_CLAIM,
+            branch: RefCell::new(branch),
+            block_count: Cell::new(block_count),
+            window: RefCell::default(),
+            ranges: Default::default(),
+            incarnation: Cell::new(0),
+            deleted: Cell::new(false),
+            snapshots: RefCell::default(),
+            snapshot_next: Cell::new(SnapshotNumber::new(1)),
+            snapshots_dirty: RefCell::default(),
+            snapshot_table: Cell::new(RootRef::empty(1)),
+            history: RootRef::empty(1),
+        });
+        let record = DirectoryRecord {
+            id,
+            parent,
+            parent_snapshot,
+            created_ns: wall_ns,
+            claim: FIRST_CLAIM,
+            owner: self.host,
+            name: name.to_owned(),
+        };
+        {
+            let mut registry = self.registry.borrow_mut();
+            registry.id_next = registry.id_next.max(id.get() + 1);
+            registry.names.insert(name.to_owned(), id);
+            registry.directory.insert(id, record);
+            registry.dirty_directory.insert(id);
+            registry.loaded.insert(id, Rc::clone(&vdi));
+        }
+        self.touch(&vdi);
+    }
+
+    pub(crate) fn apply_clone(
+        &self,
+        id: VdiId,
+        source: &Vdi,
+        snapshot: Option<&Snapshot>,
+        lsn: Lsn,
+        wall_ns: u64,
+        name: &str,
+    ) {
+        let (base, block_count) = match snapshot {
+            Some(snapshot) => {
+                let base = Base::Point(Rc::clone(&snapshot.branch), Rc::clone(&snapshot.point));
+                (base, snapshot.block_count)
+            }
+            None => (self.point_now(source, lsn), source.block_count.get()),
+        };
+        let number = snapshot.map_or(SnapshotNumber::new(0), |snapshot| snapshot.number);
+        self.apply_create(id, block_count, wall_ns, name, Some((source.id, number)), base);
+    }
+
+    /// The head of `vdi` as a base for others.
+    fn point_now(&self, vdi: &Vdi, lsn: Lsn) -> Base {
+        let branch = Rc::clone(&vdi.branch.borrow());
+        let point = branch.add_point(lsn);
+        self.touch(vdi);
+        Base::Point(branch, point)
+    }
+
+    pub(crate) fn apply_snapshot(
+        &self,
+        vdi: &Vdi,
+        number: SnapshotNumber,
+        lsn: Lsn,
+        (wall_ns, store_ns): (u64, u64),
+        label: &str,
+    ) {
+        let branch: Rc<Branch> = Rc::clone(&vdi.branch.borrow());
+        let point = branch.add_point(lsn);
+        let snapshot = Rc::new(Snapshot {
+            number,
+            position: lsn,
+            claim: vdi.claim,
+            branch,
+            point,
+            block_count: vdi.block_count.get(),
+            wall_ns,
+            store_ns,
+            label: label.to_owned(),
+            deleted: Cell::new(false),
+        });
+        vdi.snapshots.borrow_mut().insert(number, snapshot);
+        vdi.snapshots_dirty.borrow_mut().insert(number, true);
+        vdi.snapshot_next.set(SnapshotNumber::new(number.get() + 1));
+        self.touch(vdi);
+    }
+
+    pub(crate) fn apply_delete_snapshot(&self, vdi: &Vdi, number: SnapshotNumber) {
+        if let Some(snapshot) = vdi.snapshots.borrow_mut().remove(&number) {
+            snapshot.deleted.set(true);
+            vdi.snapshots_dirty.borrow_mut().insert(number, false);
+        }
+        self.touch(vdi);
+    }
+
+    pub(crate) fn apply_rename(&self, id: VdiId, name: &str) {
+        let mut registry = self.registry.borrow_mut();
+        let registry = &mut *registry;
+        if let Some(record) = registry.directory.get_mut(&id) {
+            registry.names.remove(&record.name);
+            name.clone_into(&mut record.name);
+            registry.names.insert(name.to_owned(), id);
+            registry.dirty_directory.insert(id);
+        }
+    }
+
+    pub(crate) fn apply_resize(&self, vdi: &Vdi, block_count: u64, lsn: Lsn) {
+        let old = vdi.block_count.replace(block_count);
+        self.touch(vdi);
+        if block_count < old {
+            let branch = Rc::clone(&vdi.branch.borrow());
+            let generation = branch.active();
+            let cut = (block_count, old);
+            let level_max = Self::level_max(old);
+            self.install_range(&branch, &generation, lsn, cut, RangeState::Unmapped, level_max);
+        }
+    }
+
+    pub(crate) fn apply_delete(&self, vdi: &Rc<Vdi>) {
+        vdi.deleted.set(true);
+        vdi.branch.borrow().is_head.set(false);
+        for snapshot in vdi.snapshots.borrow().values() {
+            snapshot.deleted.set(true);
+        }
+        // The branch may have points that clones are built on.
+        self.touch(vdi);
+        vdi.snapshots.borrow_mut().clear();
+        self.allocator.return_window(&mut vdi.window.borrow_mut());
+        let mut registry = self.registry.borrow_mut();
+        let registry = &mut *registry;
+        registry.loaded.remove(&vdi.id);
+        if let Some(record) = registry.directory.remove(&vdi.id) {
+            registry.names.remove(&record.name);
+        }
+        registry.dirty_directory.insert(vdi.id);
+    }
+
+    pub(crate) fn apply_rollback(&self, vdi: &Vdi, snapshot: &Snapshot) {
+        let old = Rc::clone(&vdi.branch.borrow());
+        self.touch(vdi);
+        old.is_head.set(false);
+        let base = Base::Point(Rc::clone(&snapshot.branch), Rc::clone(&snapshot.point));
+        // Above every label that the old branch may still give (design rule 33): its next merge
+        // advances it by at most one.
+        let floor = BirthLabel::new(old.label.get().get().saturating_add(2));
+        let branch = self.new_branch(base, floor, floor);
+        *vdi.branch.borrow_mut() = branch;
+        vdi.block_count.set(snapshot.block_count);
+        self.touch(vdi);
+    }
+}
+
+pub(crate) fn find_snapshot(vdi: &Vdi, name: &str, label: &str) -> Result<Rc<Snapshot>, Error> {
+    vdi.snapshot(label).ok_or_else(|| {
+        let message = format!("{name} has no snapshot {label}; see: parallax snapshots {name}");
+        Error::refused(ErrorKind::NotFound, message)
+    })
+}
+
+pub(crate) fn not_found(name: &str) -> Error {
+    Error::refused(ErrorKind::NotFound, format!("there is no VDI named {name}; see: parallax ls"))
+}
+
+fn blocks_of(size: u64) -> Result<u64, Error> {
+    let block_count = size.div_ceil(BLOCK_SIZE_U64);
+    if block_count == 0 || block_count > VDI_BLOCKS_MAX {
+        let message = "the size of a VDI must be 4 KiB to 4 PiB";
+        return Err(Error::refused(ErrorKind::Invalid, message));
+    }
+    Ok(block_count)
+}
+
+/// Names are shown in tables, typed in shells and sent over NBD.
+fn check_name(name: &str) -> Result<(), Error> {
+    let allowed = |c: char| c.is_alphanumeric() || matches!(c, '-' | '_' | '.' | '/' | ':' | '+');
+    if name.is_empty() || name.len() > NAME_BYTES_MAX || !name.chars().all(allowed) {
+        let message = format!(
+            "'{name}' cannot be a name: use 1 to {NAME_BYTES_MAX} letters, digits and - _ . / : +"
+        );
+        return Err(Error::refused(ErrorKind::Invalid, message));
+    }
+    Ok(())
+}
+
+fn check_label(label: &str) -> Result<(), Error> {
+    let printable = label.chars().all(|c| !c.is_control() && c != '@');
+    let number = !label.is_empty() && label.bytes().all(|byte| byte.is_ascii_digit());
+    if label.len() > LABEL_BYTES_MAX || !printable || number {
+        let message = format!(
+            "'{label}' cannot be a label: use up to {LABEL_BYTES_MAX} printable bytes without @, \
+             not digits alone"
+        );
+        return Err(Error::refused(ErrorKind::Invalid, message));
+    }
+    Ok(())
+}

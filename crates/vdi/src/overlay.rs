@@ -1,0 +1,260 @@
+//! What was written since the last checkpoint, by LBA, with versions.
+//!
+//! A full-block write never waits for a tree read (design rule 60): it goes here, and meets the
+//! tree when a checkpoint merges it. A discard is a change of whole aligned subtrees, so that
+//! 16 TiB cost as little as 1 MiB. A change has a version for each snapshot interval in which it
+//! was made: within one interval the newest replaces the older ones.
+//!
+//! Invariants:
+//! - versions of one subtree are ordered by LSN, and at most one lies between two neighbouring
+//!   points (snapshot positions) of the branch;
+//! - the newest LSN wins wherever changes overlap, whatever completed first (design rule 11).
+
+use std::collections::BTreeMap;
+
+use base::{Lsn, Pba};
+use blockstore::tree::{Change, slot, span};
+use ondisk::{Entry, EntryState, HEIGHT_MAX};
+
+/// Changes by the tree node that they belong to: (level, number of the node at that level).
+#[derive(Debug, Default)]
+pub(crate) struct Overlay {
+    nodes: BTreeMap<(u8, u64), Vec<Version>>,
+    level_max: u8,
+    node_count: usize,
+}
+
+/// One version of one slot of a node. Kept ordered by slot, then LSN.
+#[derive(Clone, Copy, Debug)]
+struct Version {
+    slot: u8,
+    lsn: Lsn,
+    entry: Entry,
+}
+
+impl Overlay {
+    /// Adds a change. `separated(older, newer)` tells whether a snapshot lies between two LSNs.
+    /// Returns the block that nothing can reach any more because of it: that of the version that
+    /// it replaced, or its own if a newer version was there already.
+    pub(crate) fn insert(
+        &mut self,
+        change: &Change,
+        separated: impl Fn(Lsn, Lsn) -> bool,
+    ) -> Option<Pba> {
+        let node = change.start / (span(change.level) * 256);
+        let slot = u8::try_from(slot(change.start, change.level)).unwrap_or(u8::MAX);
+        self.level_max = self.level_max.max(change.level);
+        let node_count = &mut self.node_count;
+        let versions = self.nodes.entry((change.level, node)).or_insert_with(|| {
+            *node_count += 1;
+            Vec::new()
+        });
+        let version = Version { slot, lsn: change.lsn, entry: change.entry };
+        let at = versions.partition_point(|other| (other.slot, other.lsn) < (slot, change.lsn));
+        let replaced = at.checked_sub(1).and_then(|before| versions.get_mut(before));
+        if let Some(replaced) = replaced
+            && replaced.slot == slot
+            && !separated(replaced.lsn, change.lsn)
+        {
+            return mapped(std::mem::replace(replaced, version).entry);
+        }
+        if let Some(newer) = versions.get(at)
+            && newer.slot == slot
+            && !separated(change.lsn, newer.lsn)
+        {
+            return mapped(change.entry);
+        }
+        versions.insert(at, version);
+        None
+    }
+
+    /// The newest change of block `index` with an LSN below `before`.
+    pub(crate) fn lookup(&self, index: u64, before: Lsn) -> Option<(Lsn, Entry)> {
+        let mut newest: Option<(Lsn, Entry)> = None;
+        for level in 0..=self.level_max {
+            let found = self.lookup_level(level, index, before);
+            if let Some((lsn, _)) = found
+                && newest.is_none_or(|(other, _)| lsn > other)
+            {
+                newest = found;
+            }
+        }
+        newest
+    }
+
+    fn lookup_level(&self, level: u8, index: u64, before: Lsn) -> Option<(Lsn, Entry)> {
+        let versions = self.nodes.get(&(level, index / (span(level) * 256)))?;
+        let slot = u8::try_from(slot(index, level)).unwrap_or(u8::MAX);
+        let at = versions.partition_point(|other| (other.slot, other.lsn) < (slot, before));
+        let version = versions.get(at.checked_sub(1)?)?;
+        (version.slot == slot).then_some((version.lsn, version.entry))
+    }
+
+    /// The first block at or behind `index` that any change covers.
+    pub(crate) fn next_changed(&self, index: u64) -> Option<u64> {
+        let mut next: Option<u64> = None;
+        for level in 0..=self.level_max {
+            let width = span(level);
+            let first = (level, index / (width * 256));
+            for (&(_, node), versions) in self.nodes.range(first..=(level, u64::MAX)) {
+                let starts = versions
+                    .iter()
+                    .map(|version| node * width * 256 + u64::from(version.slot) * width);
+                // A subtree that began earlier still covers the block if it reaches it.
+                let found = starts.filter(|start| start + width > index).min();
+                if let Some(start) = found {
+                    let start = start.max(index);
+                    next = Some(next.map_or(start, |other| other.min(start)));
+                    break;
+                }
+            }
+        }
+        next
+    }
+
+    /// All versions of at most `node_max` nodes behind `after`, and the last of these nodes.
+    pub(crate) fn chunk(
+        &self,
+        after: Option<(u8, u64)>,
+        node_max: usize,
+        into: &mut Vec<Change>,
+    ) -> Option<(u8, u64)> {
+        use std::ops::Bound::{Excluded, Unbounded};
+        let from = after.map_or(Unbounded, Excluded);
+        let mut last = None;
+        for (&(level, node), versions) in self.nodes.range((from, Unbounded)).take(node_max) {
+            let width = span(level);
+            into.extend(versions.iter().map(|version| Change {
+                level,
+                start: node * width * 256 + u64::from(version.slot) * width,
+                lsn: version.lsn,
+                entry: version.entry,
+            }));
+            last = Some((level, node));
+        }
+        last
+    }
+
+    /// Takes some nodes out, so that a large overlay can be dropped without stopping the thread.
+    pub(crate) fn shed(&mut self, node_max: usize) -> bool {
+        for _ in 0..node_max {
+            if self.nodes.pop_first().is_none() {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Number of nodes that have changes: what a merge rewrites at least.
+    pub(crate) fn node_count(&self) -> usize {
+        self.node_count
+    }
+}
+
+fn mapped(entry: Entry) -> Option<Pba> {
+    (entry.state() == EntryState::Mapped).then(|| entry.pba())
+}
+
+/// Cuts `start .. end` into the fewest aligned subtrees of at most `level_max`.
+pub(crate) fn subtrees(start: u64, end: u64, level_max: u8) -> impl Iterator<Item = (u8, u64)> {
+    let level_max = level_max.min(HEIGHT_MAX - 1);
+    let mut at = start;
+    std::iter::from_fn(move || {
+        if at >= end {
+            return None;
+        }
+        let mut level = 0;
+        while level < level_max && at.is_multiple_of(span(level + 1)) && end - at >= span(level + 1)
+        {
+            level += 1;
+        }
+        let piece = (level, at);
+        at += span(level);
+        Some(piece)
+    })
+}
+
+/// Sorts changes for a merge and keeps the newest of each subtree; reports the blocks of the
+/// others, which nothing can reach any more.
+pub(crate) fn newest_only(mut changes: Vec<Change>, dead: &mut Vec<Pba>) -> Vec<Change> {
+    // Merges are stable and fast on what is sorted already, as most overlays are.
+    changes.sort_by_key(|change| (change.order(), change.lsn));
+    let mut newest: Vec<Change> = Vec::with_capacity(changes.len());
+    for change in changes {
+        match newest.last_mut() {
+            Some(last) if last.order() == change.order() => {
+                dead.extend(mapped(std::mem::replace(last, change).entry));
+            }
+            _ => newest.push(change),
+        }
+    }
+    newest
+}
+
+#[cfg(test)]
+mod tests {
+    use base::BirthLabel;
+
+    use super::*;
+
+    fn block(start: u64, lsn: u64, pba: u64) -> Change {
+        let entry = Entry::mapped(Pba::new(pba), 0, BirthLabel::new(0));
+        Change { level: 0, start, lsn: Lsn::new(lsn), entry }
+    }
+
+    fn never(_: Lsn, _: Lsn) -> bool {
+        false
+    }
+
+    fn at(overlay: &Overlay, index: u64, before: u64) -> Option<u64> {
+        let (_, entry) = overlay.lookup(index, Lsn::new(before))?;
+        Some(if entry.state() == EntryState::Mapped { entry.pba().get() } else { 0 })
+    }
+
+    #[test]
+    fn versions_are_kept_only_across_snapshots() {
+        let mut overlay = Overlay::default();
+        assert_eq!(overlay.insert(&block(7, 1, 100), never), None);
+        assert_eq!(overlay.insert(&block(7, 2, 101), never), Some(Pba::new(100)));
+        let snapshot_at_3 = |older: Lsn, newer: Lsn| older.get() < 3 && newer.get() >= 3;
+        assert_eq!(overlay.insert(&block(7, 4, 102), snapshot_at_3), None);
+        assert_eq!(overlay.insert(&block(7, 5, 103), snapshot_at_3), Some(Pba::new(102)));
+        assert_eq!(at(&overlay, 7, 3), Some(101));
+        assert_eq!(at(&overlay, 7, u64::MAX), Some(103));
+        assert_eq!(at(&overlay, 8, u64::MAX), None);
+    }
+
+    #[test]
+    fn an_older_write_that_completes_later_loses() {
+        let mut overlay = Overlay::default();
+        overlay.insert(&block(7, 5, 105), never);
+        assert_eq!(overlay.insert(&block(7, 4, 104), never), Some(Pba::new(104)));
+        assert_eq!(at(&overlay, 7, u64::MAX), Some(105));
+    }
+
+    #[test]
+    fn a_discarded_subtree_hides_older_blocks_only() {
+        let mut overlay = Overlay::default();
+        overlay.insert(&block(300, 1, 100), never);
+        let discard = Change { level: 1, start: 256, lsn: Lsn::new(2), entry: Entry::UNMAPPED };
+        overlay.insert(&discard, never);
+        assert_eq!(at(&overlay, 300, u64::MAX), Some(0));
+        overlay.insert(&block(301, 3, 101), never);
+        assert_eq!(at(&overlay, 301, u64::MAX), Some(101));
+        assert_eq!(at(&overlay, 511, u64::MAX), Some(0));
+        assert_eq!(at(&overlay, 512, u64::MAX), None);
+        assert_eq!(overlay.next_changed(0), Some(256));
+        assert_eq!(overlay.next_changed(400), Some(400));
+        assert_eq!(overlay.next_changed(512), None);
+    }
+
+    #[test]
+    fn ranges_become_few_subtrees() {
+        let pieces: Vec<_> = subtrees(255, 65_536 + 256, 2).collect();
+        assert_eq!(pieces.first(), Some(&(0, 255)));
+        assert_eq!(pieces.len(), 1 + 255 + 1);
+        let total: u64 = pieces.iter().map(|&(level, _)| span(level)).sum();
+        assert_eq!(total, 65_536 + 256 - 255);
+        assert_eq!(subtrees(0, 1 << 40, 4).count(), 256, "a whole disk is one node of changes");
+    }
+}

@@ -1,0 +1,631 @@
+//! Opening a store: choose the slot, read the log, keep what was promised, begin a new epoch.
+//!
+//! Up to F, the durable point, every record counts as it stands. Above it, a write counts if its
+//! data verifies, each by itself (design rule 2); what counts is *written again*, data to new
+//! blocks and records to the new epoch's log, because a device that failed a flush may still show
+//! bytes that it will never keep (rule 56). Then the old log is sealed at F. So after recovery
+//! everything stands below a flush that succeeded, and older epochs are never asked again (rule 7).
+//!
+//! No tree node is read: replay fills overlays, whatever the size of the store (rule 16).
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeSet, HashSet};
+use std::rc::Rc;
+use std::time::Duration;
+
+use base::{
+    BirthLabel, BlockSlice, Epoch, ErrorKind, ExtentIndex, HostId, Lba, Lsn, Pba,
+    REQUEST_BLOCKS_MAX, StoreUuid, VdiId,
+};
+use blockstore::allocator::{Allocator, Space};
+use blockstore::log::{Log, LogConfig, Replayed, replay};
+use blockstore::scheduler::Batch;
+use blockstore::slots::{SlotPair, SlotWriter, check_vouched, read_slots};
+use blockstore::{Geometry, NodeStore, ReadEpochs, WriteScheduler, superblock, table, tree};
+use device::Device;
+use ondisk::{
+    Checksums, DirectoryRecord, Entry, EntryState, ExtentRecord, Heartbeat, HostSlot,
+    LOG_SEGMENTS_MAX, Record, RecordBody, RootRef, SUPERBLOCK_COPIES, SlotState,
+};
+use runtime::Runtime;
+use runtime::sync::{Semaphore, Signal};
+
+use crate::Error;
+use crate::branch::Base;
+use crate::checkpoint::Checkpoints;
+use crate::engine::{Engine, Registry, as_u64};
+use crate::types::{OpenOptions, OpenReport};
+
+/// The one host that runs today.
+const HOST: HostId = HostId::new(0);
+
+/// How long a host that may be alive is watched for a heartbeat.
+const WATCH: Duration = Duration::from_secs(5);
+
+/// Opens the store on `device`.
+///
+/// # Errors
+/// See [`crate::Store::open`].
+pub(crate) async fn open(
+    device: Device,
+    runtime: Runtime,
+    options: &OpenOptions,
+) -> Result<(Rc<Engine>, OpenReport), Error> {
+    let mut report = OpenReport::default();
+    let found = superblock::read(&device, &runtime, true).await?;
+    let geometry = Geometry::new(&found.superblock);
+    let checksums = Checksums::new(found.superblock.uuid, &found.superblock.key);
+    let pair = read_slots(&device, &runtime, &geometry, &checksums, HOST).await?;
+    if pair.other_damaged {
+        report.alarms.push("one copy of the host slot was damaged; the other one was used".into());
+    }
+    refuse_alive(&device, &runtime, &geometry, &checksums, &pair.newest, options).await?;
+    let replayed = read_log(&device, &runtime, &geometry, &checksums, &pair.newest).await?;
+    report.clean = pair.newest.state == SlotState::Clean;
+
+    let engine = build(device, runtime, options, geometry, checksums, &pair, &replayed)?;
+    engine.load_space(&mut report).await?;
+    engine.load_directory().await?;
+    let records = replayed.records.iter().filter(|(lsn, _)| *lsn > pair.newest.cut);
+    for (lsn, record) in records {
+        // Also what does not count stays untouched until the new epoch is published: a crash
+        // during recovery must find it again.
+        engine.keep_data(*lsn, record)?;
+    }
+    let (settled, doubtful): (Vec<_>, Vec<_>) = replayed
+        .records
+        .into_iter()
+        .filter(|(lsn, _)| *lsn > pair.newest.cut)
+        .partition(|(lsn, _)| *lsn <= replayed.durable);
+    for (lsn, record) in settled {
+        engine.apply(lsn, &record, None).await?;
+        report.records_replayed += 1;
+    }
+    let doubtful = engine.verify(doubtful, &mut report).await?;
+    // Whatever was verified may have been read from a volatile cache (rule 8).
+    engine.scheduler.flush().await.map_err(blockstore::Error::from)?;
+    engine.begin_epoch(&found, &pair, options, doubtful, replayed.durable, &mut report).await?;
+    Ok((engine, report))
+}
+
+/// Refuses a store whose last user may be alive on another machine, where no file lock shows it
+/// (design rule 15).
+async fn refuse_alive(
+    device: &Device,
+    runtime: &Runtime,
+    geometry: &Geometry,
+    checksums: &Checksums,
+    slot: &HostSlot,
+    options: &OpenOptions,
+) -> Result<(), Error> {
+    if slot.state != SlotState::Running || slot.boot_id == options.boot_id {
+        return Ok(());
+    }
+    let at = geometry.heartbeat(HOST);
+    let beat = || async {
+        let buffer = device.read(at, 1, runtime.buffers().take(1)).await?;
+        let block = buffer.blocks().first();
+        let beat = block.and_then(|block| Heartbeat::decode(block, checksums, at).ok());
+        Ok::<_, device::DeviceError>(beat.map(|beat| (beat.epoch, beat.sequence)))
+    };
+    let before = beat().await.map_err(blockstore::Error::from)?;
+    tracing::info!("the store was not closed on another machine or boot: watching for its daemon");
+    runtime.sleep(WATCH).await;
+    if beat().await.map_err(blockstore::Error::from)? != before {
+        return Err(Error::refused(
+            ErrorKind::Busy,
+            "a daemon on another machine is using this store; stop it first",
+        ));
+    }
+    Ok(())
+}
+
+async fn read_log(
+    device: &Device,
+    runtime: &Runtime,
+    geometry: &Geometry,
+    checksums: &Checksums,
+    slot: &HostSlot,
+) -> Result<Replayed, Error> {
+    if slot.state == SlotState::Running {
+        let replayed =
+            replay(device, runtime, geometry, slot.log_start, checksums, &slot.segments).await?;
+        check_vouched(slot, replayed.slot_sequence)?;
+        return Ok(replayed);
+    }
+    // Closed cleanly: the last segment says where the log goes on.
+    let last = slot.segments.last();
+    Ok(Replayed {
+        end: last.map_or_else(Default::default, |segment| segment.start),
+        lsn_next: last.map_or(Lsn::new(1), |segment| segment.first_lsn),
+        durable: slot.cut,
+        ..Replayed::default()
+    })
+}
+
+fn build(
+    device: Device,
+    runtime: Runtime,
+    options: &OpenOptions,
+    geometry: Geometry,
+    checksums: Checksums,
+    pair: &SlotPair,
+    replayed: &Replayed,
+) -> Result<Rc<Engine>, Error> {
+    let slot = &pair.newest;
+    let scheduler = WriteScheduler::new(runtime.clone(), device.clone());
+    let older_epoch = pair.older.as_ref().map_or(Epoch::default(), |older| older.epoch);
+    let epoch = Epoch::new(slot.epoch.max(older_epoch).get() + 1);
+    let lsn_next = replayed.lsn_next.max(slot.cut.plus(1));
+    let live = slot.state == SlotState::Running;
+    let first = slot.segments.first().filter(|_| live);
+    let config = LogConfig {
+        geometry: geometry.clone(),
+        log_start: slot.log_start,
+        checksums: checksums.clone(),
+        epoch,
+        nonce: options.nonce,
+        position: replayed.end,
+        first_lsn: lsn_next,
+        tail: first.map_or(replayed.end, |segment| segment.start),
+        slot_sequence: slot.sequence,
+    };
+    if replayed.end.distance_from(config.tail) >= geometry.ring_blocks {
+        return Err(Error::refused(ErrorKind::Corrupt, "the log is longer than its ring"));
+    }
+    let log = Log::start(runtime.clone(), scheduler.clone(), config);
+    let nodes = NodeStore::new(
+        runtime.clone(),
+        device.clone(),
+        scheduler.clone(),
+        checksums.clone(),
+        options.cache_bytes,
+    );
+    let slots = SlotWriter::new(
+        scheduler.clone(),
+        geometry.clone(),
+        checksums.clone(),
+        HostSlot { epoch, boot_id: options.boot_id, ..slot.clone() },
+        pair.copy,
+    );
+    let opened_at = runtime.now();
+    Ok(Rc::new(Engine {
+        allocator: Allocator::new(geometry.block_count, geometry.extent_blocks),
+        runtime,
+        device,
+        host: HOST,
+        log_start: slot.log_start,
+        geometry,
+        checksums,
+        scheduler,
+        log,
+        nodes,
+        epochs: ReadEpochs::default(),
+        slots: RefCell::new(Some(slots)),
+        roots: Cell::new(slot.roots),
+        segments: RefCell::new(if live { slot.segments.clone() } else { Vec::new() }),
+        registry: RefCell::new(Registry { id_next: slot.vdi_id_next, ..Registry::default() }),
+        checkpoints: Checkpoints::new(),
+        active: Cell::new(0),
+        idle: Signal::default(),
+        closing: Cell::new(false),
+        closed: Cell::new(false),
+        unflushed: Cell::new(0),
+        changed_nodes: Cell::new(0),
+        full: Cell::new(false),
+        branch_serial: Cell::new(0),
+        stats: RefCell::default(),
+        management: Semaphore::new(1),
+        opened_store_ns: slot.store_ns,
+        opened_at,
+    }))
+}
+
+impl Engine {
+    /// Reads which extents are in use and which of their blocks: truth as of the published roots.
+    async fn load_space(&self, report: &mut OpenReport) -> Result<(), Error> {
+        let roots = self.roots.get();
+        let ring_end = self.log_start.plus(self.geometry.ring_blocks.saturating_sub(1));
+        self.allocator.load_extent(ExtentIndex::new(0), ondisk::ExtentKind::System)?;
+        let (first, last) =
+            (self.geometry.extent_of(self.log_start), self.geometry.extent_of(ring_end));
+        for extent in first.get()..=last.get() {
+            self.allocator.load_extent(ExtentIndex::new(extent), ondisk::ExtentKind::Log)?;
+        }
+        let mut extents = Vec::new();
+        table::scan(&self.nodes, &roots.extents, 0, |index, record: ExtentRecord| {
+            extents.push((index, record.kind));
+            true
+        })
+        .await?;
+        for (index, kind) in extents {
+            let index = ExtentIndex::new(u32::try_from(index).unwrap_or(u32::MAX));
+            self.allocator.load_extent(index, kind)?;
+        }
+        let mut pages = Vec::new();
+        let mut own = Vec::new();
+        self.walk(roots.bitmaps, &mut |entry, index| {
+            own.push(entry.pba());
+            pages.extend(index.map(|index| (index, entry)));
+        })
+        .await?;
+        for pba in own {
+            self.allocator.mark_busy(pba, 1, Space::Metadata)?;
+        }
+        for (index, entry) in pages {
+            let page = self.nodes.load(entry).await?;
+            self.allocator.load_live_page(index, &page.block().0)?;
+        }
+        let bad = self.load_bad_blocks(roots.bad_blocks).await?;
+        if bad > 0 {
+            report.alarms.push(format!("{bad} blocks were retired after failed writes"));
+        }
+        Ok(())
+    }
+
+    async fn load_bad_blocks(&self, root: RootRef) -> Result<usize, Error> {
+        let mut pages = Vec::new();
+        self.walk(root, &mut |entry, index| pages.extend(index.map(|index| (index, entry))))
+            .await?;
+        let mut count = 0;
+        for (index, entry) in pages {
+            let page = self.nodes.load(entry).await?;
+            let bits = as_u64(base::BLOCK_SIZE) * 8;
+            for (byte_index, byte) in (0u64..).zip(page.block().0) {
+                for bit in (0..8u64).filter(|bit| byte & (1 << bit) != 0) {
+                    let pba = Pba::new(index * bits + byte_index * 8 + bit);
+                    self.allocator.mark_busy(pba, 1, Space::Data)?;
+                    self.allocator.retire(pba)?;
+                    count += 1;
+                }
+            }
+        }
+        Ok(count)
+    }
+
+    /// Visits every mapped entry of a table's tree: nodes with `None`, pages with their number.
+    async fn walk(
+        &self,
+        root: RootRef,
+        visit: &mut dyn FnMut(Entry, Option<u64>),
+    ) -> Result<(), Error> {
+        let mut stack = vec![(root.entry, root.height, 0u64)];
+        while let Some((entry, level, start)) = stack.pop() {
+            if entry.state() != EntryState::Mapped {
+                continue;
+            }
+            if level == 0 {
+                visit(entry, Some(start));
+                continue;
+            }
+            visit(entry, None);
+            let node = self.nodes.load(entry).await?;
+            let width = tree::span(level - 1);
+            for (slot, child) in (0u64..).zip(node.entries()) {
+                stack.push((child, level - 1, start + slot * width));
+            }
+        }
+        Ok(())
+    }
+
+    async fn load_directory(&self) -> Result<(), Error> {
+        let mut records = Vec::new();
+        let root = self.roots.get().directory;
+        table::scan(&self.nodes, &root, 0, |_, record: DirectoryRecord| {
+            records.push(record);
+            true
+        })
+        .await?;
+        let mut registry = self.registry.borrow_mut();
+        for record in records {
+            registry.names.insert(record.name.clone(), record.id);
+            registry.directory.insert(record.id, record);
+        }
+        Ok(())
+    }
+
+    /// Keeps the blocks that a record names from being allocated.
+    fn keep_data(&self, lsn: Lsn, record: &Record) -> Result<(), Error> {
+        let RecordBody::Write { pba, hashes, .. } = &record.body else { return Ok(()) };
+        if base::mutant::active("recovery_forgets_log_blocks") {
+            return Ok(());
+        }
+        self.allocator.mark_busy(*pba, as_u64(hashes.len()), Space::Data).map_err(|error| {
+            tracing::error!(%lsn, %error, "a log record names blocks that cannot hold data");
+            error.into()
+        })
+    }
+
+    /// Applies a record. `moved` is where the data of a write stands now, if not where it says.
+    async fn apply(
+        self: &Rc<Self>,
+        lsn: Lsn,
+        record: &Record,
+        moved: Option<Pba>,
+    ) -> Result<(), Error> {
+        match &record.body {
+            RecordBody::Create { block_count, wall_ns, name } => {
+                let base = Base::Root(RootRef::empty(1));
+                self.apply_create(record.vdi, *block_count, *wall_ns, name, None, base);
+                return Ok(());
+            }
+            RecordBody::Clone { source, snapshot, wall_ns, name } => {
+                let source = self.vdi(*source).await?;
+                let snapshot = source.snapshots.borrow().get(snapshot).map(Rc::clone);
+                let snapshot = snapshot.as_deref();
+                self.apply_clone(record.vdi, &source, snapshot, lsn, *wall_ns, name);
+                return Ok(());
+            }
+            RecordBody::Void { .. } | RecordBody::Time { .. } => return Ok(()),
+            _ => {}
+        }
+        let vdi = self.vdi(record.vdi).await?;
+        if vdi.claim != record.claim {
+            // Of an earlier claim: the tree has it (design rule 48).
+            return Ok(());
+        }
+        match &record.body {
+            RecordBody::Write { lba, pba, hashes } => {
+                self.touch(&vdi);
+                let branch = Rc::clone(&vdi.branch.borrow());
+                let generation = branch.active();
+                let pba = moved.unwrap_or(*pba);
+                for (index, &hash) in (0u64..).zip(hashes) {
+                    let entry = Entry::mapped(pba.plus(index), hash, BirthLabel::default());
+                    let start = lba.get() + index;
+                    let change = tree::Change { level: 0, start, lsn, entry };
+                    self.install(&branch, &generation, &change);
+                }
+            }
+            RecordBody::Range { lba, count, state } => {
+                self.touch(&vdi);
+                let branch = Rc::clone(&vdi.branch.borrow());
+                let generation = branch.active();
+                let range = (lba.get(), lba.get().saturating_add(*count));
+                let level_max = Self::level_max(vdi.block_count.get());
+                self.install_range(&branch, &generation, lsn, range, *state, level_max);
+            }
+            RecordBody::Snapshot { number, wall_ns, store_ns, label } => {
+                self.apply_snapshot(&vdi, *number, lsn, (*wall_ns, *store_ns), label);
+            }
+            RecordBody::DeleteSnapshot { number } => self.apply_delete_snapshot(&vdi, *number),
+            RecordBody::Rename { name } => self.apply_rename(vdi.id, name),
+            RecordBody::Resize { block_count } => self.apply_resize(&vdi, *block_count, lsn),
+            RecordBody::Delete => self.apply_delete(&vdi),
+            RecordBody::Rollback { number } => {
+                let snapshot = vdi.snapshots.borrow().get(number).map(Rc::clone);
+                let snapshot = snapshot.ok_or_else(|| {
+                    let message = format!("the log rolls VDI {} back to no snapshot", vdi.id);
+                    Error::refused(ErrorKind::Corrupt, message)
+                })?;
+                self.apply_rollback(&vdi, &snapshot);
+            }
+            RecordBody::Create { .. }
+            | RecordBody::Clone { .. }
+            | RecordBody::Void { .. }
+            | RecordBody::Time { .. } => {}
+        }
+        Ok(())
+    }
+
+    /// Reads the data of the writes above F. Returns the records that count, with that data.
+    async fn verify(
+        self: &Rc<Self>,
+        records: Vec<(Lsn, Record)>,
+        report: &mut OpenReport,
+    ) -> Result<Vec<(Record, Option<BlockSlice>)>, Error> {
+        let mut reads = Vec::with_capacity(records.len());
+        // Enough at a time to keep the device busy, few enough to bound memory.
+        let at_once = Semaphore::new(2 * REQUEST_BLOCKS_MAX);
+        for (_, record) in records {
+            let (engine, at_once) = (Rc::clone(self), at_once.clone());
+            let permits = match &record.body {
+                RecordBody::Write { hashes, .. } => at_once.acquire(hashes.len()).await,
+                _ => at_once.acquire(0).await,
+            };
+            reads.push(self.runtime.spawn(async move {
+                let data = engine.verified_data(&record).await;
+                drop(permits);
+                (record, data)
+            }));
+        }
+        let mut counted = Vec::with_capacity(reads.len());
+        // A snapshot or clone must not hold a later write without an earlier one (rule 31).
+        let mut incomplete: HashSet<VdiId> = HashSet::new();
+        let mut dropped: BTreeSet<VdiId> = BTreeSet::new();
+        for read in reads {
+            let (record, data) = read.await;
+            let counts = match (&record.body, data) {
+                (RecordBody::Write { pba, hashes, .. }, Ok(None)) => {
+                    incomplete.insert(record.vdi);
+                    let blocks = (0..as_u64(hashes.len())).map(|index| pba.plus(index));
+                    self.replaced_by_recovery(blocks);
+                    false
+                }
+                (RecordBody::Snapshot { .. }, _) => !incomplete.contains(&record.vdi),
+                (RecordBody::Clone { source, .. }, _) => {
+                    let counts = !incomplete.contains(source);
+                    if !counts {
+                        dropped.insert(record.vdi);
+                    }
+                    counts
+                }
+                (_, Err(error)) => return Err(error),
+                (_, Ok(data)) => {
+                    if !dropped.contains(&record.vdi) {
+                        counted.push((record, data));
+                    } else {
+                        report.records_dropped += 1;
+                    }
+                    continue;
+                }
+            };
+            if counts && !dropped.contains(&record.vdi) {
+                counted.push((record, None));
+            } else {
+                report.records_dropped += 1;
+            }
+        }
+        Ok(counted)
+    }
+
+    /// The data of a write, if it is all there.
+    async fn verified_data(&self, record: &Record) -> Result<Option<BlockSlice>, Error> {
+        let RecordBody::Write { pba, hashes, .. } = &record.body else { return Ok(None) };
+        let count = hashes.len();
+        let buffer = self.runtime.buffers().take(count);
+        let read = self.device.read(*pba, count, buffer).await;
+        let buffer = match read {
+            Ok(buffer) => buffer,
+            // Data that cannot be read is not data that was promised: F had not passed it.
+            Err(error) if error.kind() == ErrorKind::Io => return Ok(None),
+            Err(error) => return Err(blockstore::Error::from(error).into()),
+        };
+        let verified = hashes
+            .iter()
+            .zip(buffer.blocks())
+            .all(|(&hash, block)| self.checksums.block(&block.0) == hash);
+        let skip = base::mutant::active("recovery_trusts_data");
+        Ok((verified || skip).then(|| BlockSlice::new(Rc::new(buffer), 0, count)))
+    }
+
+    /// Publishes the new epoch, writes again what counts above F, and seals the old log.
+    async fn begin_epoch(
+        self: &Rc<Self>,
+        found: &superblock::Found,
+        pair: &SlotPair,
+        options: &OpenOptions,
+        doubtful: Vec<(Record, Option<BlockSlice>)>,
+        durable: Lsn,
+        report: &mut OpenReport,
+    ) -> Result<(), Error> {
+        let old = &pair.newest;
+        // Both copies leave the older state before anything that it names can be reused.
+        self.publish_open(old.clone()).await?;
+        if !found.damaged.is_empty() {
+            let [primary, secondary] = SUPERBLOCK_COPIES;
+            // The intact copy stays until the damaged one is durable again.
+            let order = [secondary, primary].into_iter().filter(|at| found.damaged.contains(at));
+            let copies: Vec<Pba> = order.collect();
+            superblock::write(&self.device, &found.superblock, &copies).await?;
+            report.alarms.push("a damaged copy of the superblock was repaired".into());
+        }
+        let segment = self.log.cut();
+        for (record, data) in doubtful {
+            self.rewrite(record, data).await?;
+            report.records_replayed += 1;
+        }
+        self.log.durable(self.log.last_lsn()).await.map_err(blockstore::Error::from)?;
+        let mut segments = self.segments.borrow().clone();
+        if let Some(last) = segments.last_mut()
+            && last.last_lsn == Lsn::default()
+        {
+            last.last_lsn = durable;
+            if durable < last.first_lsn {
+                segments.pop();
+            }
+        }
+        // What the roots contain already need not be read again.
+        segments.retain(|segment| segment.last_lsn > old.cut);
+        segments.push(segment);
+        let slot = HostSlot {
+            state: SlotState::Running,
+            boot_id: options.boot_id,
+            segments: segments.clone(),
+            vdi_id_next: self.registry.borrow().id_next.max(old.vdi_id_next),
+            ..old.clone()
+        };
+        // Twice: the loss of either copy must not lose this epoch's log.
+        self.publish_open(slot.clone()).await?;
+        self.publish_open(slot).await?;
+        let tail = segments.first().map_or(segment.start, |first| first.start);
+        let sequence = self.slots.borrow().as_ref().map_or(0, |slots| slots.current().sequence);
+        self.log.published(sequence, old.cut, tail);
+        let crowded = segments.len() + 2 > LOG_SEGMENTS_MAX;
+        *self.segments.borrow_mut() = segments;
+        self.start_checkpoints(segment, self.allocator.bad_blocks().len());
+        if crowded {
+            self.checkpoint_twice().await?;
+        }
+        Ok(())
+    }
+
+    async fn publish_open(&self, slot: HostSlot) -> Result<(), Error> {
+        let writer = self.slots.borrow_mut().take();
+        let Some(mut writer) = writer else {
+            return Err(Error::refused(ErrorKind::Fenced, "the store is being published already"));
+        };
+        let current = writer.current();
+        let slot = HostSlot { epoch: current.epoch, boot_id: current.boot_id, ..slot };
+        let outcome = writer.publish(slot, &Batch::default()).await;
+        *self.slots.borrow_mut() = Some(writer);
+        outcome?;
+        Ok(())
+    }
+
+    /// Writes a record that counts to the new log, and its data to new blocks.
+    async fn rewrite(
+        self: &Rc<Self>,
+        record: Record,
+        data: Option<BlockSlice>,
+    ) -> Result<(), Error> {
+        let (RecordBody::Write { lba, pba, hashes }, Some(data)) = (&record.body, data) else {
+            let (lsn, appended) = self.log.append(&record);
+            crate::engine::wait(appended, Pba::new(0)).await?;
+            self.apply(lsn, &record, None).await?;
+            self.log.complete(lsn);
+            return Ok(());
+        };
+        let vdi = self.vdi(record.vdi).await?;
+        let count = as_u64(hashes.len());
+        let mut done = 0;
+        while done < count {
+            let run = {
+                let mut window = vdi.window.borrow_mut();
+                self.allocator.allocate(Space::Data, &mut window, count - done)
+            };
+            let run = run.ok_or_else(|| {
+                Error::refused(
+                    ErrorKind::NoSpace,
+                    "the store is too full to recover its last writes",
+                )
+            })?;
+            let range = usize::try_from(done).unwrap_or(0)..;
+            let hashes: Vec<u64> = hashes
+                .get(range)
+                .unwrap_or_default()
+                .iter()
+                .copied()
+                .take(usize::try_from(run.count).unwrap_or(0))
+                .collect();
+            let first = data.first_block() + usize::try_from(done).unwrap_or(0);
+            let slice = BlockSlice::new(Rc::clone(data.buffer()), first, hashes.len());
+            let written = self.write_data(run.start, slice);
+            let part = Record {
+                body: RecordBody::Write { lba: Lba::new(lba.get() + done), pba: run.start, hashes },
+                ..record
+            };
+            let (lsn, appended) = self.log.append(&part);
+            crate::engine::wait(written, run.start).await?;
+            crate::engine::wait(appended, run.start).await?;
+            self.apply(lsn, &part, None).await?;
+            self.log.complete(lsn);
+            done += run.count;
+        }
+        // The old blocks are free as soon as the new epoch is published; a checkpoint releases
+        // them with whatever else it replaces.
+        self.replaced_by_recovery((0..count).map(|index| pba.plus(index)));
+        Ok(())
+    }
+}
+
+/// The identity of a new store.
+pub(crate) fn format_options(options: &crate::FormatOptions) -> blockstore::format::Options {
+    blockstore::format::Options {
+        extent_bytes: options.extent_bytes,
+        log_bytes: options.log_bytes,
+        force: options.force,
+        uuid: StoreUuid(options.uuid),
+        key: options.secret,
+    }
+}

@@ -1,0 +1,94 @@
+//! A VDI and its snapshots in memory.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use base::{ClaimGeneration, Lsn, SnapshotNumber, VdiId};
+use blockstore::allocator::Window;
+use ondisk::{RootRef, SnapshotRecord};
+
+use crate::branch::{Branch, Point, View};
+use crate::ranges::RangeLocks;
+
+/// A VDI that is in use.
+#[derive(Debug)]
+pub(crate) struct Vdi {
+    pub(crate) id: VdiId,
+    pub(crate) claim: ClaimGeneration,
+    /// What its head continues. Replaced by a rollback.
+    pub(crate) branch: RefCell<Rc<Branch>>,
+    /// Size in blocks.
+    pub(crate) block_count: Cell<u64>,
+    /// Blocks reserved for its next writes, so that neighbours are its own (design rule 61).
+    pub(crate) window: RefCell<Window>,
+    /// Changes under way.
+    pub(crate) ranges: RangeLocks,
+    /// Handles opened under an older number are severed.
+    pub(crate) incarnation: Cell<u64>,
+    pub(crate) deleted: Cell<bool>,
+    pub(crate) snapshots: RefCell<BTreeMap<SnapshotNumber, Rc<Snapshot>>>,
+    pub(crate) snapshot_next: Cell<SnapshotNumber>,
+    /// Snapshots taken (`true`) or deleted since the last checkpoint.
+    pub(crate) snapshots_dirty: RefCell<BTreeMap<SnapshotNumber, bool>>,
+    /// The table of its snapshots as the last checkpoint wrote it.
+    pub(crate) snapshot_table: Cell<RootRef>,
+    /// Kept as found until history exists.
+    pub(crate) history: RootRef,
+}
+
+/// A snapshot.
+#[derive(Debug)]
+pub(crate) struct Snapshot {
+    pub(crate) number: SnapshotNumber,
+    pub(crate) position: Lsn,
+    pub(crate) claim: ClaimGeneration,
+    pub(crate) branch: Rc<Branch>,
+    pub(crate) point: Rc<Point>,
+    pub(crate) block_count: u64,
+    pub(crate) wall_ns: u64,
+    pub(crate) store_ns: u64,
+    pub(crate) label: String,
+    pub(crate) deleted: Cell<bool>,
+}
+
+impl Vdi {
+    /// The VDI as it is now.
+    pub(crate) fn head(&self) -> View {
+        View::Head(Rc::clone(&self.branch.borrow()))
+    }
+
+    /// Finds a snapshot by label or number; labels win.
+    pub(crate) fn snapshot(&self, name: &str) -> Option<Rc<Snapshot>> {
+        let snapshots = self.snapshots.borrow();
+        let by_label = snapshots.values().find(|snapshot| snapshot.label == name);
+        let number = || name.parse().ok().map(SnapshotNumber::new);
+        by_label.or_else(|| snapshots.get(&number()?)).map(Rc::clone)
+    }
+
+    /// Ends every handle that is open now.
+    pub(crate) fn sever(&self) {
+        self.incarnation.set(self.incarnation.get() + 1);
+    }
+}
+
+impl Snapshot {
+    /// Its contents.
+    pub(crate) fn view(&self) -> View {
+        View::Point(Rc::clone(&self.branch), Rc::clone(&self.point))
+    }
+
+    /// As it is stored, with the tree that a checkpoint made of it.
+    pub(crate) fn record(&self, root: RootRef) -> SnapshotRecord {
+        SnapshotRecord {
+            number: self.number,
+            position: self.position,
+            claim: self.claim,
+            root,
+            block_count: self.block_count,
+            wall_ns: self.wall_ns,
+            store_ns: self.store_ns,
+            label: self.label.clone(),
+        }
+    }
+}

@@ -1,0 +1,361 @@
+//! The write path: the spine of the engine, read from top to bottom.
+//!
+//! 1. [`Engine::write`] takes the blocks of the request, so that nobody else changes them, and
+//!    completes partly written blocks from what is there.
+//! 2. It takes free blocks next to each other, and room in the log.
+//! 3. Data and log record leave together; neither waits for the other.
+//! 4. When both have completed, and every log block before, the mapping enters the overlay.
+//! 5. The request is acknowledged. `kill -9` loses nothing from here on (G2).
+
+use std::rc::Rc;
+
+use base::{BLOCK_SIZE, BLOCK_SIZE_U64, BirthLabel, BlockSlice, Buffer, ErrorKind, Lba, Lsn, Pba};
+use blockstore::allocator::Run;
+use blockstore::tree::Change;
+use device::DeviceError;
+use ondisk::{Entry, RangeState, Record, RecordBody};
+use runtime::sync::OneshotReceiver;
+
+use crate::Error;
+use crate::branch::{Branch, Generation};
+use crate::engine::{Engine, as_u64, wait};
+use crate::overlay::subtrees;
+use crate::vdi::Vdi;
+
+/// How often a data write that the device fails is tried on other blocks.
+const DATA_WRITE_ATTEMPTS: usize = 3;
+
+/// A record on its way: what is to be installed when it has completed.
+struct Pending {
+    lsn: Lsn,
+    branch: Rc<Branch>,
+    generation: Rc<Generation>,
+}
+
+/// Adjacent data blocks on their way, with their record.
+struct PendingRun {
+    pending: Pending,
+    logged: OneshotReceiver<Result<(), DeviceError>>,
+    written: OneshotReceiver<Result<(), DeviceError>>,
+    lba: u64,
+    run: Run,
+    slice: BlockSlice,
+    hashes: Vec<u64>,
+}
+
+impl Engine {
+    /// Writes the first `length` bytes of `data` at byte `offset`. When it returns, data and
+    /// mapping have left the process; with `fua` they are durable.
+    ///
+    /// # Errors
+    /// `NoSpace`, `Io`: the blocks hold their old or their new contents, each as a whole.
+    pub(crate) async fn write(
+        self: &Rc<Self>,
+        vdi: &Rc<Vdi>,
+        incarnation: u64,
+        offset: u64,
+        length: usize,
+        data: Buffer,
+        fua: bool,
+    ) -> Result<(), Error> {
+        let end = offset + as_u64(length);
+        let (first, last) = (offset / BLOCK_SIZE_U64, end.div_ceil(BLOCK_SIZE_U64));
+        let _range = vdi.ranges.lock(first..last).await;
+        refuse_severed(vdi, incarnation)?;
+        let data = if offset.is_multiple_of(BLOCK_SIZE_U64) && end.is_multiple_of(BLOCK_SIZE_U64) {
+            data
+        } else {
+            self.complete_blocks(vdi, offset, length, &data).await?
+        };
+        self.write_blocks(vdi, first, last - first, Rc::new(data)).await?;
+        self.finish(fua).await
+    }
+
+    /// Makes the bytes read as zeroes: whole blocks by their mapping, partial ones by writing.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub(crate) async fn write_zeroes(
+        self: &Rc<Self>,
+        vdi: &Rc<Vdi>,
+        incarnation: u64,
+        offset: u64,
+        length: u64,
+        state: RangeState,
+        fua: bool,
+    ) -> Result<(), Error> {
+        let end = offset + length;
+        let (first, last) = (offset.div_ceil(BLOCK_SIZE_U64), end / BLOCK_SIZE_U64);
+        let head_end = end.min(first * BLOCK_SIZE_U64);
+        if head_end > offset {
+            self.zero_bytes(vdi, incarnation, offset, head_end).await?;
+        }
+        if last > first {
+            self.write_range(vdi, incarnation, first, last - first, state).await?;
+        }
+        let tail = (last * BLOCK_SIZE_U64).max(head_end);
+        if end > tail {
+            self.zero_bytes(vdi, incarnation, tail, end).await?;
+        }
+        self.finish(fua).await
+    }
+
+    async fn zero_bytes(
+        self: &Rc<Self>,
+        vdi: &Rc<Vdi>,
+        incarnation: u64,
+        from: u64,
+        to: u64,
+    ) -> Result<(), Error> {
+        let length = usize::try_from(to - from).unwrap_or(0);
+        let mut zeroes = self.runtime.buffers().take(1);
+        zeroes.bytes_mut().fill(0);
+        self.write(vdi, incarnation, from, length, zeroes, false).await
+    }
+
+    async fn finish(&self, fua: bool) -> Result<(), Error> {
+        if fua {
+            self.scheduler.flush().await.map_err(blockstore::Error::from)?;
+        }
+        Ok(())
+    }
+
+    /// Whole blocks for a write that covers some only in part: the rest is what is there now. The
+    /// caller holds the range, so that nothing newer is on its way.
+    async fn complete_blocks(
+        self: &Rc<Self>,
+        vdi: &Rc<Vdi>,
+        offset: u64,
+        length: usize,
+        data: &Buffer,
+    ) -> Result<Buffer, Error> {
+        let end = offset + as_u64(length);
+        let (first, last) = (offset / BLOCK_SIZE_U64, end.div_ceil(BLOCK_SIZE_U64));
+        let count = usize::try_from(last - first).unwrap_or(0);
+        let mut blocks = self.runtime.buffers().take(count);
+        let head = !offset.is_multiple_of(BLOCK_SIZE_U64);
+        let tail = !end.is_multiple_of(BLOCK_SIZE_U64);
+        for (partial, block) in [(head, first), (tail && (!head || last - 1 > first), last - 1)] {
+            if partial {
+                let at = usize::try_from(block - first).unwrap_or(0);
+                let old =
+                    self.read(vdi.id, &vdi.head(), block * BLOCK_SIZE_U64, BLOCK_SIZE).await?;
+                let into = blocks.bytes_mut().get_mut(at * BLOCK_SIZE..(at + 1) * BLOCK_SIZE);
+                disk::copy_segments(&old, into.unwrap_or_default());
+            }
+        }
+        let start = usize::try_from(offset % BLOCK_SIZE_U64).unwrap_or(0);
+        let into = blocks.bytes_mut().get_mut(start..start + length).unwrap_or_default();
+        into.copy_from_slice(data.bytes().get(..length).unwrap_or_default());
+        Ok(blocks)
+    }
+
+    /// Writes whole blocks. The caller holds their range.
+    async fn write_blocks(
+        self: &Rc<Self>,
+        vdi: &Rc<Vdi>,
+        first: u64,
+        count: u64,
+        data: Rc<Buffer>,
+    ) -> Result<(), Error> {
+        let mut under_way = Vec::with_capacity(1);
+        let mut failure = None;
+        let mut done = 0;
+        while done < count {
+            match self.start_run(vdi, first + done, count - done, done, &data).await {
+                Ok(run) => {
+                    done += run.run.count;
+                    under_way.push(run);
+                }
+                Err(error) => {
+                    failure = Some(error);
+                    break;
+                }
+            }
+        }
+        for run in under_way {
+            if let Err(error) = self.finish_run(vdi, run).await {
+                failure = failure.or(Some(error));
+            }
+        }
+        failure.map_or(Ok(()), Err)
+    }
+
+    /// Sends off as many blocks as fit next to each other.
+    async fn start_run(
+        self: &Rc<Self>,
+        vdi: &Rc<Vdi>,
+        lba: u64,
+        count: u64,
+        offset: u64,
+        data: &Rc<Buffer>,
+    ) -> Result<PendingRun, Error> {
+        let admission = self.log.admit().await.map_err(blockstore::Error::from)?;
+        let run = self.allocate_data(vdi, count).await?;
+        let offset = usize::try_from(offset).unwrap_or(0);
+        let length = usize::try_from(run.count).unwrap_or(0);
+        let slice = BlockSlice::new(Rc::clone(data), offset, length);
+        let hashes: Vec<u64> =
+            slice.blocks().iter().map(|block| self.checksums.block(&block.0)).collect();
+        let written = self.write_data(run.start, slice.clone());
+        let body = RecordBody::Write { lba: Lba::new(lba), pba: run.start, hashes: hashes.clone() };
+        let record = Record { vdi: vdi.id, claim: vdi.claim, body };
+        let (lsn, logged) = self.log.append_admitted(admission, &record);
+        let pending = self.pending(vdi, lsn);
+        self.nudge(run.count * BLOCK_SIZE_U64);
+        Ok(PendingRun { pending, logged, written, lba, run, slice, hashes })
+    }
+
+    /// The branch and generation that a record which was appended just now belongs to.
+    fn pending(&self, vdi: &Vdi, lsn: Lsn) -> Pending {
+        self.touch(vdi);
+        let branch = Rc::clone(&vdi.branch.borrow());
+        let generation = branch.active();
+        Pending { lsn, branch, generation }
+    }
+
+    /// Waits for data and record, then lets readers see the blocks.
+    async fn finish_run(self: &Rc<Self>, vdi: &Rc<Vdi>, run: PendingRun) -> Result<(), Error> {
+        let written = wait(run.written, run.run.start).await;
+        let logged = wait(run.logged, run.run.start).await;
+        logged?;
+        if let Err(error) = written {
+            return self
+                .write_elsewhere(vdi, run.pending, run.run, run.lba, run.slice, error)
+                .await;
+        }
+        self.install_run(&run.pending, run.lba, run.run.start, &run.hashes);
+        self.log.complete(run.pending.lsn);
+        Ok(())
+    }
+
+    fn install_run(&self, pending: &Pending, lba: u64, pba: Pba, hashes: &[u64]) {
+        for (index, &hash) in (0u64..).zip(hashes) {
+            let entry = Entry::mapped(pba.plus(index), hash, BirthLabel::default());
+            let change = Change { level: 0, start: lba + index, lsn: pending.lsn, entry };
+            self.install(&pending.branch, &pending.generation, &change);
+        }
+    }
+
+    /// The device failed a data write: the blocks are retired and the data goes elsewhere, under a
+    /// new record. The old one is voided, so that recovery does not take it for a lost write
+    /// (design rules 10, 58).
+    async fn write_elsewhere(
+        self: &Rc<Self>,
+        vdi: &Rc<Vdi>,
+        old: Pending,
+        bad: Run,
+        lba: u64,
+        slice: BlockSlice,
+        error: Error,
+    ) -> Result<(), Error> {
+        let mut error = error;
+        let (mut old, mut bad) = (old, bad);
+        for attempt in 1..=DATA_WRITE_ATTEMPTS {
+            tracing::warn!(block = %bad.start, count = bad.count, %error, "a data write failed");
+            self.void(vdi, old.lsn).await?;
+            if error.kind() == ErrorKind::NoSpace {
+                // Nothing is wrong with the blocks: there is no room below them (rule 26).
+                self.allocator.free_now(bad);
+                return Err(error);
+            }
+            for pba in bad.blocks() {
+                self.allocator.retire(pba).map_err(Error::from)?;
+            }
+            if attempt == DATA_WRITE_ATTEMPTS {
+                break;
+            }
+            let run = self.allocate_data(vdi, as_u64(slice.block_count())).await?;
+            if run.count < as_u64(slice.block_count()) {
+                self.allocator.free_now(run);
+                break;
+            }
+            let hashes: Vec<u64> =
+                slice.blocks().iter().map(|block| self.checksums.block(&block.0)).collect();
+            let written = self.write_data(run.start, slice.clone());
+            let body =
+                RecordBody::Write { lba: Lba::new(lba), pba: run.start, hashes: hashes.clone() };
+            let (lsn, logged) = self.append(vdi, body);
+            let pending = self.pending(vdi, lsn);
+            let written = wait(written, run.start).await;
+            wait(logged, run.start).await?;
+            match written {
+                Ok(()) => {
+                    self.install_run(&pending, lba, run.start, &hashes);
+                    self.log.complete(pending.lsn);
+                    return Ok(());
+                }
+                Err(next) => {
+                    (old, bad, error) = (pending, run, next);
+                }
+            }
+        }
+        Err(error)
+    }
+
+    /// Declares that a record does not count.
+    async fn void(&self, vdi: &Vdi, lsn: Lsn) -> Result<(), Error> {
+        let (void, appended) = self.append(vdi, RecordBody::Void { lsn });
+        wait(appended, Pba::new(0)).await?;
+        self.log.complete(lsn);
+        self.log.complete(void);
+        Ok(())
+    }
+
+    /// Makes whole blocks unmapped or zero: one record, whatever the length.
+    async fn write_range(
+        self: &Rc<Self>,
+        vdi: &Rc<Vdi>,
+        incarnation: u64,
+        first: u64,
+        count: u64,
+        state: RangeState,
+    ) -> Result<(), Error> {
+        let _range = vdi.ranges.lock(first..first + count).await;
+        refuse_severed(vdi, incarnation)?;
+        let admission = self.log.admit().await.map_err(blockstore::Error::from)?;
+        let body = RecordBody::Range { lba: Lba::new(first), count, state };
+        let record = Record { vdi: vdi.id, claim: vdi.claim, body };
+        let (lsn, logged) = self.log.append_admitted(admission, &record);
+        let pending = self.pending(vdi, lsn);
+        let level_max = Self::level_max(vdi.block_count.get());
+        wait(logged, Pba::new(0)).await?;
+        self.install_range(
+            &pending.branch,
+            &pending.generation,
+            pending.lsn,
+            (first, first + count),
+            state,
+            level_max,
+        );
+        self.log.complete(pending.lsn);
+        Ok(())
+    }
+
+    /// Applies a range to an overlay.
+    pub(crate) fn install_range(
+        &self,
+        branch: &Branch,
+        generation: &Generation,
+        lsn: Lsn,
+        (first, end): (u64, u64),
+        state: RangeState,
+        level_max: u8,
+    ) {
+        let entry = match state {
+            RangeState::Unmapped => Entry::UNMAPPED,
+            RangeState::Zero => Entry::ZERO,
+        };
+        for (level, start) in subtrees(first, end, level_max) {
+            self.install(branch, generation, &Change { level, start, lsn, entry });
+        }
+    }
+}
+
+/// A request that waited behind a deletion, a rollback or a shrink must not change what came after.
+fn refuse_severed(vdi: &Vdi, incarnation: u64) -> Result<(), Error> {
+    if vdi.incarnation.get() == incarnation {
+        return Ok(());
+    }
+    Err(Error::refused(ErrorKind::Fenced, "the disk was deleted, rolled back or shrunk meanwhile"))
+}
