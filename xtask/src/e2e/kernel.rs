@@ -17,6 +17,8 @@ pub(crate) struct Kernel {
     modules: PathBuf,
     /// Paths of modules by name, and what each needs first, from modules.dep.
     depends_on: BTreeMap<String, Vec<String>>,
+    /// What is in the kernel itself, from modules.builtin.
+    built_in: String,
 }
 
 impl Kernel {
@@ -34,16 +36,22 @@ impl Kernel {
         let image = only_entry(&root.join("boot"), "vmlinuz-")?;
         let modules = only_entry(&root.join("lib/modules"), "")?;
         let text = std::fs::read_to_string(modules.join("modules.dep"))?;
-        Ok(Self { image, modules, depends_on: parse_dependencies(&text) })
+        let built_in = std::fs::read_to_string(modules.join("modules.builtin"))?;
+        Ok(Self { image, modules, depends_on: parse_dependencies(&text), built_in })
     }
 
-    /// The files of these modules and of all that they need, in the order in which to load them.
+    /// The files of these modules and of all that they need, in the order in which to load them;
+    /// what is built in needs none.
     ///
     /// # Errors
     /// If there is no such module.
     pub(crate) fn modules(&self, names: &[&str]) -> Result<Vec<PathBuf>> {
         let mut ordered: Vec<String> = Vec::new();
         for name in names {
+            let built_in = format!("/{name}.ko");
+            if self.built_in.lines().any(|path| path.ends_with(&built_in)) {
+                continue;
+            }
             let suffix = format!("/{name}.ko.xz");
             let path = self.depends_on.keys().find(|path| path.ends_with(&suffix));
             let path = path.with_context(|| format!("the kernel has no module '{name}'"))?;
@@ -120,8 +128,9 @@ mod tests {
             image: PathBuf::new(),
             modules: "/m".into(),
             depends_on: parse_dependencies(text),
+            built_in: "kernel/drivers/virtio/virtio_pci.ko\n".to_owned(),
         };
-        let found = kernel.modules(&["jbd2", "ext4"]).unwrap();
+        let found = kernel.modules(&["virtio_pci", "jbd2", "ext4"]).unwrap();
         let expected = [
             "/m/kernel/fs/jbd2/jbd2.ko.xz",
             "/m/kernel/lib/crc16.ko.xz",
