@@ -13,4 +13,7 @@ extern crate parallax_nbd as nbd;
 mod client;
 mod faults;
 mod harness;
+mod negotiation;
 mod session;
+mod sockets;
+mod tls;
