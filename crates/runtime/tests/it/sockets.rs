@@ -4,6 +4,7 @@ use std::io::{self, Read, Write};
 use std::net::SocketAddr;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::rc::Rc;
+use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
@@ -218,23 +219,23 @@ fn a_non_blocking_socket_from_elsewhere_works() {
         near.set_nonblocking(true).unwrap();
         let (socket, _) = reactor.io().adopt(near.into()).unwrap();
         let runtime = reactor.runtime().clone();
+        let (go, gone) = mpsc::channel();
         let writer = thread::spawn(move || {
-            thread::sleep(Duration::from_millis(20));
+            gone.recv().unwrap();
             far.write_all(b"late").unwrap();
             let mut all = vec![0; 2_000_000];
             far.read_exact(&mut all).unwrap();
             assert!(all == pattern(0, 2_000_000));
         });
-        let polls = reactor
-            .run(async move {
-                let started = runtime.now();
-                let (count, _) = socket.receive(Buffer::zeroed(1), 0..10).await;
-                assert_eq!(count.unwrap(), 4);
-                assert!(runtime.now().since(started) >= Duration::from_millis(10));
-                socket.send(mixed_segments(0, 2_000_000, 10_000)).await
-            })
-            .unwrap();
-        polls.unwrap();
+        let run = async move {
+            let receiving = socket.receive(Buffer::zeroed(1), 0..10);
+            // Long enough for the engine to find nothing there.
+            runtime.sleep(Duration::from_millis(5)).await;
+            go.send(()).unwrap();
+            assert_eq!(receiving.await.0.unwrap(), 4);
+            socket.send(mixed_segments(0, 2_000_000, 10_000)).await
+        };
+        reactor.run(run).unwrap().unwrap();
         writer.join().unwrap();
     });
 }
