@@ -329,7 +329,8 @@ impl WriteScheduler {
             });
             let fits = run_blocks + write.block_count <= REQUEST_BLOCKS_MAX
                 && run_slices + write.blocks.len() <= GATHER_MAX;
-            if !(adjacent && fits) && !run.is_empty() {
+            let joins = adjacent && fits;
+            if !joins && !run.is_empty() {
                 self.issue_run(std::mem::take(&mut run));
                 (run_blocks, run_slices) = (0, 0);
             }

@@ -240,7 +240,7 @@ impl Engine {
         let written = merge.batch.completed().await;
         let failure = match (merged, written) {
             (Ok(done), Ok(())) => {
-                return Ok(self.swap(frozen, merge, done));
+                return Ok(self.swap(&frozen, merge, done));
             }
             (Err(error), _) => error,
             (Ok(_), Err(error)) => {
@@ -304,7 +304,7 @@ impl Engine {
     }
 
     /// Lets readers go to the new trees, in one breath.
-    fn swap(self: &Rc<Self>, frozen: Frozen, merge: Merge, done: Done) -> Prepared {
+    fn swap(self: &Rc<Self>, frozen: &Frozen, merge: Merge, done: Done) -> Prepared {
         let mut shed = Vec::new();
         for merged in done.branches {
             let branch = merged.branch;

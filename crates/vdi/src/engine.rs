@@ -55,7 +55,7 @@ pub(crate) struct Engine {
     pub(crate) unflushed: Cell<u64>,
     /// Tree nodes with changes that no checkpoint has merged yet.
     pub(crate) changed_nodes: Cell<u64>,
-    /// Set when a forced checkpoint freed nothing; cleared by the next release.
+    /// Set when even forced checkpoints freed nothing; cleared when something is dropped or freed.
     pub(crate) full: Cell<bool>,
     pub(crate) branch_serial: Cell<u64>,
     pub(crate) stats: RefCell<Stats>,
@@ -184,12 +184,12 @@ impl Engine {
         if let Some(vdi) = self.registry.borrow().loaded.get(&id) {
             return Ok(Rc::clone(vdi));
         }
-        let vdi = self.adopt(record, snapshots);
+        let vdi = self.adopt(&record, snapshots);
         self.registry.borrow_mut().loaded.insert(id, Rc::clone(&vdi));
         Ok(vdi)
     }
 
-    fn adopt(&self, record: VdiRecord, snapshots: Vec<SnapshotRecord>) -> Rc<Vdi> {
+    fn adopt(&self, record: &VdiRecord, snapshots: Vec<SnapshotRecord>) -> Rc<Vdi> {
         let branch = self.new_branch(Base::Root(record.root), record.label, record.shared_up_to);
         let snapshots = snapshots.into_iter().map(|snapshot| {
             let point = Point::resolved(snapshot.position, snapshot.root, record.label);

@@ -346,6 +346,7 @@ impl Engine {
             RangeState::Unmapped => Entry::UNMAPPED,
             RangeState::Zero => Entry::ZERO,
         };
+        self.full.set(false);
         for (level, start) in subtrees(first, end, level_max) {
             self.install(branch, generation, &Change { level, start, lsn, entry });
         }

@@ -146,7 +146,7 @@ impl Updater<'_, '_> {
         old: (Entry, Option<Node>),
         changes: &'b [Change],
         floor: Lsn,
-    ) -> std::pin::Pin<Box<dyn Future<Output = Result<(Entry, u64), Error>> + 'b>> {
+    ) -> BorrowedFuture<'b, (Entry, u64)> {
         Box::pin(async move {
             let (old_entry, old_node) = old;
             let before = match &old_node {
@@ -274,7 +274,7 @@ impl Updater<'_, '_> {
     }
 
     /// Reports the private blocks below an entry of a node at `level` as replaced.
-    fn drop_subtree(&mut self, entry: Entry, level: u8) -> LocalResult<'_> {
+    fn drop_subtree(&mut self, entry: Entry, level: u8) -> BorrowedFuture<'_, ()> {
         Box::pin(async move {
             // Children are never younger than the node that names them: a shared node has
             // nothing private below it.
@@ -299,7 +299,8 @@ impl Updater<'_, '_> {
     }
 }
 
-type LocalResult<'a> = std::pin::Pin<Box<dyn Future<Output = Result<(), Error>> + 'a>>;
+/// Recursion through `async` needs a box.
+type BorrowedFuture<'a, T> = std::pin::Pin<Box<dyn Future<Output = Result<T, Error>> + 'a>>;
 
 impl Births {
     fn is_private(&self, entry: Entry) -> bool {

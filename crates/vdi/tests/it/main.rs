@@ -1,0 +1,266 @@
+//! The engine on a faultless device: what it does when nothing fails.
+#![allow(missing_docs, reason = "tests")]
+
+mod model;
+mod ram;
+
+use std::rc::Rc;
+
+use base::{BLOCK_SIZE, Buffer, ErrorKind, SnapshotNumber};
+use disk::{Disk, ExtentState, Request, Response, copy_segments};
+use parallax_vdi::{FormatOptions, OpenOptions, OpenReport, Store, Target};
+use ram::{Ram, run};
+use runtime::Runtime;
+
+const STORE_BLOCKS: u64 = (128 << 20) / BLOCK_SIZE as u64;
+
+pub(crate) fn format_options() -> FormatOptions {
+    FormatOptions {
+        extent_bytes: Some(16 << 20),
+        log_bytes: Some(256 << 10),
+        force: false,
+        uuid: [7; 16],
+        secret: [9; 32],
+    }
+}
+
+pub(crate) async fn open(ram: &Ram, runtime: &Runtime) -> (Store, OpenReport) {
+    let options = OpenOptions { cache_bytes: 1 << 20, boot_id: [1; 16], nonce: runtime.random() };
+    Store::open(ram.device(STORE_BLOCKS), runtime.clone(), &options).await.expect("opens")
+}
+
+/// Formats a device and runs `work` on the open store.
+fn with_store<T: 'static, F: Future<Output = T> + 'static>(
+    work: impl FnOnce(Runtime, Store) -> F + 'static,
+) -> (Ram, T) {
+    let ram = Ram::default();
+    let device = ram.clone();
+    let outcome = run(1, |runtime| async move {
+        Store::format(&device.device(STORE_BLOCKS), &runtime, &format_options()).await.unwrap();
+        let (store, report) = open(&device, &runtime).await;
+        assert!(report.clean && report.alarms.is_empty(), "{report:?}");
+        work(runtime, store).await
+    });
+    (ram, outcome)
+}
+
+fn reopened<T: 'static, F: Future<Output = T> + 'static>(
+    ram: &Ram,
+    work: impl FnOnce(Runtime, Store, OpenReport) -> F + 'static,
+) -> T {
+    let ram = ram.clone();
+    run(2, |runtime| async move {
+        let (store, report) = open(&ram, &runtime).await;
+        work(runtime, store, report).await
+    })
+}
+
+pub(crate) async fn disk(store: &Store, name: &str) -> Rc<dyn Disk> {
+    store.open_disk(&Target::parse(name)).await.expect("exists")
+}
+
+pub(crate) async fn write(disk: &Rc<dyn Disk>, offset: u64, bytes: &[u8]) {
+    let data = Buffer::from_bytes(bytes);
+    let request = Request::Write { offset, length: bytes.len(), data, fua: false };
+    disk.submit(request).await.expect("writes");
+}
+
+pub(crate) async fn read(disk: &Rc<dyn Disk>, offset: u64, length: usize) -> Vec<u8> {
+    let answer = disk.submit(Request::Read { offset, length }).await.expect("reads");
+    let Response::Data(segments) = answer else { panic!("a read answers with data") };
+    let mut bytes = vec![0xee; length];
+    copy_segments(&segments, &mut bytes);
+    bytes
+}
+
+#[test]
+fn what_was_written_is_read_across_crashes_and_clean_restarts() {
+    let (ram, ()) = with_store(|_, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        let disk = disk(&store, "web01").await;
+        write(&disk, 0, &[1; 8192]).await;
+        write(&disk, 5000, &[2; 100]).await;
+        write(&disk, 1 << 29, &vec![3; 1 << 20]).await;
+    });
+    let check = |clean: bool| {
+        move |_, store: Store, report: OpenReport| async move {
+            assert_eq!(report.clean, clean);
+            let disk = disk(&store, "web01").await;
+            let head = read(&disk, 0, 12288).await;
+            assert_eq!(head[..5000], [1; 5000]);
+            assert_eq!(head[5000..5100], [2; 100]);
+            assert_eq!(head[5100..8192], [1; 3092]);
+            assert_eq!(head[8192..], [0; 4096]);
+            assert_eq!(read(&disk, 1 << 29, 1 << 20).await, vec![3; 1 << 20]);
+            store.close().await.unwrap();
+        }
+    };
+    reopened(&ram, check(false));
+    reopened(&ram, check(true));
+}
+
+#[test]
+fn a_log_of_many_laps_survives_a_crash_at_its_end() {
+    let (ram, ()) = with_store(|_, store| async move {
+        store.create("web01", 4 << 20).await.unwrap();
+        let disk = disk(&store, "web01").await;
+        for round in 0..600u64 {
+            write(&disk, (round * 7 % 1024) * 4096, &[round as u8; 4096]).await;
+        }
+    });
+    reopened(&ram, |_, store, _| async move {
+        let disk = disk(&store, "web01").await;
+        for round in 0..600u64 {
+            let bytes = read(&disk, (round * 7 % 1024) * 4096, 4096).await;
+            assert_eq!(bytes, [round as u8; 4096], "round {round}");
+        }
+    });
+}
+
+#[test]
+fn snapshots_clones_and_rollbacks_keep_their_moment() {
+    let check = |store: Store| async move {
+        let at = |name: &'static str| {
+            let store = store.clone();
+            async move { read(&disk(&store, name).await, 0, 4096).await[0] }
+        };
+        assert_eq!(at("web01@first").await, 1);
+        assert_eq!(at("web01@2").await, 2);
+        assert_eq!(at("clone-of-first").await, 11);
+        assert_eq!(at("clone-of-running").await, 3);
+        assert_eq!(at("web01").await, 21);
+        assert_eq!(at("clone-of-rolled").await, 21);
+        let numbers: Vec<_> = store
+            .snapshots("web01", SnapshotNumber::new(0), 10)
+            .await
+            .unwrap()
+            .into_iter()
+            .map(|snapshot| snapshot.number.get())
+            .collect();
+        assert_eq!(numbers, [1, 2]);
+        store
+    };
+    let (ram, ()) = with_store(move |_, store| async move {
+        store.create("web01", 1 << 20).await.unwrap();
+        let head = disk(&store, "web01").await;
+        write(&head, 0, &[1; 4096]).await;
+        store.snapshot("web01", Some("first")).await.unwrap();
+        write(&head, 0, &[2; 4096]).await;
+        store.snapshot("web01", None).await.unwrap();
+        write(&head, 0, &[3; 4096]).await;
+        store.clone_vdi(&Target::parse("web01@first"), "clone-of-first").await.unwrap();
+        store.clone_vdi(&Target::parse("web01"), "clone-of-running").await.unwrap();
+        write(&head, 0, &[4; 4096]).await;
+        write(&disk(&store, "clone-of-first").await, 0, &[11; 4096]).await;
+        store.rollback("web01", "2").await.unwrap();
+        assert!(head.severed());
+        let head = disk(&store, "web01").await;
+        assert_eq!(read(&head, 0, 4096).await, [2; 4096]);
+        write(&head, 0, &[21; 4096]).await;
+        store.clone_vdi(&Target::parse("web01"), "clone-of-rolled").await.unwrap();
+        let store = check(store).await;
+        store.checkpoint().await.unwrap();
+        check(store).await;
+    });
+    reopened(&ram, move |_, store, _| async move {
+        let store = check(store).await;
+        store.close().await.unwrap();
+    });
+    reopened(&ram, move |_, store, _| async move {
+        check(store).await;
+    });
+}
+
+#[test]
+fn discards_make_holes_and_free_their_blocks() {
+    with_store(|_, store| async move {
+        store.create("web01", 64 << 20).await.unwrap();
+        let disk = disk(&store, "web01").await;
+        for megabyte in 0..16 {
+            write(&disk, megabyte << 20, &vec![5; 1 << 20]).await;
+        }
+        store.checkpoint().await.unwrap();
+        let used = store.stats().free_bytes;
+        let request = Request::Discard { offset: 100, length: (16 << 20) - 200, fua: false };
+        disk.submit(request).await.unwrap();
+        let request = Request::BlockStatus { offset: 0, length: 64 << 20, extents_max: 10 };
+        let Ok(Response::Extents(extents)) = disk.submit(request).await else { panic!() };
+        let states: Vec<_> = extents.iter().map(|extent| extent.state).collect();
+        use ExtentState::{Data, Hole};
+        assert_eq!(states, [Data, Hole, Data, Hole]);
+        assert_eq!(read(&disk, 0, 200).await, [[5; 100], [0; 100]].concat());
+        store.checkpoint().await.unwrap();
+        let freed = store.stats().free_bytes - used;
+        assert!(freed >= (15 << 20), "{freed} bytes came back");
+    });
+}
+
+#[test]
+fn a_full_store_refuses_writes_and_heals() {
+    with_store(|_, store| async move {
+        store.create("big", 1 << 30).await.unwrap();
+        let disk = disk(&store, "big").await;
+        let mut filled = 0;
+        let error = loop {
+            let data = Buffer::from_bytes(&vec![7; 1 << 20]);
+            let request = Request::Write { offset: filled, length: 1 << 20, data, fua: false };
+            match disk.submit(request).await {
+                Ok(_) => filled += 1 << 20,
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(error.kind, ErrorKind::NoSpace);
+        assert!(filled >= 48 << 20, "{} MiB fitted", filled >> 20);
+        assert_eq!(read(&disk, filled - 4096, 4096).await, [7; 4096]);
+        store.snapshot("big", None).await.expect("a full store takes snapshots");
+        store.remove(&Target::parse("big@1")).await.unwrap();
+        disk.submit(Request::Flush).await.unwrap();
+        disk.submit(Request::Discard { offset: 0, length: 8 << 20, fua: true }).await.unwrap();
+        write(&disk, 0, &vec![8; 1 << 20]).await;
+    });
+}
+
+#[test]
+fn names_and_sizes_are_checked() {
+    with_store(|_, store| async move {
+        store.create("a", 4096).await.unwrap();
+        let kind = |result: Result<base::VdiId, parallax_vdi::Error>| result.unwrap_err().kind();
+        assert_eq!(kind(store.create("a", 4096).await), ErrorKind::Exists);
+        assert_eq!(kind(store.create("a@b", 4096).await), ErrorKind::Invalid);
+        assert_eq!(kind(store.create("c", 0).await), ErrorKind::Invalid);
+        let nowhere = Target::parse("nowhere");
+        assert_eq!(kind(store.clone_vdi(&nowhere, "d").await), ErrorKind::NotFound);
+        store.rename("a", "z").await.unwrap();
+        assert_eq!(store.info("a").await.unwrap_err().kind(), ErrorKind::NotFound);
+        assert_eq!(store.info("z").await.unwrap().size_bytes, 4096);
+        store.resize("z", 1 << 30).await.unwrap();
+        let disk = disk(&store, "z").await;
+        write(&disk, (1 << 30) - 4096, &[1; 4096]).await;
+        store.resize("z", 8192).await.unwrap();
+        assert!(disk.severed());
+        store.resize("z", 1 << 30).await.unwrap();
+        let disk = self::disk(&store, "z").await;
+        assert_eq!(read(&disk, (1 << 30) - 4096, 4096).await, [0; 4096]);
+        store.remove(&Target::parse("z")).await.unwrap();
+        assert!(store.list(None, 10).await.unwrap().is_empty());
+    });
+}
+
+#[test]
+fn diff_lists_what_differs() {
+    with_store(|_, store| async move {
+        store.create("a", 1 << 30).await.unwrap();
+        let disk = disk(&store, "a").await;
+        write(&disk, 0, &[1; 16384]).await;
+        store.snapshot("a", Some("s")).await.unwrap();
+        write(&disk, 4096, &[2; 4096]).await;
+        write(&disk, 1 << 29, &[3; 8192]).await;
+        disk.submit(Request::Discard { offset: 12288, length: 4096, fua: false }).await.unwrap();
+        let diff = store.diff(&Target::parse("a@s"), &Target::parse("a")).await.unwrap();
+        let extents: Vec<_> = diff.iter().map(|e| (e.offset, e.length, e.data)).collect();
+        assert_eq!(extents, [(4096, 4096, true), (12288, 4096, false), (1 << 29, 8192, true)]);
+        let space = store.space(&Target::parse("a")).await.unwrap();
+        assert_eq!(space.mapped_bytes, 5 * 4096);
+        assert_eq!(space.exclusive_bytes, 3 * 4096);
+    });
+}

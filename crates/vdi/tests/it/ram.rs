@@ -1,0 +1,107 @@
+//! A faultless device in memory, and a runtime to run on. Faults are the simulator's business.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use base::{Block, Pba};
+use device::{Backend, Device, Operation};
+use runtime::{Clock, Options, Order, Runtime, Time};
+
+/// Contents outlive the runtime that uses them, as a disk outlives a daemon.
+#[derive(Clone, Default)]
+pub(crate) struct Ram(Rc<RefCell<HashMap<u64, Block>>>);
+
+struct RamBackend {
+    ram: Ram,
+    block_count: u64,
+}
+
+impl Ram {
+    pub(crate) fn device(&self, block_count: u64) -> Device {
+        Device::new(Rc::new(RamBackend { ram: self.clone(), block_count }))
+    }
+
+    /// Flips one bit of a block.
+    pub(crate) fn rot(&self, at: Pba) {
+        if let Some(block) = self.0.borrow_mut().get_mut(&at.get()) {
+            block.0[17] ^= 4;
+        }
+    }
+}
+
+impl Backend for RamBackend {
+    fn submit(&self, operation: Operation) {
+        let mut blocks = self.ram.0.borrow_mut();
+        match operation {
+            Operation::Read { at, block_count, mut buffer, done } => {
+                for (index, block) in (at.get()..).zip(&mut buffer.blocks_mut()[..block_count]) {
+                    block.0 = blocks.get(&index).map_or([0; base::BLOCK_SIZE], |block| block.0);
+                }
+                done.send(Ok(buffer));
+            }
+            Operation::Write { at, blocks: slices, done } => {
+                let new = slices.iter().flat_map(|slice| slice.blocks());
+                for (index, block) in (at.get()..).zip(new) {
+                    blocks.insert(index, block.clone());
+                }
+                done.send(Ok(()));
+            }
+            Operation::Flush { done }
+            | Operation::Discard { done, .. }
+            | Operation::Allocate { done, .. } => done.send(Ok(())),
+        }
+    }
+
+    fn block_count(&self) -> u64 {
+        self.block_count
+    }
+
+    fn describe(&self) -> String {
+        "memory".to_owned()
+    }
+}
+
+#[derive(Default)]
+struct TestClock(Cell<u64>);
+
+impl Clock for TestClock {
+    fn now(&self) -> Time {
+        Time(self.0.get())
+    }
+
+    fn wall_ns(&self) -> u64 {
+        1_700_000_000_000_000_000 + self.0.get()
+    }
+}
+
+/// Runs `work` to its end on a runtime of its own, then kills that runtime as a crash does.
+pub(crate) fn run<T: 'static, F: Future<Output = T> + 'static>(
+    seed: u64,
+    work: impl FnOnce(Runtime) -> F,
+) -> T {
+    let clock = Rc::new(TestClock::default());
+    let options = Options {
+        order: Order::Random,
+        seed,
+        clock: Rc::clone(&clock) as Rc<dyn Clock>,
+        unpark: Arc::new(|| {}),
+    };
+    let runtime = Runtime::new(options);
+    let outcome = Rc::new(RefCell::new(None));
+    let (work, slot) = (work(runtime.clone()), Rc::clone(&outcome));
+    drop(runtime.spawn(async move {
+        *slot.borrow_mut() = Some(work.await);
+    }));
+    loop {
+        runtime.run_until_stalled();
+        if let Some(outcome) = outcome.borrow_mut().take() {
+            runtime.kill();
+            return outcome;
+        }
+        let next = runtime.next_deadline().expect("something is left to wait for");
+        clock.0.set(next.0);
+        runtime.fire_timers();
+    }
+}
