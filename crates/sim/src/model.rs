@@ -25,7 +25,7 @@ use std::rc::Rc;
 use base::{BLOCK_SIZE, BLOCK_SIZE_U64};
 
 use crate::content::{self, SECTOR_SIZE, SECTOR_SIZE_U64, Tag};
-use crate::random::{to_u64, to_usize};
+use crate::random::{mix, to_u64, to_usize};
 use block::{BlockModel, Floor, SharedBlock};
 use layout::Layout;
 use ops::{Era, Moment, Ops, Outcome, Serial};
@@ -425,6 +425,72 @@ impl Model {
                 Rc::make_mut(block).decide(serial, happened);
             }
         }
+    }
+
+    /// Whether what was seen of whole blocks of a VDI is legal if a rollback or shrink that nobody
+    /// heard of again happened, or did not.
+    #[must_use]
+    pub fn could_have(
+        &self,
+        vdi: VdiRef,
+        serial: Serial,
+        happened: bool,
+        seen: &[(usize, Vec<u8>)],
+    ) -> bool {
+        seen.iter().all(|(slot, bytes)| {
+            let mut block = BlockModel::clone(&self.vdi(vdi).blocks[*slot]);
+            block.decide(serial, happened);
+            let lba = self.layout.lba(*slot);
+            block.check(&self.ops, lba, 0, bytes, Floor::Before(Moment::NEVER)).is_ok()
+        })
+    }
+
+    /// Changes whenever a VDI appears, vanishes or gets another name or size.
+    #[must_use]
+    pub fn catalog_version(&self) -> u64 {
+        let live = self.live().map(|vdi| self.vdi(vdi));
+        live.fold(to_u64(self.vdis.len()), |version, vdi| {
+            let name = vdi.name.bytes().fold(version, |hash, byte| mix(hash ^ u64::from(byte)));
+            mix(name ^ vdi.block_count)
+        })
+    }
+
+    /// Compares the ranges of bytes in which `to` is said to differ from `from`, and whether there
+    /// is data, with what is known of both. `None`: not all of both is certain.
+    #[must_use]
+    pub fn check_diff(
+        &self,
+        from: (VdiRef, u64),
+        to: (VdiRef, u64),
+        ranges: &[(u64, u64, bool)],
+    ) -> Option<Result<(), Divergence>> {
+        let snapshot = |(vdi, number): (VdiRef, u64)| self.vdi(vdi).snapshots.get(&number);
+        let (one, other) = (snapshot(from)?, snapshot(to)?);
+        let sorted = ranges.windows(2).all(|pair| pair[0].1 <= pair[1].0);
+        if !sorted || ranges.iter().any(|&(start, end, _)| start >= end) {
+            return Some(Err(Divergence(format!("a diff is not in order: {ranges:?}"))));
+        }
+        let common = one.block_count.min(other.block_count);
+        for slot in 0..self.layout.slot_count() {
+            let lba = self.layout.lba(slot);
+            if lba >= common {
+                continue;
+            }
+            let (before, after) = (one.blocks[slot].settled()?, other.blocks[slot].settled()?);
+            let offset = lba * BLOCK_SIZE_U64;
+            let range = ranges.iter().find(|&&(start, end, _)| start <= offset && offset < end);
+            let wrong = match range {
+                None => before != after,
+                Some(&(_, _, data)) => !data && !after.is_zero(),
+            };
+            if wrong {
+                return Some(Err(Divergence(format!(
+                    "diff of {from:?} and {to:?}: block {lba} is {before:?} and {after:?}, but \
+                     the diff says {range:?}"
+                ))));
+            }
+        }
+        Some(Ok(()))
     }
 
     /// The process died or the power went; nothing will be answered any more.

@@ -1,0 +1,90 @@
+//! Rare paths: what runs must reach now and then, or they test less than they seem to.
+
+use std::collections::BTreeMap;
+
+/// Every rare path that a smoke run is expected to reach, with what it means.
+pub const DECLARED: &[(&str, &str)] = &[
+    ("crash: kill", "the process died while clients worked"),
+    ("crash: power cut", "the power went while clients worked"),
+    ("crash: while opening", "the process died or the power went during recovery"),
+    ("crash: while verifying", "the same right after recovery"),
+    ("crash: while closing", "the same during a clean stop"),
+    ("crash: while formatting", "the same before there was a store"),
+    ("crash: twice before anybody read", "two crashes with nothing read between them"),
+    ("open: clean", "a store that was closed is opened"),
+    ("open: replayed records", "recovery replayed the log"),
+    ("open: dropped records", "recovery dropped records above the durable point"),
+    ("open: alarms", "recovery reported damage"),
+    ("open: failed under faults", "opening failed with an error that was injected"),
+    ("log: lapped", "the log was written round once"),
+    ("checkpoint: published", "a checkpoint came to its end"),
+    ("cache: missed", "a node was read from the device"),
+    ("request: sub-block write", "a write of a part of a block"),
+    ("request: concurrent on a block", "two changes of one block were under way together"),
+    ("request: severed", "a request met a handle that was severed"),
+    ("request: corrupt", "a request met damage"),
+    ("request: io error", "a request met an error of the device"),
+    ("request: no space", "a request found the store full"),
+    ("request: invalid", "a request lay beyond the end of a VDI that shrank"),
+    ("flush: failed", "a flush failed, and the VDI stopped"),
+    ("store: stopped", "the store stopped after a failure and was reopened"),
+    ("snapshot: with requests under way", "a snapshot was taken of a busy VDI"),
+    ("snapshot: unsettled at a crash", "a snapshot was asked for, and the crash came first"),
+    ("clone: of a running VDI", "a clone without a snapshot"),
+    ("clone: of a snapshot", "a clone of a snapshot"),
+    ("rollback", "a rollback came to its end"),
+    ("rollback: undecided at a crash", "a rollback was asked for, and the crash came first"),
+    ("resize: shrink", "a VDI was cut"),
+    ("resize: grow", "a VDI was grown"),
+    ("remove: busy VDI", "a VDI was deleted under its clients"),
+    ("diff: compared", "a diff of two snapshots was compared with the model"),
+    ("fill: full", "the store was filled to the brim"),
+    ("fill: healed", "freeing space made it writable again"),
+];
+
+/// How often each path was reached.
+#[derive(Clone, Debug, Default)]
+pub struct Probes(BTreeMap<String, u64>);
+
+impl Probes {
+    /// Notes that `path` was reached.
+    pub fn hit(&mut self, path: &str) {
+        self.add(path, 1);
+    }
+
+    /// Notes that `path` was reached `count` times.
+    pub fn add(&mut self, path: &str, count: u64) {
+        if count == 0 {
+            return;
+        }
+        match self.0.get_mut(path) {
+            Some(sum) => *sum += count,
+            None => {
+                self.0.insert(path.to_owned(), count);
+            }
+        }
+    }
+
+    /// Adds those of another run.
+    pub fn merge(&mut self, other: &Self) {
+        for (path, &count) in &other.0 {
+            self.add(path, count);
+        }
+    }
+
+    /// How often `path` was reached.
+    #[must_use]
+    pub fn count(&self, path: &str) -> u64 {
+        self.0.get(path).copied().unwrap_or(0)
+    }
+
+    /// All paths that were reached.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, u64)> + '_ {
+        self.0.iter().map(|(path, &count)| (path.as_str(), count))
+    }
+
+    /// Declared paths that were never reached.
+    pub fn missing(&self) -> impl Iterator<Item = &'static str> + '_ {
+        DECLARED.iter().map(|&(path, _)| path).filter(|path| self.count(path) == 0)
+    }
+}
