@@ -54,8 +54,8 @@ fn main() {
         }
         for (name, kind) in [("randread", Kind::Read), ("randwrite", Kind::Write)] {
             for depth in [1, 32] {
-                let iops = measure(&runtime, &device, kind, depth, seconds).await;
-                println!("{name} 4k depth {depth}: {iops:.0} IOPS");
+                let (iops, cpu) = measure(&runtime, &device, kind, depth, seconds).await;
+                println!("{name} 4k depth {depth}: {iops:.0} IOPS, {cpu:.2} us of CPU each");
             }
         }
     };
@@ -73,14 +73,15 @@ async fn fill(runtime: &Runtime, device: &Device) {
     device.flush().await.unwrap();
 }
 
+/// Operations per second, and microseconds of this thread's CPU time for each.
 async fn measure(
     runtime: &Runtime,
     device: &Device,
     kind: Kind,
     depth: usize,
     seconds: f64,
-) -> f64 {
-    let started = runtime.now();
+) -> (f64, f64) {
+    let (started, cpu_started) = (runtime.now(), cpu_seconds());
     let deadline = started.after(Duration::from_secs_f64(seconds));
     let count = Rc::new(Cell::new(0u32));
     let mut workers = Vec::new();
@@ -105,5 +106,12 @@ async fn measure(
     for worker in workers {
         worker.await;
     }
-    f64::from(count.get()) / runtime.now().since(started).as_secs_f64()
+    let count = f64::from(count.get());
+    let cpu = cpu_seconds() - cpu_started;
+    (count / runtime.now().since(started).as_secs_f64(), cpu * 1e6 / count)
+}
+
+fn cpu_seconds() -> f64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::try_from(time).unwrap().as_secs_f64()
 }

@@ -52,8 +52,8 @@ enum Done {
 }
 
 impl BlockFile {
-    /// Opens the file or block device at `path`. Blocks for about a second while another process
-    /// holds it.
+    /// Opens the file or block device at `path`. Blocks for up to a second while another
+    /// process holds it.
     ///
     /// # Errors
     /// See [`crate::OpenCause`].

@@ -131,7 +131,7 @@ pub(crate) struct Opened {
 
 /// How long a lock that somebody holds is waited for. The kernel releases the locks of a killed
 /// process only when its last I/O is done, which is just what we want, and takes a moment.
-const LOCK_PATIENCE: Duration = Duration::from_millis(1000);
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 const LOCK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Opens what is at `path` and locks it as `options` say. Blocks while it waits for the lock.

@@ -51,13 +51,17 @@ pub enum EngineChoice {
 }
 
 impl EngineChoice {
-    /// What PARALLAX_IO_ENGINE says: `threads`, `io_uring`, else `Auto`.
+    /// What PARALLAX_IO_ENGINE says: `io_uring`, `threads`, else `Auto`.
     #[must_use]
     pub fn from_environment() -> Self {
         match std::env::var("PARALLAX_IO_ENGINE").as_deref() {
-            Ok("threads") => Self::ThreadPool,
             Ok("io_uring") => Self::IoUring,
-            _ => Self::Auto,
+            Ok("threads") => Self::ThreadPool,
+            Ok("auto") | Err(std::env::VarError::NotPresent) => Self::Auto,
+            _ => {
+                tracing::warn!("PARALLAX_IO_ENGINE is none of auto, io_uring, threads: using auto");
+                Self::Auto
+            }
         }
     }
 }

@@ -5,7 +5,7 @@ use std::fmt;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::ops::Range;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -17,6 +17,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, sockopt};
 
 use super::io::{Descriptor, Io};
+use super::sys::peer_credentials;
 use super::work::{Interest, Work};
 use crate::LocalBoxFuture;
 use crate::socket::{Segment, Socket};
@@ -218,10 +219,9 @@ impl Io {
             AddressFamily::UNIX => {
                 sockopt::set_socket_send_buffer_size(&fd, UNIX_BUFFER_BYTES)?;
                 sockopt::set_socket_recv_buffer_size(&fd, UNIX_BUFFER_BYTES)?;
-                match sockopt::socket_peercred(&fd) {
-                    Ok(credentials) => {
-                        let pid = credentials.pid.as_raw_nonzero().get();
-                        Peer::Process { pid: Some(pid), uid: credentials.uid.as_raw() }
+                match peer_credentials(fd.as_fd()) {
+                    Ok(from) => {
+                        Peer::Process { pid: (from.pid != 0).then_some(from.pid), uid: from.uid }
                     }
                     Err(_) => Peer::Unknown,
                 }

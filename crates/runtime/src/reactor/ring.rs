@@ -9,28 +9,30 @@
 //! read. `drop` waits for that.
 #![expect(unsafe_code, reason = "hands pointers to the kernel")]
 
+mod entry;
+
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use base::{Block, Buffer};
-use io_uring::squeue::{Entry, Flags};
-use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
+use base::Block;
+use io_uring::squeue::Entry;
+use io_uring::types::{Fd, SubmitArgs, Timespec};
 use io_uring::{IoUring, Probe, opcode};
 
-use super::io::Descriptor;
 use super::pool::Pool;
-use super::sys::transfer_length;
 use super::unpark::Unparker;
-use super::work::{Completed, FileAction, IN_FLIGHT_MAX, Interest, Slot, Table, Work};
+use super::work::{Completed, FileAction, IN_FLIGHT_MAX, Interest, Table, Work};
+use entry::{entry, poll_mask};
 
 /// Entries that are queued before they must be submitted.
 const SUBMISSIONS_MAX: u32 = 256;
 
-/// Slots for registered files: the store's, and sockets while there are any left.
-const REGISTERED_FILES_MAX: u32 = 1024;
+/// Slots for registered files: the store's, and sockets while there are any left. The kernel wants
+/// no more of them than RLIMIT_NOFILE allows: the next number is tried then.
+const REGISTERED_FILES: [u32; 3] = [1024, 256, 64];
 
 /// Works for a thread are rare: discards on block devices.
 const THREAD_COUNT: usize = 1;
@@ -46,6 +48,7 @@ pub(super) struct Ring {
     backlog: VecDeque<Work>,
     /// Addresses of the registered buffers, by index.
     buffers: Vec<usize>,
+    file_slots: u32,
     free_files: Vec<u32>,
     pool: Option<Pool>,
     /// What ended before it was submitted; reported at the next turn.
@@ -63,16 +66,15 @@ impl Ring {
     pub(super) fn new(unparker: &Arc<Unparker>) -> io::Result<Self> {
         let ring = build()?;
         check_support(&ring)?;
-        let free_files = match ring.submitter().register_files_sparse(REGISTERED_FILES_MAX) {
-            Ok(()) => (0..REGISTERED_FILES_MAX).rev().collect(),
-            Err(_) => Vec::new(),
-        };
+        let slots = |&count: &u32| ring.submitter().register_files_sparse(count).is_ok();
+        let file_slots = REGISTERED_FILES.into_iter().find(slots).unwrap_or(0);
         Ok(Self {
             ring,
             table: Table::default(),
             backlog: VecDeque::new(),
             buffers: Vec::new(),
-            free_files,
+            file_slots,
+            free_files: (0..file_slots).rev().collect(),
             pool: None,
             done: Vec::new(),
             unparker: Arc::clone(unparker),
@@ -103,7 +105,7 @@ impl Ring {
     }
 
     pub(super) fn has_registered_files(&self) -> bool {
-        !self.free_files.is_empty()
+        self.file_slots > 0
     }
 
     /// An index for a descriptor, if one is free.
@@ -237,8 +239,7 @@ impl Ring {
             let _ = self.ring.submit();
         }
         let mut queue = self.ring.submission();
-        // SAFETY: `entry` and `drain` are the only makers of entries with pointers, and see to it
-        // that they lead into the work of the slot named, where they stay valid until `reap` has
+        // SAFETY: `entry` is the only maker of entries with pointers, and sees to it that they lead into the work of the slot named, where they stay valid until `reap` has
         // read the completion.
         unsafe { queue.push(entry) }.is_ok()
     }
@@ -339,101 +340,4 @@ fn needs_thread(work: &Work) -> bool {
 fn user_data(slot: usize) -> u64 {
     // Slot numbers stay below IN_FLIGHT_MAX.
     u64::try_from(slot).unwrap_or(CANCELLATION)
-}
-
-/// The index under which `buffer` is registered with this ring. A buffer of another runtime may
-/// carry an index too, but lies elsewhere.
-fn fixed(buffer: &Buffer, registered: &[usize]) -> Option<u16> {
-    let index = buffer.registration()?;
-    let address = registered.get(usize::from(index))?;
-    (buffer.blocks().as_ptr().addr() == *address).then_some(index)
-}
-
-/// The entry for the work in `slot`. What it points to lies in that slot or is owned by its work.
-fn entry(slot: &mut Slot, registered: &[usize]) -> Entry {
-    let Slot { work, transfer } = slot;
-    let Some(work) = work else { return opcode::Nop::new().build() };
-    let (fd, flags) = target(work.descriptor());
-    let entry = match work {
-        Work::File { operation, .. } => {
-            let offset = operation.offset;
-            match &mut operation.action {
-                FileAction::Read { buffer, range } => {
-                    let index = fixed(buffer, registered);
-                    let into = buffer.bytes_mut().get_mut(range.clone()).unwrap_or_default();
-                    let (to, length) = (into.as_mut_ptr(), transfer_length(into.len()));
-                    match index {
-                        Some(index) => {
-                            opcode::ReadFixed::new(fd, to, length, index).offset(offset).build()
-                        }
-                        None => opcode::Read::new(fd, to, length).offset(offset).build(),
-                    }
-                }
-                FileAction::Write { blocks, skip } => match transfer.gather_blocks(blocks, *skip) {
-                    [one] => {
-                        let (from, length) = (one.iov_base.cast(), transfer_length(one.iov_len));
-                        let index = match blocks.as_slice() {
-                            [slice] => fixed(slice.buffer(), registered),
-                            _ => None,
-                        };
-                        match index {
-                            Some(index) => opcode::WriteFixed::new(fd, from, length, index)
-                                .offset(offset)
-                                .build(),
-                            None => opcode::Write::new(fd, from, length).offset(offset).build(),
-                        }
-                    }
-                    vectors => {
-                        let count = transfer_length(vectors.len());
-                        opcode::Writev::new(fd, vectors.as_ptr(), count).offset(offset).build()
-                    }
-                },
-                FileAction::Sync => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build(),
-                FileAction::Allocate { length } => opcode::Fallocate::new(fd, *length)
-                    .offset(offset)
-                    .mode(libc::FALLOC_FL_KEEP_SIZE)
-                    .build(),
-                FileAction::Punch { length } => opcode::Fallocate::new(fd, *length)
-                    .offset(offset)
-                    .mode(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE)
-                    .build(),
-                // `needs_thread` says so; a ring has no such operation.
-                FileAction::Discard { .. } => opcode::Nop::new().build(),
-            }
-        }
-        Work::Receive { buffer, range, .. } => {
-            let into = buffer.bytes_mut().get_mut(range.clone()).unwrap_or_default();
-            opcode::Recv::new(fd, into.as_mut_ptr(), transfer_length(into.len())).build()
-        }
-        Work::Send { segments, skip, .. } => {
-            let message = transfer.gather_message(segments, *skip);
-            match transfer.vectors() {
-                [one] => {
-                    let (from, length) = (one.iov_base.cast(), transfer_length(one.iov_len));
-                    opcode::Send::new(fd, from, length).flags(libc::MSG_NOSIGNAL).build()
-                }
-                _ => opcode::SendMsg::new(fd, message)
-                    .flags(libc::MSG_NOSIGNAL.unsigned_abs())
-                    .build(),
-            }
-        }
-        Work::Poll { interest, .. } => opcode::PollAdd::new(fd, poll_mask(*interest)).build(),
-    };
-    entry.flags(flags)
-}
-
-/// How entries name a descriptor.
-fn target(descriptor: &Descriptor) -> (Fd, Flags) {
-    match descriptor.registration().map(i32::try_from) {
-        Some(Ok(index)) => (Fd(index), Flags::FIXED_FILE),
-        _ => (Fd(descriptor.fd().as_raw_fd()), Flags::empty()),
-    }
-}
-
-fn poll_mask(interest: Interest) -> u32 {
-    let mask = match interest {
-        Interest::Readable => libc::POLLIN,
-        Interest::Writable => libc::POLLOUT,
-    };
-    u32::from(mask.unsigned_abs())
 }

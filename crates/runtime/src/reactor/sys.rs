@@ -6,10 +6,10 @@
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 
 use base::BlockSlice;
-use libc::{c_int, c_void, iovec, msghdr, off_t};
+use libc::{c_int, c_void, iovec, msghdr, off_t, socklen_t};
 
 use super::work::{FileAction, Slot, Work};
 use crate::socket::Segment;
@@ -86,6 +86,20 @@ impl Transfer {
             }
         }
     }
+}
+
+/// Process and user ids of who connected a unix socket. The process id is 0 if it lies in a pid
+/// namespace that we do not see.
+pub(super) fn peer_credentials(fd: BorrowedFd<'_>) -> io::Result<libc::ucred> {
+    let mut credentials = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut length = socklen_t::try_from(size_of_val(&credentials)).unwrap_or(0);
+    let to = (&raw mut credentials).cast();
+    // SAFETY: SO_PEERCRED writes at most `length` bytes, the size of `credentials`, to it; every
+    // bit pattern is a value of its integers. (A type with a non-zero process id would not do.)
+    let status = unsafe {
+        libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, libc::SO_PEERCRED, to, &raw mut length)
+    };
+    if status == 0 { Ok(credentials) } else { Err(io::Error::last_os_error()) }
 }
 
 /// The length of one contiguous transfer, as calls take it.
