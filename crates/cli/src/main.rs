@@ -1,2 +1,31 @@
-//! The `parallax` command.
-fn main() {}
+//! The `parallax` command: the daemon, and everything that talks to it.
+//!
+//! `args` defines the command line; `commands` has one module per family of commands; `output`
+//! prints; `exit` turns errors into messages and exit codes.
+
+mod args;
+mod commands;
+mod exit;
+mod output;
+mod socket;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let cli = match args::Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are no errors. What cannot be printed, nobody wants to read.
+            let _ = error.print();
+            let failed = error.use_stderr();
+            return if failed { ExitCode::from(exit::USAGE) } else { ExitCode::SUCCESS };
+        }
+    };
+    let json = cli.global.json;
+    match commands::run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => exit::report(&error, json),
+    }
+}

@@ -1,0 +1,435 @@
+//! The command line: every command, option and help text. Shell completion, man pages and
+//! docs/operations/cli.md are made from these definitions, so that they cannot disagree.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::builder::{NonEmptyStringValueParser, TypedValueParser, ValueParser};
+use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+
+/// Virtual disks with instant snapshots and clones, for virtual machines.
+///
+/// A store is a file or a block device. One daemon serves it (`parallax serve`); every other
+/// command talks to that daemon over its control socket, and works on running disks.
+///
+/// To try it out, with nothing prepared: parallax quickstart
+#[derive(Debug, Parser)]
+#[command(
+    name = "parallax",
+    version,
+    max_term_width = 100,
+    propagate_version = true,
+    subcommand_required = true,
+    arg_required_else_help = true,
+    after_long_help = EXIT_CODES
+)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What scripts see; `exit.rs` maps errors to these.
+pub(crate) const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  wrong usage, or a request that cannot be carried out as it stands
+  2  the disk, snapshot or store does not exist
+  3  busy: somebody else holds what is needed
+  4  damaged: stored bytes are not what they must be
+  5  no space left
+  6  any other I/O error; also when no daemon answers";
+
+/// Options of every command.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Global {
+    /// Control socket of the daemon
+    ///
+    /// Without it: /run/parallax.sock for root, else parallax.sock in $XDG_RUNTIME_DIR.
+    #[arg(
+        long,
+        global = true,
+        env = "PARALLAX_SOCKET",
+        value_name = "PATH",
+        hide_env_values = true
+    )]
+    #[arg(value_hint = ValueHint::AnyPath, help_heading = "Global options")]
+    pub(crate) socket: Option<PathBuf>,
+
+    /// Print JSON, for programs; errors too, on stderr
+    #[arg(long, global = true, help_heading = "Global options")]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Try Parallax: make a small store, serve a disk, say what to do next
+    ///
+    /// Creates DIR with a store in one file (sparse, 64 GiB) and a disk `demo` of 10 GiB, unless
+    /// they are there already, and serves them until Ctrl-C. Nothing outside DIR is touched.
+    Quickstart {
+        /// Where everything goes
+        #[arg(value_name = "DIR", default_value = "parallax-data", value_hint = ValueHint::DirPath)]
+        dir: PathBuf,
+        /// Use the page cache: only for file systems without direct I/O
+        #[arg(long)]
+        buffered: bool,
+    },
+
+    /// Write an empty store to a file or block device
+    ///
+    /// Refuses a device that looks used. Everything on it is lost with --force.
+    Format(Format),
+
+    /// Run the daemon: serve the disks of a store until SIGTERM or Ctrl-C
+    ///
+    /// Prints one line that starts with "ready" (and notifies systemd) when clients can connect.
+    /// A store that was not closed cleanly is recovered first; nothing acknowledged is lost.
+    ///
+    /// The daemon always serves NBD on a unix socket of its own beside the control socket
+    /// (for import, export and local clients); --nbd adds further addresses.
+    Serve(Serve),
+
+    /// Create an empty disk; it takes no space until it is written
+    Create {
+        #[command(flatten)]
+        name: NewName,
+        /// Logical size, such as 20G; rounded up to whole 4 KiB blocks
+        #[arg(long, value_name = "SIZE", value_parser = size())]
+        size: u64,
+    },
+
+    /// Make a new disk from a disk or snapshot, at once and without copying data
+    Clone {
+        /// What to clone; without @SNAP the disk as it is now, even if it is in use
+        #[arg(value_name = "SRC[@SNAP]", value_parser = NonEmptyStringValueParser::new())]
+        source: String,
+        #[command(flatten)]
+        name: NewName,
+    },
+
+    /// Take a snapshot of a disk, even while it is in use; prints its handle
+    ///
+    /// It holds every write that was acknowledged before. The handle is NAME@LABEL, or NAME@17 if
+    /// no label is given.
+    Snapshot {
+        #[command(flatten)]
+        name: Name,
+        /// A name for the snapshot, unique within the disk
+        #[arg(long, short, value_name = "LABEL", value_parser = NonEmptyStringValueParser::new())]
+        label: Option<String>,
+    },
+
+    /// List the snapshots of a disk, oldest first
+    Snapshots {
+        #[command(flatten)]
+        name: Name,
+    },
+
+    /// List disks
+    #[command(visible_alias = "list")]
+    Ls,
+
+    /// Draw the family tree of disks, snapshots and clones
+    Tree {
+        /// Show snapshots that nothing was cloned from, too, however many there are
+        #[arg(long)]
+        all: bool,
+    },
+
+    /// Describe a disk or snapshot: sizes, shared and exclusive space, origin
+    ///
+    /// Counts space by walking the disk's tree, which takes a moment on a large one.
+    Info {
+        #[command(flatten)]
+        target: Target,
+    },
+
+    /// Rename a disk; clients that have it open go on
+    Rename {
+        #[command(flatten)]
+        name: Name,
+        /// Its new name
+        #[arg(value_name = "NEW", value_parser = NonEmptyStringValueParser::new())]
+        new_name: String,
+    },
+
+    /// Change the size of a disk
+    Resize {
+        #[command(flatten)]
+        name: Name,
+        /// New logical size, such as 40G
+        #[arg(value_name = "SIZE", value_parser = size())]
+        size: u64,
+        /// Allow a smaller size: contents beyond it are lost, and clients are disconnected
+        #[arg(long)]
+        shrink: bool,
+    },
+
+    /// Delete a disk with all its snapshots, or one snapshot
+    ///
+    /// Clones are not affected, whatever they were cloned from. Clients of what is deleted are
+    /// disconnected.
+    #[command(visible_alias = "remove")]
+    Rm {
+        #[command(flatten)]
+        target: Target,
+    },
+
+    /// Put a disk back to one of its snapshots
+    ///
+    /// What was written since is lost, unless a snapshot holds it. Snapshots stay, later ones
+    /// too. Clients of the disk are disconnected.
+    Rollback {
+        /// Which snapshot of which disk
+        #[arg(value_name = "NAME@SNAP", value_parser = snapshot_target())]
+        target: (String, String),
+    },
+
+    /// List the byte ranges in which two disks or snapshots differ
+    Diff {
+        /// The one to compare with
+        #[arg(value_name = "A", value_parser = NonEmptyStringValueParser::new())]
+        from: String,
+        /// The one whose changes are listed
+        #[arg(value_name = "B", value_parser = NonEmptyStringValueParser::new())]
+        to: String,
+    },
+
+    /// Copy a file into a new disk: raw, qcow2 and whatever else qemu-img reads
+    ///
+    /// The disk gets the size of the file's contents; holes stay holes. It is removed again if
+    /// the import fails. Needs qemu-img.
+    Import {
+        /// The file to read
+        #[arg(value_name = "FILE", value_hint = ValueHint::FilePath)]
+        file: PathBuf,
+        #[command(flatten)]
+        name: NewName,
+        /// What the file is, as qemu-img calls it, instead of finding out; also allows files that
+        /// refer to other files (backing files)
+        #[arg(long, value_name = "FORMAT", value_parser = format_name())]
+        format: Option<String>,
+    },
+
+    /// Copy a disk or snapshot into a file, without the holes
+    ///
+    /// A running disk is exported as of this moment, through a snapshot that is deleted
+    /// afterwards. Needs qemu-img.
+    Export {
+        #[command(flatten)]
+        target: Target,
+        /// The file to write; it appears when it is complete
+        #[arg(value_name = "FILE", value_hint = ValueHint::FilePath)]
+        file: PathBuf,
+        /// What to write, as qemu-img calls it; without it by the file's extension, else raw
+        #[arg(long, value_name = "FORMAT", value_parser = format_name())]
+        format: Option<String>,
+        /// Replace the file if it exists
+        #[arg(long)]
+        force: bool,
+    },
+
+    /// Show what the daemon does: space, requests, cache, log
+    Stats {
+        /// Refresh until Ctrl-C, with rates
+        #[arg(long, short)]
+        watch: bool,
+        /// Seconds between two refreshes
+        #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = seconds())]
+        #[arg(requires = "watch")]
+        interval: Duration,
+    },
+
+    /// Print a completion script for a shell
+    ///
+    /// For bash: parallax completion bash > /etc/bash_completion.d/parallax
+    Completion {
+        /// Which shell
+        #[arg(value_name = "SHELL")]
+        shell: clap_complete::Shell,
+    },
+
+    /// Write a man page for each command into a directory
+    Man {
+        /// The directory; it is created if there is none
+        #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
+        dir: PathBuf,
+    },
+}
+
+/// A disk that exists.
+#[derive(Args, Debug)]
+pub(crate) struct Name {
+    /// Name of the disk
+    #[arg(value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
+    pub(crate) name: String,
+}
+
+/// A disk that is to be made.
+#[derive(Args, Debug)]
+pub(crate) struct NewName {
+    /// Name of the new disk
+    #[arg(id = "new", value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
+    pub(crate) name: String,
+}
+
+/// A disk or a snapshot.
+#[derive(Args, Debug)]
+pub(crate) struct Target {
+    /// A disk, or one of its snapshots by label or number
+    #[arg(value_name = "NAME[@SNAP]", value_parser = target())]
+    pub(crate) target: (String, Option<String>),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Format {
+    /// The file or block device
+    #[arg(value_name = "PATH", value_hint = ValueHint::FilePath)]
+    pub(crate) path: PathBuf,
+    /// Create the file with this size, or grow it to it
+    #[arg(long, value_name = "SIZE", value_parser = size())]
+    pub(crate) size: Option<u64>,
+    /// Unit in which hosts take space: a power of two from 16M [default: 2G, less on a small store]
+    #[arg(long, value_name = "SIZE", value_parser = size())]
+    pub(crate) extent_size: Option<u64>,
+    /// Format even if PATH looks used; everything on it is lost
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Whether a file's space is taken from the file system now or as it is needed
+    #[arg(long, value_enum, default_value_t = Preallocate::Off, value_name = "MODE")]
+    pub(crate) preallocate: Preallocate,
+    /// Use the page cache: only for file systems without direct I/O
+    #[arg(long)]
+    pub(crate) buffered: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Preallocate {
+    /// A sparse file: quick and small, but the file system may run full under it
+    Off,
+    /// All of it, now
+    Full,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Serve {
+    /// The store: a file or block device that `parallax format` prepared
+    #[arg(value_name = "PATH", value_hint = ValueHint::FilePath)]
+    pub(crate) path: PathBuf,
+    /// Also serve NBD at unix:/path or tcp:host:port; may be given several times
+    ///
+    /// The port is 10809 if none is given. IPv6 addresses go in brackets: tcp:[::1]:10809. TCP on
+    /// anything but loopback needs --tls-dir.
+    #[arg(long, value_name = "ADDRESS", value_parser = clap::value_parser!(daemon::NbdAddress))]
+    pub(crate) nbd: Vec<daemon::NbdAddress>,
+    /// Memory for tree nodes; more of it makes random reads on large disks faster
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = size())]
+    pub(crate) cache: u64,
+    /// Directory with server-cert.pem and server-key.pem: all TCP clients must use TLS
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) tls_dir: Option<PathBuf>,
+    /// TLS clients must show a certificate that ca-cert.pem in the TLS directory signed
+    #[arg(long, requires = "tls_dir")]
+    pub(crate) tls_client_ca: bool,
+    /// Serve TCP without TLS beyond loopback: anybody who reaches the port reads and writes disks
+    #[arg(long, conflicts_with = "tls_dir")]
+    pub(crate) insecure_plaintext: bool,
+    /// Use the page cache: only for file systems without direct I/O
+    #[arg(long)]
+    pub(crate) buffered: bool,
+    /// How much to log on stderr
+    #[arg(long, value_enum, default_value_t = LogLevel::Info, value_name = "LEVEL")]
+    pub(crate) log: LogLevel,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogLevel {
+    /// What was lost or cannot go on
+    Error,
+    /// Also what an operator should look at
+    Warn,
+    /// Also start, stop and clients
+    Info,
+    /// Also what a developer asks for
+    Debug,
+    /// Everything
+    Trace,
+}
+
+fn size() -> ValueParser {
+    ValueParser::new(|text: &str| {
+        let bytes = base::size::parse_bytes(text)?;
+        if bytes == 0 { Err("a size must be more than 0".to_owned()) } else { Ok(bytes) }
+    })
+}
+
+fn seconds() -> ValueParser {
+    ValueParser::new(|text: &str| match text.parse::<f64>() {
+        Ok(seconds) if (0.1..=86_400.0).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
+        _ => Err("must be a number from 0.1 to 86400"),
+    })
+}
+
+fn target() -> ValueParser {
+    ValueParser::new(|text: &str| split_target(text))
+}
+
+fn snapshot_target() -> ValueParser {
+    ValueParser::new(|text: &str| match split_target(text)? {
+        (name, Some(snapshot)) => Ok((name, snapshot)),
+        (name, None) => Err(format!(
+            "which snapshot? write {name}@LABEL or {name}@NUMBER; `parallax snapshots {name}` \
+             lists them"
+        )),
+    })
+}
+
+fn split_target(text: &str) -> Result<(String, Option<String>), String> {
+    let (name, snapshot) = match text.split_once('@') {
+        Some((name, snapshot)) => (name, Some(snapshot)),
+        None => (text, None),
+    };
+    if name.is_empty() || snapshot.is_some_and(str::is_empty) {
+        return Err("must be NAME or NAME@SNAPSHOT".to_owned());
+    }
+    Ok((name.to_owned(), snapshot.map(str::to_owned)))
+}
+
+/// A format name goes into qemu-img's command line: only what such names are made of.
+fn format_name() -> impl TypedValueParser<Value = String> {
+    NonEmptyStringValueParser::new().try_map(|text| {
+        let plain = text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
+        if plain && !text.starts_with('-') {
+            Ok(text)
+        } else {
+            Err("must be a format of qemu-img, such as raw or qcow2")
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_definitions_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn targets_split_at_the_first_at() {
+        let check = |text: &str, name: &str, snapshot: Option<&str>| {
+            assert_eq!(split_target(text), Ok((name.to_owned(), snapshot.map(str::to_owned))));
+        };
+        check("web01", "web01", None);
+        check("web01@17", "web01", Some("17"));
+        check("web01@a@b", "web01", Some("a@b"));
+        for bad in ["", "@", "@x", "web01@"] {
+            assert!(split_target(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! One module per family of commands; [`run`] is the table.
+
+mod diff;
+mod disks;
+mod docs;
+mod format;
+mod qemu_img;
+mod quickstart;
+mod serve;
+mod snapshots;
+mod stats;
+mod transfer;
+mod tree;
+
+use api::{Client, Error};
+
+use crate::args::{Cli, Command};
+use crate::{output, socket};
+
+/// What a command that talks to the daemon needs.
+struct Context {
+    client: Client,
+    json: bool,
+}
+
+/// Carries out a command line.
+///
+/// # Errors
+/// What `exit` turns into a message and an exit code.
+pub(crate) fn run(cli: Cli) -> Result<(), Error> {
+    let Cli { global, command } = cli;
+    match command {
+        Command::Quickstart { dir, buffered } => return quickstart::run(&dir, buffered, global),
+        Command::Format(format) => return format::run(&format, global.json),
+        Command::Serve(serve) => return serve::run(serve, global),
+        Command::Completion { shell } => return docs::completion(shell),
+        Command::Man { dir } => return docs::man(&dir, global.json),
+        _ => {}
+    }
+    let client = Client::new(socket::choose(global.socket)?);
+    let context = Context { client, json: global.json };
+    block_on(ask(context, command))?
+}
+
+/// Carries out a command that talks to the daemon.
+async fn ask(context: Context, command: Command) -> Result<(), Error> {
+    match command {
+        Command::Create { name, size } => disks::create(&context, name.name, size).await,
+        Command::Clone { source, name } => disks::clone(&context, source, name.name).await,
+        Command::Ls => disks::ls(&context).await,
+        Command::Info { target: t } => {
+            disks::info(&context, &t.target.0, t.target.1.as_deref()).await
+        }
+        Command::Rename { name, new_name } => disks::rename(&context, &name.name, new_name).await,
+        Command::Resize { name, size, shrink } => {
+            disks::resize(&context, &name.name, size, shrink).await
+        }
+        Command::Rm { target: t } => disks::rm(&context, &t.target.0, t.target.1.as_deref()).await,
+        Command::Snapshot { name, label } => {
+            snapshots::take(&context, &name.name, label.as_deref()).await
+        }
+        Command::Snapshots { name } => snapshots::list(&context, &name.name).await,
+        Command::Rollback { target: (name, snapshot) } => {
+            snapshots::rollback(&context, &name, &snapshot).await
+        }
+        Command::Tree { all } => tree::run(&context, all).await,
+        Command::Diff { from, to } => diff::run(&context, &from, &to).await,
+        Command::Stats { watch, interval } => stats::run(&context, watch.then_some(interval)).await,
+        Command::Import { file, name, format } => {
+            transfer::import(&context, &file, &name.name, format).await
+        }
+        Command::Export { target: t, file, format, force } => {
+            let target = transfer::Source { name: t.target.0, snapshot: t.target.1 };
+            transfer::export(&context, target, &file, format, force).await
+        }
+        Command::Quickstart { .. }
+        | Command::Format(_)
+        | Command::Serve(_)
+        | Command::Completion { .. }
+        | Command::Man { .. } => Ok(()),
+    }
+}
+
+/// Runs a future to its end on this thread.
+fn block_on<T>(future: impl Future<Output = T>) -> Result<T, Error> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| Error::system("start", &e))?;
+    Ok(runtime.block_on(future))
+}
+
+impl Context {
+    /// Prints `text`, or `value` with --json.
+    fn print(&self, value: &impl serde::Serialize, text: &str) -> Result<(), Error> {
+        if self.json { output::print_json(value) } else { output::print(text) }
+    }
+}

@@ -1,0 +1,179 @@
+//! Commands on disks: create, clone, ls, info, rename, resize, rm.
+
+use api::{ChangeVdi, CreateVdi, Error, Snapshot, Space, Vdi};
+use serde::Serialize;
+
+use super::Context;
+use crate::output::{self, Column, bytes, count, time};
+
+pub(super) async fn create(context: &Context, name: String, size: u64) -> Result<(), Error> {
+    let request = CreateVdi { name, size_bytes: Some(size), source: None };
+    let vdi = context.client.create(&request).await?;
+    context.print(&vdi, &format!("created {} ({})", vdi.name, bytes(vdi.size_bytes)))
+}
+
+pub(super) async fn clone(context: &Context, source: String, name: String) -> Result<(), Error> {
+    let request = CreateVdi { name, size_bytes: None, source: Some(source.clone()) };
+    let vdi = context.client.create(&request).await?;
+    let text = format!("cloned {source} to {} ({})", vdi.name, bytes(vdi.size_bytes));
+    context.print(&vdi, &text)
+}
+
+pub(super) async fn ls(context: &Context) -> Result<(), Error> {
+    let vdis = context.client.vdis().await?;
+    if context.json {
+        return output::print_json(&vdis);
+    }
+    if vdis.is_empty() {
+        return output::print("no disks yet; make one with: parallax create NAME --size 20G");
+    }
+    let columns = [
+        Column::Left("NAME"),
+        Column::Right("SIZE"),
+        Column::Right("SNAPSHOTS"),
+        Column::Left("CREATED"),
+        Column::Left("CLONED FROM"),
+    ];
+    let row = |vdi: Vdi| {
+        let origin = origin(&vdi).unwrap_or_default();
+        let snapshots = vdi.snapshot_count.to_string();
+        vec![vdi.name, bytes(vdi.size_bytes), snapshots, time(vdi.created), origin]
+    };
+    output::print(&output::table(&columns, vdis.into_iter().map(row).collect()))
+}
+
+/// Where a disk was cloned from, as a handle while its parent exists.
+pub(super) fn origin(vdi: &Vdi) -> Option<String> {
+    let parent = vdi.parent.as_ref()?;
+    Some(match (&parent.name, parent.snapshot) {
+        (None, _) => "(deleted)".to_owned(),
+        (Some(name), 0) => name.clone(),
+        (Some(name), number) => format!("{name}@{number}"),
+    })
+}
+
+/// What `info --json` prints.
+#[derive(Serialize)]
+struct Description<T> {
+    #[serde(flatten)]
+    object: T,
+    space: Space,
+}
+
+pub(super) async fn info(
+    context: &Context,
+    name: &str,
+    snapshot: Option<&str>,
+) -> Result<(), Error> {
+    match snapshot {
+        None => {
+            let vdi = context.client.vdi(name).await?;
+            let space = context.client.space(name, None).await?;
+            let text = describe_vdi(&vdi, &space);
+            context.print(&Description { object: vdi, space }, &text)
+        }
+        Some(label) => {
+            let snapshot = context.client.snapshot_status(name, label).await?;
+            let space = context.client.space(name, Some(label)).await?;
+            let text = describe_snapshot(&snapshot, &space);
+            context.print(&Description { object: snapshot, space }, &text)
+        }
+    }
+}
+
+fn describe_vdi(vdi: &Vdi, space: &Space) -> String {
+    let mut lines = vec![
+        ("name", vdi.name.clone()),
+        ("id", vdi.id.to_string()),
+        ("created", time(vdi.created)),
+        ("snapshots", vdi.snapshot_count.to_string()),
+    ];
+    lines.extend(origin(vdi).map(|origin| ("cloned from", origin)));
+    lines.extend(space_lines(vdi.size_bytes, space));
+    columns(&lines)
+}
+
+fn describe_snapshot(snapshot: &Snapshot, space: &Space) -> String {
+    let mut lines = vec![
+        ("snapshot", snapshot.handle.clone()),
+        ("number", snapshot.number.to_string()),
+        ("taken", time(snapshot.created)),
+    ];
+    lines.extend(space_lines(snapshot.size_bytes, space));
+    columns(&lines)
+}
+
+fn space_lines(size: u64, space: &Space) -> [(&'static str, String); 4] {
+    [
+        ("size", bytes(size)),
+        ("written", bytes(space.mapped_bytes)),
+        ("exclusive", bytes(space.exclusive_bytes)),
+        ("shared", bytes(space.shared_bytes)),
+    ]
+}
+
+fn columns(lines: &[(&str, String)]) -> String {
+    let lines: Vec<String> =
+        lines.iter().map(|(name, value)| format!("{name:<13}{value}")).collect();
+    lines.join("\n")
+}
+
+pub(super) async fn rename(context: &Context, name: &str, new: String) -> Result<(), Error> {
+    let request = ChangeVdi { name: Some(new), ..ChangeVdi::default() };
+    let vdi = context.client.change(name, &request).await?;
+    context.print(&vdi, &format!("renamed {name} to {}", vdi.name))
+}
+
+pub(super) async fn resize(
+    context: &Context,
+    name: &str,
+    size: u64,
+    shrink: bool,
+) -> Result<(), Error> {
+    let request = ChangeVdi { size_bytes: Some(size), shrink, ..ChangeVdi::default() };
+    let vdi = context.client.change(name, &request).await?;
+    context.print(&vdi, &format!("{name} now has {}", bytes(vdi.size_bytes)))
+}
+
+pub(super) async fn rm(context: &Context, name: &str, snapshot: Option<&str>) -> Result<(), Error> {
+    let removed = match snapshot {
+        Some(snapshot) => context.client.remove_snapshot(name, snapshot).await?,
+        None => context.client.remove(name).await?,
+    };
+    let text = match removed.snapshots {
+        0 => format!("deleted {}", removed.removed),
+        snapshots => format!("deleted {} with {}", removed.removed, count(snapshots, "snapshot")),
+    };
+    context.print(&removed, &text)
+}
+
+#[cfg(test)]
+mod tests {
+    use api::Parent;
+
+    use super::*;
+
+    #[test]
+    fn origins_read_as_handles() {
+        let check = |parent: Option<(Option<&str>, u64)>, expected: Option<&str>| {
+            let parent = parent.map(|(name, snapshot)| Parent {
+                id: 1,
+                name: name.map(str::to_owned),
+                snapshot,
+            });
+            let vdi = Vdi {
+                id: 2,
+                name: "b".to_owned(),
+                size_bytes: 1,
+                created: jiff::Timestamp::UNIX_EPOCH,
+                snapshot_count: 0,
+                parent,
+            };
+            assert_eq!(origin(&vdi).as_deref(), expected);
+        };
+        check(None, None);
+        check(Some((Some("a"), 3)), Some("a@3"));
+        check(Some((Some("a"), 0)), Some("a"));
+        check(Some((None, 3)), Some("(deleted)"));
+    }
+}

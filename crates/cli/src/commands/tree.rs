@@ -1,0 +1,236 @@
+//! `parallax tree`: which disk was cloned from which snapshot of which disk.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use api::{Error, Kind, Snapshot, Vdi};
+use serde::Serialize;
+
+use super::Context;
+use crate::output::{self, bytes, count, time};
+
+/// Snapshots without clones that are drawn per disk before the rest is only counted.
+const PLAIN_SNAPSHOTS_MAX: usize = 5;
+
+/// A disk with everything that descends from it.
+#[derive(Debug, Serialize)]
+struct Node {
+    #[serde(flatten)]
+    vdi: Vdi,
+    snapshots: Vec<SnapshotNode>,
+    /// Clones of the running disk, or of snapshots that are gone.
+    clones: Vec<Node>,
+}
+
+#[derive(Debug, Serialize)]
+struct SnapshotNode {
+    #[serde(flatten)]
+    snapshot: Snapshot,
+    clones: Vec<Node>,
+}
+
+pub(super) async fn run(context: &Context, all: bool) -> Result<(), Error> {
+    let vdis = context.client.vdis().await?;
+    let mut snapshots = BTreeMap::new();
+    for vdi in vdis.iter().filter(|vdi| vdi.snapshot_count > 0) {
+        match context.client.snapshots(&vdi.name).await {
+            Ok(list) => drop(snapshots.insert(vdi.id, list)),
+            // Deleted or renamed since it was listed.
+            Err(error) if error.kind == Kind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let roots = grow(vdis, snapshots);
+    if context.json {
+        return output::print_json(&roots);
+    }
+    if roots.is_empty() {
+        return output::print("no disks yet; make one with: parallax create NAME --size 20G");
+    }
+    let mut lines = Vec::new();
+    for root in &roots {
+        lines.push(vdi_line(&root.vdi));
+        draw(root, "", all, &mut lines);
+    }
+    output::print(&lines.join("\n"))
+}
+
+/// Puts every disk under what it was cloned from; those whose parent is gone become roots.
+fn grow(vdis: Vec<Vdi>, mut snapshots: BTreeMap<u64, Vec<Snapshot>>) -> Vec<Node> {
+    let known: BTreeSet<u64> = vdis.iter().map(|vdi| vdi.id).collect();
+    let mut children: BTreeMap<Option<u64>, Vec<Vdi>> = BTreeMap::new();
+    for vdi in vdis {
+        let parent = vdi.parent.as_ref().map(|parent| parent.id);
+        children.entry(parent.filter(|id| known.contains(id))).or_default().push(vdi);
+    }
+    let roots = children.remove(&None).unwrap_or_default();
+    roots.into_iter().map(|vdi| node(vdi, &mut children, &mut snapshots)).collect()
+}
+
+/// Clones are younger than what they were cloned from, so this ends; each disk is taken once.
+fn node(
+    vdi: Vdi,
+    children: &mut BTreeMap<Option<u64>, Vec<Vdi>>,
+    snapshots: &mut BTreeMap<u64, Vec<Snapshot>>,
+) -> Node {
+    let mut by_snapshot: BTreeMap<u64, Vec<Node>> = BTreeMap::new();
+    for child in children.remove(&Some(vdi.id)).unwrap_or_default() {
+        let number = child.parent.as_ref().map_or(0, |parent| parent.snapshot);
+        by_snapshot.entry(number).or_default().push(node(child, children, snapshots));
+    }
+    let own = snapshots.remove(&vdi.id).unwrap_or_default();
+    let snapshots = own
+        .into_iter()
+        .map(|snapshot| {
+            let clones = by_snapshot.remove(&snapshot.number).unwrap_or_default();
+            SnapshotNode { snapshot, clones }
+        })
+        .collect();
+    Node { vdi, snapshots, clones: by_snapshot.into_values().flatten().collect() }
+}
+
+fn vdi_line(vdi: &Vdi) -> String {
+    let origin = match &vdi.parent {
+        Some(parent) if parent.name.is_none() => ", cloned from a disk that was deleted",
+        _ => "",
+    };
+    format!("{} ({}{origin})", vdi.name, bytes(vdi.size_bytes))
+}
+
+/// What hangs under a disk, in the order in which it is drawn.
+enum Branch<'a> {
+    Snapshot(&'a SnapshotNode),
+    Clone(&'a Node),
+    Hidden(u64),
+}
+
+fn draw(node: &Node, indent: &str, all: bool, lines: &mut Vec<String>) {
+    let branches = branches(node, all);
+    let last = branches.len().saturating_sub(1);
+    for (index, branch) in branches.iter().enumerate() {
+        let (joint, below) =
+            if index == last { ("└── ", "    ") } else { ("├── ", "│   ") };
+        let below = format!("{indent}{below}");
+        match branch {
+            Branch::Snapshot(SnapshotNode { snapshot, clones }) => {
+                let taken = time(snapshot.created);
+                lines.push(format!("{indent}{joint}{} ({taken})", snapshot.handle));
+                draw_clones(clones, &below, all, lines);
+            }
+            Branch::Clone(clone) => {
+                lines.push(format!("{indent}{joint}{}", vdi_line(&clone.vdi)));
+                draw(clone, &below, all, lines);
+            }
+            Branch::Hidden(number) => {
+                let more = count(*number, "more snapshot");
+                lines.push(format!("{indent}{joint}… {more} (--all shows them)"));
+            }
+        }
+    }
+}
+
+fn draw_clones(clones: &[Node], indent: &str, all: bool, lines: &mut Vec<String>) {
+    for (index, clone) in clones.iter().enumerate() {
+        let last = index + 1 == clones.len();
+        let (joint, below) = if last { ("└── ", "    ") } else { ("├── ", "│   ") };
+        lines.push(format!("{indent}{joint}{}", vdi_line(&clone.vdi)));
+        draw(clone, &format!("{indent}{below}"), all, lines);
+    }
+}
+
+fn branches(node: &Node, all: bool) -> Vec<Branch<'_>> {
+    let plain = node.snapshots.iter().filter(|snapshot| snapshot.clones.is_empty()).count();
+    // One line that counts a single snapshot would save nothing.
+    let mut hide =
+        if all || plain <= PLAIN_SNAPSHOTS_MAX + 1 { 0 } else { plain - PLAIN_SNAPSHOTS_MAX };
+    let hidden = u64::try_from(hide).unwrap_or(u64::MAX);
+    let mut branches = Vec::new();
+    if hidden > 0 {
+        branches.push(Branch::Hidden(hidden));
+    }
+    for snapshot in &node.snapshots {
+        // The oldest are hidden: people look for what is new.
+        if snapshot.clones.is_empty() && hide > 0 {
+            hide -= 1;
+        } else {
+            branches.push(Branch::Snapshot(snapshot));
+        }
+    }
+    branches.extend(node.clones.iter().map(Branch::Clone));
+    branches
+}
+
+#[cfg(test)]
+mod tests {
+    use api::Parent;
+    use jiff::Timestamp;
+
+    use super::*;
+
+    fn vdi(id: u64, name: &str, parent: Option<(u64, Option<&str>, u64)>) -> Vdi {
+        Vdi {
+            id,
+            name: name.to_owned(),
+            size_bytes: 1 << 30,
+            created: Timestamp::UNIX_EPOCH,
+            snapshot_count: 0,
+            parent: parent.map(|(id, name, snapshot)| Parent {
+                id,
+                name: name.map(str::to_owned),
+                snapshot,
+            }),
+        }
+    }
+
+    fn snapshot(handle: &str, number: u64) -> Snapshot {
+        Snapshot {
+            handle: handle.to_owned(),
+            number,
+            label: None,
+            size_bytes: 1 << 30,
+            created: Timestamp::UNIX_EPOCH,
+        }
+    }
+
+    fn drawn(roots: &[Node], all: bool) -> Vec<String> {
+        let mut lines = Vec::new();
+        for root in roots {
+            lines.push(vdi_line(&root.vdi));
+            draw(root, "", all, &mut lines);
+        }
+        lines
+    }
+
+    #[test]
+    fn families_hang_together() {
+        let vdis = vec![
+            vdi(1, "base", None),
+            vdi(2, "web", Some((1, Some("base"), 1))),
+            vdi(3, "test", Some((2, Some("web"), 0))),
+            vdi(4, "orphan", Some((9, None, 4))),
+        ];
+        let snapshots = BTreeMap::from([(1, vec![snapshot("base@1", 1), snapshot("base@2", 2)])]);
+        assert_eq!(
+            drawn(&grow(vdis, snapshots), false),
+            [
+                "base (1 GiB)",
+                "├── base@1 (1970-01-01T00:00:00Z)",
+                "│   └── web (1 GiB)",
+                "│       └── test (1 GiB)",
+                "└── base@2 (1970-01-01T00:00:00Z)",
+                "orphan (1 GiB, cloned from a disk that was deleted)",
+            ]
+        );
+    }
+
+    #[test]
+    fn many_plain_snapshots_are_counted() {
+        let many = (1..=100).map(|number| snapshot(&format!("a@{number}"), number)).collect();
+        let vdis = vec![vdi(1, "a", None), vdi(2, "b", Some((1, Some("a"), 1)))];
+        let roots = grow(vdis, BTreeMap::from([(1, many)]));
+        let lines = drawn(&roots, false);
+        assert_eq!(lines.len(), 1 + 1 + 2 + PLAIN_SNAPSHOTS_MAX, "{lines:?}");
+        assert!(lines[1].contains("94 more snapshots"), "{lines:?}");
+        assert!(lines[2].contains("a@1"), "one that was cloned is always drawn");
+        assert_eq!(drawn(&roots, true).len(), 1 + 100 + 1);
+    }
+}

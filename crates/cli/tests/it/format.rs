@@ -1,0 +1,62 @@
+//! `parallax format`.
+
+use crate::place::Place;
+
+#[test]
+fn a_store_is_made_in_a_new_file() {
+    let place = Place::new();
+    let said = place.ok(&["format", "new", "--size", "256M"]);
+    assert!(said.contains("256 MiB") && said.contains("parallax serve new"), "{said}");
+    let file = std::fs::metadata(place.path("new")).unwrap();
+    assert_eq!(file.len(), 256 << 20);
+}
+
+#[test]
+fn what_is_used_is_kept_unless_forced() {
+    let place = Place::with_store("256M");
+    let refused = place.fails(3, &["format", "store"]);
+    assert!(refused.contains("--force"), "{refused}");
+    let made = place.json(&["format", "store", "--force"]);
+    assert_eq!(made["path"], "store");
+    assert_eq!(made["size_bytes"], 256 << 20);
+    assert!(made["device"].is_string());
+}
+
+#[test]
+fn a_file_system_is_not_overwritten() {
+    let place = Place::new();
+    std::fs::write(place.path("other"), vec![0; 128 << 20]).unwrap();
+    place.tool("/sbin/mkfs.ext4", &["-q", "other"]);
+    place.fails(3, &["format", "other"]);
+    place.tool("/sbin/fsck.ext4", &["-f", "-n", "other"]);
+}
+
+#[test]
+fn impossible_ones_are_refused_and_leave_nothing() {
+    let place = Place::new();
+    let missing = place.fails(2, &["format", "none"]);
+    assert!(missing.contains("--size"), "{missing}");
+    place.fails(1, &["format", "small", "--size", "64K"]);
+    place.fails(1, &["format", "odd", "--size", "1G", "--extent-size", "17M"]);
+    let left = std::fs::read_dir(place.path("")).unwrap().count();
+    assert_eq!(left, 0, "files that were created are removed again");
+    std::fs::create_dir(place.path("dir")).unwrap();
+    place.fails(1, &["format", "dir", "--size", "1G"]);
+}
+
+#[test]
+fn preallocation_takes_the_space() {
+    use std::os::unix::fs::MetadataExt;
+    let place = Place::new();
+    place.ok(&["format", "full", "--size", "128M", "--preallocate", "full"]);
+    let file = std::fs::metadata(place.path("full")).unwrap();
+    assert!(file.blocks() * 512 >= 128 << 20, "{} bytes allocated", file.blocks() * 512);
+}
+
+#[test]
+fn a_served_store_is_left_alone() {
+    let place = Place::with_store("256M");
+    let _served = place.serve(&[]);
+    let busy = place.fails(3, &["format", "store", "--force"]);
+    assert!(busy.contains("daemon"), "{busy}");
+}

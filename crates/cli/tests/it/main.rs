@@ -1,0 +1,18 @@
+//! The real binary, run as people run it, in a directory of its own.
+//!
+//! Needs qemu-img, nbdinfo and nbdcopy, which `cargo xtask test` installs.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
+
+mod disks;
+mod docs;
+mod errors;
+mod format;
+mod http;
+mod lifecycle;
+mod network;
+mod place;
+mod quickstart;
+mod snapshots;
+mod stats;
+mod transfer;

@@ -1,0 +1,133 @@
+//! import and export.
+
+use std::os::unix::fs::MetadataExt;
+
+use serde_json::json;
+
+use crate::place::{Outcome, Place, noise_file};
+
+#[test]
+fn raw_and_qcow2_go_in_and_come_out_the_same() {
+    let place = Place::with_store("1G");
+    let _served = place.serve(&[]);
+    noise_file(&place.path("a.raw"), 20_000_000);
+    // Holes in the middle and at the end.
+    place.tool("truncate", &["-s", "64M", "a.raw"]);
+    place.tool("fallocate", &["-p", "-o", "4194304", "-l", "4194304", "a.raw"]);
+    place.tool("qemu-img", &["convert", "-O", "qcow2", "-c", "a.raw", "a.qcow2"]);
+
+    assert_eq!(place.ok(&["import", "a.raw", "raw"]), "imported a.raw (raw) as raw (64 MiB)");
+    let imported = place.json(&["import", "a.qcow2", "q"]);
+    assert_eq!((&imported["name"], &imported["size_bytes"]), (&json!("q"), &json!(64 << 20)));
+    for disk in ["raw", "q"] {
+        let mapped = place.json(&["info", disk])["space"]["mapped_bytes"].as_u64().unwrap();
+        assert!(mapped <= 17 << 20, "holes take no space: {mapped} bytes are mapped");
+    }
+
+    let said = place.ok(&["export", "q", "back.raw"]);
+    assert!(said.starts_with("exported q to back.raw (raw, 64 MiB"), "{said}");
+    place.tool("cmp", &["a.raw", "back.raw"]);
+    let file = std::fs::metadata(place.path("back.raw")).unwrap();
+    assert!(file.blocks() * 512 < 24 << 20, "the file has holes");
+    let exported = place.json(&["export", "raw", "back.qcow2"]);
+    assert_eq!(exported["format"], "qcow2");
+    place.tool("qemu-img", &["compare", "-f", "raw", "-F", "qcow2", "a.raw", "back.qcow2"]);
+    assert_eq!(place.json(&["snapshots", "q"]), json!([]), "no snapshot is left behind");
+}
+
+#[test]
+fn a_size_that_is_no_multiple_of_a_block_is_rounded_up() {
+    let place = Place::with_store("256M");
+    let _served = place.serve(&[]);
+    noise_file(&place.path("odd"), 512 * 9);
+    place.ok(&["import", "odd", "a"]);
+    assert_eq!(place.json(&["info", "a"])["size_bytes"], 8192);
+    place.ok(&["export", "a", "back"]);
+    place.tool("cmp", &["-n", "4608", "odd", "back"]);
+}
+
+#[test]
+fn a_snapshot_is_exported_as_it_was() {
+    let place = Place::with_store("256M");
+    let _served = place.serve(&[]);
+    place.ok(&["create", "a", "--size", "1M"]);
+    place.write("a", 1, 0, 4096);
+    place.ok(&["snapshot", "a", "--label", "s"]);
+    place.write("a", 2, 0, 4096);
+    place.ok(&["export", "a@s", "then"]);
+    place.ok(&["export", "a", "now"]);
+    assert_eq!(std::fs::read(place.path("then")).unwrap()[0], 1);
+    assert_eq!(std::fs::read(place.path("now")).unwrap()[0], 2);
+}
+
+#[test]
+fn a_file_is_replaced_only_when_told() {
+    let place = Place::with_store("256M");
+    let _served = place.serve(&[]);
+    place.ok(&["create", "a", "--size", "1M"]);
+    std::fs::write(place.path("f"), "precious").unwrap();
+    let said = place.fails(1, &["export", "a", "f"]);
+    assert!(said.contains("--force"), "{said}");
+    assert_eq!(std::fs::read(place.path("f")).unwrap(), b"precious");
+    place.ok(&["export", "a", "f", "--force"]);
+    assert_eq!(std::fs::metadata(place.path("f")).unwrap().len(), 1 << 20);
+    place.fails(1, &["export", "a", "/dev/null", "--force"]);
+    place.fails(2, &["export", "a", "no/such/dir"]);
+    assert!(!place.path("f.partial").exists());
+}
+
+#[test]
+fn a_name_that_is_taken_stays_as_it_is() {
+    let place = Place::with_store("256M");
+    let _served = place.serve(&[]);
+    place.ok(&["create", "a", "--size", "1M"]);
+    place.write("a", 7, 0, 4096);
+    noise_file(&place.path("f"), 8192);
+    place.fails(1, &["import", "f", "a"]);
+    assert!(place.holds("a", 7, 0, 4096));
+}
+
+#[test]
+fn files_that_refer_to_others_must_be_trusted_first() {
+    let place = Place::with_store("256M");
+    let _served = place.serve(&[]);
+    noise_file(&place.path("secret"), 1 << 20);
+    place.tool("qemu-img", &["create", "-q", "-f", "qcow2", "-b", "secret", "-F", "raw", "f"]);
+    let said = place.fails(1, &["import", "f", "a"]);
+    assert!(said.contains("secret") && said.contains("--format qcow2"), "{said}");
+    assert_eq!(place.json(&["ls"]), json!([]));
+    place.ok(&["import", "f", "a", "--format", "qcow2"]);
+    place.ok(&["export", "a", "back"]);
+    place.tool("cmp", &["secret", "back"]);
+}
+
+#[test]
+fn without_qemu_img_it_says_so() {
+    let place = Place::with_store("256M");
+    let _served = place.serve(&[]);
+    noise_file(&place.path("f"), 8192);
+    place.ok(&["create", "a", "--size", "1M"]);
+    for arguments in [&["import", "f", "b"][..], &["export", "a", "g"]] {
+        let outcome = Outcome::of(place.command(arguments).env("PATH", "/nowhere"));
+        assert_eq!(outcome.code, Some(1), "{outcome:?}");
+        assert!(outcome.stderr.contains("apt install qemu-utils"), "{outcome:?}");
+    }
+    assert_eq!(place.json(&["snapshots", "a"]), json!([]), "no snapshot is left behind");
+    assert_eq!(place.json(&["ls"]).as_array().unwrap().len(), 1);
+}
+
+#[test]
+fn an_import_that_is_interrupted_leaves_nothing() {
+    let place = Place::with_store("1G");
+    let _served = place.serve(&[]);
+    // A named pipe in place of qemu-img's work would not do: this is a large file, slowly read.
+    noise_file(&place.path("large"), 256 << 20);
+    let mut child = place.command(&["import", "large", "a"]).spawn().unwrap();
+    while place.json(&["ls"]).as_array().unwrap().is_empty() {
+        crate::place::pause();
+    }
+    let process = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(process, rustix::process::Signal::TERM).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(6));
+    assert_eq!(place.json(&["ls"]), json!([]));
+}

@@ -1,0 +1,266 @@
+//! One function per route: take the request apart, call the engine, put the answer together.
+
+use api::{
+    ChangeVdi, CreateVdi, DaemonStatus, Diff, Error, Kind, PAGE_MAX, Removed, Rollback, Snapshot,
+    SnapshotPage, Space, Stats, TakeSnapshot, Vdi, VdiPage,
+};
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use base::{ErrorKind, SnapshotNumber};
+use serde::Deserialize;
+use vdi::{SnapshotEntry, Store, Target};
+
+use super::Control;
+use super::extract::{Body, Failure, Parameters, Segments};
+use crate::catalog::find_snapshot;
+use crate::convert;
+use crate::engine::{Served, refused};
+
+type Answer<T> = Result<Json<T>, Failure>;
+
+pub(super) fn router(control: Control) -> Router {
+    let routes = Router::new()
+        .route("/daemon", get(daemon))
+        .route("/stats", get(stats))
+        .route("/vdis", get(list).post(create))
+        .route("/vdis/{name}", get(info).patch(change).delete(remove))
+        .route("/vdis/{name}/space", get(space))
+        .route("/vdis/{name}/rollback", post(rollback))
+        .route("/vdis/{name}/snapshots", get(snapshots).post(take_snapshot))
+        .route("/vdis/{name}/snapshots/{snapshot}", get(snapshot).delete(remove_snapshot))
+        .route("/vdis/{name}/snapshots/{snapshot}/space", get(snapshot_space))
+        .route("/diff", get(diff));
+    Router::new()
+        .nest("/v1", routes)
+        .fallback(|| async { Failure(Error::new(Kind::NotFound, "there is no such route")) })
+        .method_not_allowed_fallback(|| async {
+            Failure(Error::new(Kind::Unsupported, "this route does not take this method"))
+        })
+        .with_state(control)
+}
+
+async fn daemon(State(control): State<Control>) -> Json<DaemonStatus> {
+    Json(control.status.as_ref().clone())
+}
+
+async fn stats(State(control): State<Control>) -> Answer<Stats> {
+    let answer = async |served: &Served| Ok(served.stats());
+    Ok(Json(control.engine.call(answer).await?))
+}
+
+#[derive(Deserialize)]
+struct Page<T> {
+    after: Option<T>,
+    max: Option<usize>,
+}
+
+impl<T> Page<T> {
+    fn max(&self) -> usize {
+        self.max.unwrap_or(PAGE_MAX).clamp(1, PAGE_MAX)
+    }
+}
+
+async fn list(
+    State(control): State<Control>,
+    Parameters(page): Parameters<Page<String>>,
+) -> Answer<VdiPage> {
+    let max = page.max();
+    let entries = control
+        .engine
+        .call(async move |served: &Served| served.store.list(page.after.as_deref(), max).await)
+        .await?;
+    let vdis: Vec<Vdi> = entries.into_iter().map(convert::vdi).collect();
+    let next = vdis.last().filter(|_| vdis.len() == max).map(|vdi| vdi.name.clone());
+    Ok(Json(VdiPage { vdis, next }))
+}
+
+async fn create(
+    State(control): State<Control>,
+    Body(request): Body<CreateVdi>,
+) -> Result<(StatusCode, Json<Vdi>), Failure> {
+    let CreateVdi { name, size_bytes, source } = request;
+    let entry = control
+        .engine
+        .call(async move |served: &Served| {
+            let store = &served.store;
+            match (size_bytes, source) {
+                (Some(size_bytes), None) => store.create(&name, size_bytes).await?,
+                (None, Some(source)) => store.clone_vdi(&Target::parse(&source), &name).await?,
+                _ => return Err(exactly_one("size_bytes", "source")),
+            };
+            store.info(&name).await
+        })
+        .await?;
+    Ok((StatusCode::CREATED, Json(convert::vdi(entry))))
+}
+
+fn exactly_one(one: &str, other: &str) -> vdi::Error {
+    refused(ErrorKind::Invalid, format!("give either {one} or {other}"))
+}
+
+async fn info(State(control): State<Control>, Segments(name): Segments<String>) -> Answer<Vdi> {
+    let answer = async move |served: &Served| served.store.info(&name).await;
+    Ok(Json(convert::vdi(control.engine.call(answer).await?)))
+}
+
+async fn change(
+    State(control): State<Control>,
+    Segments(name): Segments<String>,
+    Body(request): Body<ChangeVdi>,
+) -> Answer<Vdi> {
+    let answer = async move |served: &Served| {
+        let store = &served.store;
+        match (request.name, request.size_bytes) {
+            (Some(new_name), None) => {
+                store.rename(&name, &new_name).await?;
+                store.info(&new_name).await
+            }
+            (None, Some(size_bytes)) => resize(store, &name, size_bytes, request.shrink).await,
+            _ => Err(exactly_one("name", "size_bytes")),
+        }
+    };
+    Ok(Json(convert::vdi(control.engine.call(answer).await?)))
+}
+
+/// Shrinking loses data, so it takes a second word; a typo in a size must not.
+async fn resize(
+    store: &Store,
+    name: &str,
+    size_bytes: u64,
+    shrink: bool,
+) -> Result<vdi::VdiEntry, vdi::Error> {
+    let now = store.info(name).await?.size_bytes;
+    if size_bytes < now && !shrink {
+        let (now, then) = (base::size::HumanBytes(now), base::size::HumanBytes(size_bytes));
+        return Err(refused(
+            ErrorKind::Invalid,
+            format!(
+                "{name} has {now}: what lies beyond {then} would be lost; to do that, add --shrink"
+            ),
+        ));
+    }
+    store.resize(name, size_bytes).await?;
+    store.info(name).await
+}
+
+async fn remove(
+    State(control): State<Control>,
+    Segments(name): Segments<String>,
+) -> Answer<Removed> {
+    let answer = async move |served: &Served| {
+        let snapshots = served.store.info(&name).await?.snapshot_count;
+        served.store.remove(&Target { vdi: name.clone(), snapshot: None }).await?;
+        Ok(Removed { removed: name, snapshots })
+    };
+    Ok(Json(control.engine.call(answer).await?))
+}
+
+async fn space(State(control): State<Control>, Segments(vdi): Segments<String>) -> Answer<Space> {
+    target_space(&control, Target { vdi, snapshot: None }).await
+}
+
+async fn snapshot_space(
+    State(control): State<Control>,
+    Segments((vdi, snapshot)): Segments<(String, String)>,
+) -> Answer<Space> {
+    target_space(&control, Target { vdi, snapshot: Some(snapshot) }).await
+}
+
+async fn target_space(control: &Control, target: Target) -> Answer<Space> {
+    let answer = async move |served: &Served| served.store.space(&target).await;
+    Ok(Json(convert::space(control.engine.call(answer).await?)))
+}
+
+async fn rollback(
+    State(control): State<Control>,
+    Segments(name): Segments<String>,
+    Body(request): Body<Rollback>,
+) -> Answer<Vdi> {
+    let answer = async move |served: &Served| {
+        served.store.rollback(&name, &request.snapshot).await?;
+        served.store.info(&name).await
+    };
+    Ok(Json(convert::vdi(control.engine.call(answer).await?)))
+}
+
+async fn snapshots(
+    State(control): State<Control>,
+    Segments(name): Segments<String>,
+    Parameters(page): Parameters<Page<u64>>,
+) -> Answer<SnapshotPage> {
+    let (max, vdi) = (page.max(), name.clone());
+    let after = SnapshotNumber::new(page.after.unwrap_or(0));
+    let answer = async move |served: &Served| served.store.snapshots(&vdi, after, max).await;
+    let entries = control.engine.call(answer).await?;
+    let snapshots: Vec<Snapshot> =
+        entries.into_iter().map(|entry| convert::snapshot(&name, entry)).collect();
+    let next = snapshots.last().filter(|_| snapshots.len() == max).map(|last| last.number);
+    Ok(Json(SnapshotPage { snapshots, next }))
+}
+
+async fn take_snapshot(
+    State(control): State<Control>,
+    Segments(name): Segments<String>,
+    Body(request): Body<TakeSnapshot>,
+) -> Result<(StatusCode, Json<Snapshot>), Failure> {
+    let vdi = name.clone();
+    let answer = async move |served: &Served| {
+        let number = served.store.snapshot(&vdi, request.label.as_deref()).await?;
+        existing_snapshot(&served.store, &vdi, &number.to_string()).await
+    };
+    let entry = control.engine.call(answer).await?;
+    Ok((StatusCode::CREATED, Json(convert::snapshot(&name, entry))))
+}
+
+async fn snapshot(
+    State(control): State<Control>,
+    Segments((name, snapshot)): Segments<(String, String)>,
+) -> Answer<Snapshot> {
+    let vdi = name.clone();
+    let answer =
+        async move |served: &Served| existing_snapshot(&served.store, &vdi, &snapshot).await;
+    Ok(Json(convert::snapshot(&name, control.engine.call(answer).await?)))
+}
+
+async fn existing_snapshot(
+    store: &Store,
+    vdi: &str,
+    name: &str,
+) -> Result<SnapshotEntry, vdi::Error> {
+    find_snapshot(store, vdi, name).await?.ok_or_else(|| {
+        refused(
+            ErrorKind::NotFound,
+            format!("{vdi} has no snapshot {name}; `parallax snapshots {vdi}` lists them"),
+        )
+    })
+}
+
+async fn remove_snapshot(
+    State(control): State<Control>,
+    Segments((vdi, snapshot)): Segments<(String, String)>,
+) -> Answer<Removed> {
+    let answer = async move |served: &Served| {
+        let target = Target { vdi, snapshot: Some(snapshot) };
+        served.store.remove(&target).await?;
+        Ok(Removed { removed: target.to_string(), snapshots: 0 })
+    };
+    Ok(Json(control.engine.call(answer).await?))
+}
+
+#[derive(Deserialize)]
+struct Between {
+    from: String,
+    to: String,
+}
+
+async fn diff(
+    State(control): State<Control>,
+    Parameters(Between { from, to }): Parameters<Between>,
+) -> Answer<Diff> {
+    let targets = (Target::parse(&from), Target::parse(&to));
+    let answer = async move |served: &Served| served.store.diff(&targets.0, &targets.1).await;
+    let extents = convert::diff(control.engine.call(answer).await?);
+    Ok(Json(Diff { from, to, extents }))
+}

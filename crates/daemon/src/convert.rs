@@ -1,0 +1,118 @@
+//! From the engine's types to those that travel.
+
+use jiff::Timestamp;
+
+pub(crate) fn vdi(entry: vdi::VdiEntry) -> api::Vdi {
+    api::Vdi {
+        id: entry.id.get(),
+        name: entry.name,
+        size_bytes: entry.size_bytes,
+        created: time(entry.created_ns),
+        snapshot_count: entry.snapshot_count,
+        parent: entry.parent.map(|(id, snapshot)| api::Parent {
+            id: id.get(),
+            name: entry.parent_name,
+            snapshot: snapshot.get(),
+        }),
+    }
+}
+
+pub(crate) fn snapshot(vdi_name: &str, entry: vdi::SnapshotEntry) -> api::Snapshot {
+    let handle = match &entry.label {
+        Some(label) => format!("{vdi_name}@{label}"),
+        None => format!("{vdi_name}@{}", entry.number),
+    };
+    api::Snapshot {
+        handle,
+        number: entry.number.get(),
+        label: entry.label,
+        size_bytes: entry.size_bytes,
+        created: time(entry.created_ns),
+    }
+}
+
+pub(crate) fn space(space: vdi::VdiSpace) -> api::Space {
+    api::Space {
+        mapped_bytes: space.mapped_bytes,
+        exclusive_bytes: space.exclusive_bytes,
+        shared_bytes: space.shared_bytes,
+    }
+}
+
+pub(crate) fn diff(extents: Vec<vdi::DiffExtent>) -> Vec<api::DiffExtent> {
+    extents
+        .into_iter()
+        .map(|extent| api::DiffExtent {
+            offset: extent.offset,
+            length: extent.length,
+            data: extent.data,
+        })
+        .collect()
+}
+
+pub(crate) fn opened(report: vdi::OpenReport) -> api::OpenReport {
+    api::OpenReport {
+        clean: report.clean,
+        records_replayed: report.records_replayed,
+        records_dropped: report.records_dropped,
+        alarms: report.alarms,
+    }
+}
+
+pub(crate) fn stats(stats: &vdi::Stats, nbd_connections: u64) -> api::Stats {
+    api::Stats {
+        capacity_bytes: stats.capacity_bytes,
+        free_bytes: stats.free_bytes,
+        vdi_count: stats.vdi_count,
+        reads: stats.reads,
+        read_bytes: stats.read_bytes,
+        writes: stats.writes,
+        write_bytes: stats.write_bytes,
+        flushes: stats.flushes,
+        discards: stats.discards,
+        errors: stats.errors,
+        checksum_failures: stats.checksum_failures,
+        device_flushes: stats.device_flushes,
+        log_blocks: stats.log_blocks,
+        log_records: stats.log_records,
+        log_used_percent: stats.log_used_percent,
+        checkpoints: stats.checkpoints,
+        nodes_written: stats.nodes_written,
+        cache_hits: stats.cache_hits,
+        cache_misses: stats.cache_misses,
+        cache_bytes: stats.cache_bytes,
+        snapshots: stats.snapshots,
+        nbd_connections,
+    }
+}
+
+/// Nanoseconds since 1970 in 64 bits reach to 2554, well within a timestamp's range.
+fn time(ns: u64) -> Timestamp {
+    Timestamp::from_nanosecond(i128::from(ns)).unwrap_or(Timestamp::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use base::SnapshotNumber;
+
+    use super::*;
+
+    #[test]
+    fn a_handle_is_what_commands_take() {
+        let entry = |label: Option<&str>| vdi::SnapshotEntry {
+            number: SnapshotNumber::new(17),
+            label: label.map(str::to_owned),
+            size_bytes: 4096,
+            created_ns: 1_500_000_000,
+        };
+        assert_eq!(snapshot("web01", entry(None)).handle, "web01@17");
+        let labelled = snapshot("web01", entry(Some("daily")));
+        assert_eq!(labelled.handle, "web01@daily");
+        assert_eq!(labelled.created.to_string(), "1970-01-01T00:00:01.5Z");
+    }
+
+    #[test]
+    fn the_end_of_time_is_a_time() {
+        assert_eq!(time(u64::MAX).to_string().split('-').next(), Some("2554"));
+    }
+}

@@ -1,0 +1,201 @@
+//! The engine thread: the reactor, the store and all NBD sessions run on it, and nowhere else.
+//! Other threads hand it closures through [`EngineHandle::call`] and wait for the answer.
+//!
+//! Start: open the device exclusively, open (and recover) the store, bind sockets, report.
+//! Stop: take the socket files away, end the NBD sessions, close the store, report.
+
+mod listen;
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::thread;
+
+use api::{Error, Kind, NbdEndpoint, OpenReport};
+use base::ErrorKind;
+use runtime::reactor::{Io, RemoteHandle};
+use runtime::sync::{OneshotSender, oneshot};
+use tokio::sync::oneshot as remote;
+use vdi::Store;
+
+use crate::catalog::StoreCatalog;
+use crate::config::Plan;
+use crate::{convert, open};
+
+/// Most calls under way on the engine thread; further ones wait.
+const CALLS_MAX: usize = 256;
+
+thread_local! {
+    /// What calls work on: closures that come from other threads cannot carry it.
+    static SERVED: RefCell<Option<Rc<Served>>> = const { RefCell::new(None) };
+}
+
+/// What lives on the engine thread.
+pub(crate) struct Served {
+    pub(crate) store: Store,
+    servers: Rc<listen::Servers>,
+    stop: RefCell<Option<OneshotSender<()>>>,
+}
+
+impl Served {
+    pub(crate) fn stats(&self) -> api::Stats {
+        convert::stats(&self.store.stats(), self.servers.connection_count())
+    }
+}
+
+/// What the engine reports when it is ready.
+#[derive(Debug)]
+pub(crate) struct Started {
+    pub(crate) handle: EngineHandle,
+    pub(crate) device: String,
+    pub(crate) opened: OpenReport,
+    pub(crate) nbd: Vec<NbdEndpoint>,
+}
+
+/// The running thread.
+#[derive(Debug)]
+pub(crate) struct Engine {
+    handle: EngineHandle,
+    /// Resolves when the thread ends, for whatever reason.
+    pub(crate) ended: remote::Receiver<Result<(), Error>>,
+}
+
+/// Calls the engine from other threads.
+#[derive(Clone, Debug)]
+pub(crate) struct EngineHandle {
+    remote: RemoteHandle,
+    calls: Arc<tokio::sync::Semaphore>,
+}
+
+impl Engine {
+    /// Starts the thread, and waits until it serves. Blocks while the store is recovered.
+    pub(crate) fn start(plan: Plan) -> Result<(Self, Started), Error> {
+        let (ready, readiness) = std::sync::mpsc::channel();
+        let (end, ended) = remote::channel();
+        let run = move || {
+            // Whoever started the thread waits for one of the two.
+            let _ = end.send(run(plan, ready));
+        };
+        thread::Builder::new()
+            .name("parallax-engine".to_owned())
+            .spawn(run)
+            .map_err(|e| Error::system("start the engine thread", &e))?;
+        match readiness.recv() {
+            Ok(started) => {
+                let started: Started = started;
+                Ok((Self { handle: started.handle.clone(), ended }, started))
+            }
+            Err(_) => match ended.blocking_recv() {
+                Ok(Err(error)) => Err(error),
+                _ => Err(Error::new(Kind::Io, "the engine ended before it was ready")),
+            },
+        }
+    }
+
+    /// Ends sessions, closes the store, and waits for the thread.
+    pub(crate) async fn stop(self) -> Result<(), Error> {
+        let posted = self.handle.remote.post(|_| {
+            let stop = SERVED.with_borrow(|served| served.as_ref()?.stop.borrow_mut().take());
+            if let Some(stop) = stop {
+                stop.send(());
+            }
+        });
+        if !posted {
+            tracing::debug!("the engine has ended by itself");
+        }
+        self.ended.await.unwrap_or_else(|_| Err(gone()))
+    }
+}
+
+impl EngineHandle {
+    /// Runs `operation` on the engine thread. It goes on if the caller gives up waiting.
+    pub(crate) async fn call<T: Send + 'static>(
+        &self,
+        operation: impl AsyncFnOnce(&Served) -> Result<T, vdi::Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let _permit = self.calls.acquire().await.map_err(|_| gone())?;
+        let (answer, answered) = remote::channel();
+        self.remote.post(move |runtime| {
+            let Some(served) = SERVED.with_borrow(Option::clone) else { return };
+            drop(runtime.spawn(async move {
+                let outcome = operation(&served).await;
+                // The caller may have given up.
+                let _ = answer.send(outcome.map_err(|error| engine_error(&error)));
+            }));
+        });
+        answered.await.unwrap_or_else(|_| Err(gone()))
+    }
+}
+
+pub(crate) fn engine_error(error: &vdi::Error) -> Error {
+    Error::new(error.kind(), error.to_string())
+}
+
+/// A refusal in the engine's own words.
+pub(crate) fn refused(kind: ErrorKind, message: String) -> vdi::Error {
+    vdi::Error::Refused { kind, message }
+}
+
+fn gone() -> Error {
+    Error::new(Kind::Fenced, "the daemon is stopping")
+}
+
+/// The thread's whole life.
+fn run(plan: Plan, ready: std::sync::mpsc::Sender<Started>) -> Result<(), Error> {
+    let reactor = open::reactor()?;
+    let (runtime, io) = (reactor.runtime().clone(), reactor.io().clone());
+    let outcome = reactor.run(serve(runtime, io, plan, ready));
+    // Listeners and background tasks own descriptors and each other: without this the store's
+    // lock would stay until the kernel has taken the process apart.
+    reactor.runtime().kill();
+    outcome.map_err(|e| Error::system("go on with the I/O engine", &e))?
+}
+
+async fn serve(
+    runtime: runtime::Runtime,
+    io: Io,
+    plan: Plan,
+    ready: std::sync::mpsc::Sender<Started>,
+) -> Result<(), Error> {
+    let access = open::Access::Exclusive;
+    let options = open::DeviceOptions { access, buffered: plan.buffered };
+    let device = open::device(&io, &plan.store, options)?;
+    let description = device.describe();
+    let options = open::options(plan.cache_bytes)?;
+    let (store, report) = Store::open(device, runtime.clone(), &options)
+        .await
+        .map_err(|error| open::explain(&plan.store, &error))?;
+    let catalog: Rc<dyn disk::Catalog> = StoreCatalog::new(store.clone());
+    let ready_to_serve =
+        listen::Servers::new(&runtime, &catalog, plan.tls.as_ref()).and_then(|servers| {
+            Ok((listen::start(&runtime, &io, &servers, plan.listen)?, Rc::new(servers)))
+        });
+    let (listening, servers) = match ready_to_serve {
+        Ok(ready) => ready,
+        Err(error) => {
+            store.close().await.map_err(|error| engine_error(&error))?;
+            return Err(error);
+        }
+    };
+    let (stop, stopped) = oneshot();
+    let served =
+        Served { store: store.clone(), servers: Rc::clone(&servers), stop: Some(stop).into() };
+    SERVED.set(Some(Rc::new(served)));
+    let started = Started {
+        handle: EngineHandle {
+            remote: io.remote(),
+            calls: Arc::new(tokio::sync::Semaphore::new(CALLS_MAX)),
+        },
+        device: description,
+        opened: convert::opened(report),
+        nbd: listening.endpoints.clone(),
+    };
+    if ready.send(started).is_ok() {
+        // A dropped sender means that nobody can stop us any more, which is the same.
+        let _ = stopped.await;
+    }
+    listening.end();
+    servers.shutdown(&runtime).await;
+    SERVED.set(None);
+    store.close().await.map_err(|error| engine_error(&error))
+}

@@ -1,0 +1,151 @@
+//! NBD listeners on the engine thread.
+
+use std::cell::Cell;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::rc::Rc;
+use std::time::Duration;
+
+use api::{Error, Kind, NbdEndpoint};
+use runtime::Runtime;
+use runtime::reactor::{Io, Listener};
+
+use crate::config::{Listen, TlsFiles};
+use crate::socket_file::SocketFile;
+
+/// How long a listener rests when the kernel has no descriptor left for a new connection.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// How long requests in flight may take to be answered when the daemon stops: a stop takes less
+/// than 2 s, unless the disk is slow.
+const DRAIN_MAX: Duration = Duration::from_secs(1);
+
+/// Sockets that are being listened on.
+pub(super) struct Listening {
+    pub(super) endpoints: Vec<NbdEndpoint>,
+    files: Vec<SocketFile>,
+    open: Rc<Cell<bool>>,
+}
+
+impl Listening {
+    /// Lets nobody new in, and removes socket files.
+    pub(super) fn end(self) {
+        self.open.set(false);
+        drop(self.files);
+    }
+}
+
+/// The two NBD servers of a daemon, over the same disks: TLS is a property of the address.
+pub(super) struct Servers {
+    plain: nbd::Server,
+    tls: Option<nbd::Server>,
+}
+
+impl Servers {
+    /// Reads certificates, if there are any.
+    pub(super) fn new(
+        runtime: &Runtime,
+        catalog: &Rc<dyn disk::Catalog>,
+        tls: Option<&TlsFiles>,
+    ) -> Result<Self, Error> {
+        let server = |security| {
+            let drain_timeout = DRAIN_MAX;
+            let config = nbd::Config { security, drain_timeout, ..nbd::Config::default() };
+            nbd::Server::new(runtime, Rc::clone(catalog), config)
+        };
+        let tls = match tls {
+            None => None,
+            Some(files) => {
+                let clients = match files.verify_clients {
+                    true => nbd::ClientCertificates::Required,
+                    false => nbd::ClientCertificates::Ignored,
+                };
+                let loaded = nbd::TlsServer::load(&files.dir, clients)
+                    .map_err(|e| Error::new(Kind::Invalid, format!("cannot {e}")))?;
+                Some(server(nbd::Security::Required(loaded)))
+            }
+        };
+        Ok(Self { plain: server(nbd::Security::Plaintext), tls })
+    }
+
+    /// Clients that are connected now.
+    pub(super) fn connection_count(&self) -> u64 {
+        let all = std::iter::once(&self.plain).chain(&self.tls);
+        all.map(|server| server.metrics().connections_open).sum()
+    }
+
+    /// Ends all connections, after what is in flight.
+    pub(super) async fn shutdown(&self, runtime: &Runtime) {
+        let tls = self.tls.clone();
+        let tls = runtime.spawn(async move {
+            if let Some(server) = tls {
+                server.shutdown().await;
+            }
+        });
+        self.plain.shutdown().await;
+        tls.await;
+    }
+
+    fn of(&self, tls: bool) -> nbd::Server {
+        self.tls.as_ref().filter(|_| tls).unwrap_or(&self.plain).clone()
+    }
+}
+
+/// Binds every address, then accepts on all of them. On failure none stays bound.
+pub(super) fn start(
+    runtime: &Runtime,
+    io: &Io,
+    servers: &Servers,
+    addresses: Vec<Listen>,
+) -> Result<Listening, Error> {
+    let open = Rc::new(Cell::new(true));
+    let mut listening = Listening { endpoints: Vec::new(), files: Vec::new(), open };
+    let mut listeners = Vec::new();
+    for address in addresses {
+        let (fd, endpoint): (OwnedFd, _) = match address {
+            Listen::Unix { path, private } => {
+                let (listener, file) =
+                    SocketFile::bind(&path, private, |path| UnixListener::bind(path))?;
+                listening.files.push(file);
+                let address = format!("unix:{}", path.display());
+                (listener.into(), NbdEndpoint { address, tls: false })
+            }
+            Listen::Tcp { name, addresses, tls } => {
+                let (listener, local) = bind_tcp(&name, &addresses)?;
+                (listener.into(), NbdEndpoint { address: format!("tcp:{local}"), tls })
+            }
+        };
+        let listener = Listener::adopt(io, fd)
+            .map_err(|e| Error::system(&format!("listen on {}", endpoint.address), &e))?;
+        listeners.push((listener, endpoint.tls));
+        listening.endpoints.push(endpoint);
+    }
+    for (listener, tls) in listeners {
+        let open = Rc::clone(&listening.open);
+        let accept = accept(runtime.clone(), listener, servers.of(tls), open);
+        drop(runtime.spawn(accept));
+    }
+    Ok(listening)
+}
+
+fn bind_tcp(name: &str, addresses: &[SocketAddr]) -> Result<(TcpListener, SocketAddr), Error> {
+    TcpListener::bind(addresses)
+        .and_then(|listener| listener.local_addr().map(|local| (listener, local)))
+        .map_err(|e| Error::system(&format!("listen on {name}"), &e))
+}
+
+async fn accept(runtime: Runtime, listener: Listener, server: nbd::Server, open: Rc<Cell<bool>>) {
+    while open.get() {
+        match listener.accept().await {
+            Ok((socket, peer)) if open.get() => {
+                drop(runtime.spawn(server.serve(socket, peer.to_string())));
+            }
+            Ok(_) => {}
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept an NBD client");
+                runtime.sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! What is done to a store that no daemon serves, on a reactor of its own.
+
+use std::fs::File;
+use std::path::Path;
+
+use api::{Error, Kind};
+use rustix::fs::FallocateFlags;
+use vdi::{FormatOptions, Store};
+
+use crate::engine::engine_error;
+use crate::open;
+
+/// How to make a store.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Format {
+    /// Create the file with this many bytes, or grow it to them.
+    pub size_bytes: Option<u64>,
+    /// Bytes per extent; see `vdi::FormatOptions`.
+    pub extent_bytes: Option<u64>,
+    /// Format even if the device looks used.
+    pub force: bool,
+    /// Take all of a file's space from the file system now.
+    pub preallocate: bool,
+    /// Go through the page cache, for file systems without O_DIRECT.
+    pub buffered: bool,
+}
+
+/// What was made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Formatted {
+    /// Length of the file or device.
+    pub size_bytes: u64,
+    /// What it is, and which I/O engine drives it.
+    pub device: String,
+}
+
+/// Writes an empty store to `path`. Durable on return. Blocks.
+///
+/// # Errors
+/// `NotFound` if there is no such file and no size to create it with; `Busy` if a daemon has it
+/// open, or if it looks used and `force` is not set; `Invalid` for impossible sizes. A file that
+/// was created for this is removed again.
+pub fn format(path: &Path, format: &Format) -> Result<Formatted, Error> {
+    let created = prepare(path, format)?;
+    let outcome = run(path, format);
+    if outcome.is_err() && created {
+        // The error that is on its way tells more than one from here could.
+        let _ = std::fs::remove_file(path);
+    }
+    outcome
+}
+
+fn run(path: &Path, format: &Format) -> Result<Formatted, Error> {
+    let reactor = open::reactor()?;
+    let device = {
+        let access = open::Access::Exclusive;
+        let options = open::DeviceOptions { access, buffered: format.buffered };
+        open::device(reactor.io(), path, options)?
+    };
+    if format.preallocate && path.is_file() {
+        preallocate(path)?;
+    }
+    let options = FormatOptions {
+        extent_bytes: format.extent_bytes,
+        log_bytes: None,
+        force: format.force,
+        uuid: open::random()?,
+        secret: open::random()?,
+    };
+    let formatted = Formatted {
+        size_bytes: device.block_count() * base::BLOCK_SIZE_U64,
+        device: device.describe(),
+    };
+    let runtime = reactor.runtime().clone();
+    reactor
+        .run(async move { Store::format(&device, &runtime, &options).await })
+        .map_err(|e| Error::system("go on with the I/O engine", &e))?
+        .map_err(|error| explain(path, &error))?;
+    Ok(formatted)
+}
+
+fn explain(path: &Path, error: &vdi::Error) -> Error {
+    let error = engine_error(error);
+    Error::new(error.kind, format!("cannot format {}: {error}", path.display()))
+}
+
+/// Creates or grows the file, if a size is given. `true` if it was not there before.
+fn prepare(path: &Path, format: &Format) -> Result<bool, Error> {
+    let shown = path.display();
+    let there = match std::fs::metadata(path) {
+        Ok(found) => Some(found),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+        Err(error) => return Err(Error::system(&format!("look at {shown}"), &error)),
+    };
+    let Some(size) = format.size_bytes else {
+        return match there {
+            Some(_) => Ok(false),
+            None => Err(Error::new(
+                Kind::NotFound,
+                format!("there is no {shown}; to create a file, say how large: --size 64G"),
+            )),
+        };
+    };
+    match there {
+        Some(found) if !found.is_file() => Err(Error::new(
+            Kind::Invalid,
+            format!("{shown} is not a file: its size is what it is; leave --size away"),
+        )),
+        Some(found) if found.len() > size => Err(Error::new(
+            Kind::Invalid,
+            format!("{shown} is larger than that already: remove it first, or leave --size away"),
+        )),
+        there => {
+            let file = File::options()
+                .write(true)
+                .create(there.is_none())
+                .create_new(there.is_none())
+                .open(path)
+                .map_err(|e| Error::system(&format!("create {shown}"), &e))?;
+            let resized = file.set_len(size);
+            if let Err(error) = resized {
+                if there.is_none() {
+                    // The error that is on its way tells more than one from here could.
+                    let _ = std::fs::remove_file(path);
+                }
+                return Err(Error::system(&format!("give {shown} its size"), &error));
+            }
+            Ok(there.is_none())
+        }
+    }
+}
+
+fn preallocate(path: &Path) -> Result<(), Error> {
+    let what = format!("preallocate {}", path.display());
+    let failed = |error: std::io::Error| Error::system(&what, &error);
+    let file = File::options().write(true).open(path).map_err(failed)?;
+    let length = file.metadata().map_err(failed)?.len();
+    rustix::fs::fallocate(&file, FallocateFlags::KEEP_SIZE, 0, length)
+        .map_err(|errno| failed(errno.into()))
+}
