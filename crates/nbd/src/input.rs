@@ -153,3 +153,70 @@ impl Input {
         self.quiet_receives = 0;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use runtime::socket::{Segment, pair};
+
+    use super::*;
+
+    fn poll_now<T>(future: impl Future<Output = T>) -> T {
+        let mut future = std::pin::pin!(future);
+        match future.as_mut().poll(&mut Context::from_waker(std::task::Waker::noop())) {
+            Poll::Ready(value) => value,
+            Poll::Pending => panic!("it should be done at once"),
+        }
+    }
+
+    fn fill(input: &mut Input) {
+        poll_now(std::future::poll_fn(|context| input.poll_fill(context))).unwrap();
+    }
+
+    #[test]
+    fn the_buffer_grows_for_a_busy_client_and_shrinks_for_a_quiet_one() {
+        let (client, server) = pair(1 << 20);
+        let send = |count: usize, byte: u8| {
+            poll_now(client.send(vec![Segment::Bytes(vec![byte; count])])).unwrap();
+        };
+        let mut input = Input::new(server, BufferPool::default());
+        send(100_000, 1);
+        fill(&mut input);
+        assert_eq!(input.bytes().len(), QUIET_BLOCKS * BLOCK_SIZE);
+        input.consume(16_000);
+        fill(&mut input);
+        assert_eq!(input.bytes(), vec![1; 84_000], "what was held comes first");
+        input.consume(84_000);
+        for _ in 0..=QUIET_RECEIVES {
+            assert_eq!(input.buffer.block_count(), BUSY_BLOCKS);
+            send(10, 2);
+            fill(&mut input);
+            input.consume(10);
+        }
+        send(10, 3);
+        fill(&mut input);
+        assert_eq!(input.buffer.block_count(), QUIET_BLOCKS);
+        assert_eq!(input.bytes(), [3; 10]);
+    }
+
+    #[test]
+    fn a_payload_is_received_where_it_belongs() {
+        let (client, server) = pair(1 << 20);
+        let byte = |at: usize| u8::try_from(at % 251).unwrap();
+        poll_now(client.send(vec![Segment::Bytes((0..50_000).map(byte).collect())])).unwrap();
+        let mut input = Input::new(server, BufferPool::default());
+        fill(&mut input);
+        let mut buffer = Buffer::zeroed(12);
+        let mut have = input.copy_out(buffer.bytes_mut());
+        assert_eq!(have, 16_384);
+        while have < 49_000 {
+            input.start_direct(buffer, have..49_000);
+            let (result, returned) =
+                poll_now(std::future::poll_fn(|context| input.poll_direct(context)));
+            have += result.unwrap();
+            buffer = returned;
+        }
+        assert!(buffer.bytes()[..have].iter().enumerate().all(|(at, &got)| got == byte(at)));
+        fill(&mut input);
+        assert_eq!(input.bytes().len(), 1000, "nothing was lost behind it");
+    }
+}

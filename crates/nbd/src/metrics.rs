@@ -148,3 +148,19 @@ impl Snapshot {
         ]
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_documentation_has_a_row_for_each_metric() {
+        let text = include_str!("../../../docs/nbd.md");
+        let rows: Vec<&str> = text
+            .lines()
+            .filter_map(|line| line.strip_prefix("| `nbd_")?.split('`').next())
+            .collect();
+        let names = Snapshot::default().values().map(|(name, _, _)| name.replacen("nbd_", "", 1));
+        assert_eq!(rows, names);
+    }
+}

@@ -25,7 +25,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use base::{BLOCK_SIZE, Buffer, ErrorKind};
-use disk::{Disk, DiskError, Request};
+use disk::{Disk, DiskError, Extent, Request};
 use runtime::Runtime;
 use runtime::socket::Socket;
 
@@ -82,7 +82,7 @@ struct Ticket {
     cookie: u64,
     offset: u64,
     expected: Expected,
-    /// Payload bytes charged to the budget.
+    /// Bytes charged to the budget.
     charge: u64,
 }
 
@@ -165,64 +165,30 @@ impl Session {
     }
 
     async fn handle(&self, header: &Header, input: &mut Input) -> Result<(), End> {
+        let disk = &*self.terms.disk;
         match admit(header, &self.limits()) {
-            Ok(Admitted::Disconnect) => Err(End::Disconnect),
-            Ok(Admitted::Write { length, fua }) => self.write(header, length, fua, input).await,
-            Ok(Admitted::BlockStatusByPayload { one, payload }) => {
-                self.status_by_payload(header, one, payload, input).await
-            }
-            Ok(admitted) => {
-                let charge = match admitted {
-                    Admitted::Read { length, .. } => u64::from(length),
-                    _ => 0,
-                };
+            Ok(Admitted::Disconnect) => return Err(End::Disconnect),
+            Ok(Admitted::Read { length, dont_fragment }) => {
+                let charge = u64::from(length);
                 self.charge(charge).await?;
-                let (expected, pending) = self.submit(header, admitted);
-                self.start(header, expected, charge, pending);
-                Ok(())
+                let pending = split::read(disk, header.offset, length as usize);
+                self.start(header, Expected::Data { length, dont_fragment }, charge, pending);
+            }
+            Ok(Admitted::Write { length, fua }) => self.write(header, length, fua, input).await?,
+            Ok(Admitted::Status { length, one }) => self.status(header, length, one).await?,
+            Ok(Admitted::StatusByPayload { payload, one }) => {
+                self.status_by_payload(header, payload, one, input).await?;
+            }
+            Ok(Admitted::Plain(request)) => {
+                self.charge(0).await?;
+                self.start(header, Expected::Nothing, 0, disk.submit(request));
             }
             Err(refusal) => {
-                let payload = header.payload_bytes(self.terms.framing);
-                self.discard(payload, input).await?;
-                self.charge(0).await?;
-                self.refuse(header, refusal);
-                Ok(())
+                self.discard(header.payload_bytes(self.terms.framing), input).await?;
+                self.refuse(header, refusal).await?;
             }
         }
-    }
-
-    /// Hands a request that brings no payload to the disk.
-    fn submit(&self, header: &Header, admitted: Admitted) -> (Expected, Pending) {
-        let Header { offset, length, .. } = *header;
-        let disk = &*self.terms.disk;
-        let request = match admitted {
-            Admitted::Read { length, dont_fragment } => {
-                self.metrics.reads.add(1);
-                let expected = Expected::Data { length, dont_fragment };
-                return (expected, split::read(disk, offset, length as usize));
-            }
-            Admitted::BlockStatus { one } => {
-                self.metrics.status_queries.add(1);
-                let extents_max = if one { 1 } else { EXTENTS_MAX };
-                let request = Request::BlockStatus { offset, length, extents_max };
-                return (Expected::Status, disk.submit(request));
-            }
-            Admitted::Trim { fua } => Request::Discard { offset, length, fua },
-            Admitted::Cache => Request::Cache { offset, length },
-            Admitted::WriteZeroes { fua, no_hole, fast_only } => {
-                Request::WriteZeroes { offset, length, fua, no_hole, fast_only }
-            }
-            Admitted::Flush
-            | Admitted::Disconnect
-            | Admitted::Write { .. }
-            | Admitted::BlockStatusByPayload { .. } => Request::Flush,
-        };
-        if let Some(counter) =
-            Command::from_wire(header.command).and_then(|command| self.metrics.of_command(command))
-        {
-            counter.add(1);
-        }
-        (Expected::Nothing, disk.submit(request))
+        Ok(())
     }
 
     /// Receives the payload of a write, whole, and hands it to the disk.
@@ -248,7 +214,6 @@ impl Session {
             }
             split::together(disk, requests.into_iter())
         };
-        self.metrics.writes.add(1);
         self.metrics.written_bytes.add(charge);
         self.start(header, Expected::Nothing, charge, pending);
         Ok(())
@@ -277,47 +242,52 @@ impl Session {
         Ok(buffer)
     }
 
+    async fn status(&self, header: &Header, length: u64, one: bool) -> Result<(), End> {
+        let extents_max = if one { 1 } else { EXTENTS_MAX };
+        let charge = (extents_max * size_of::<Extent>()) as u64;
+        self.charge(charge).await?;
+        let request = Request::BlockStatus { offset: header.offset, length, extents_max };
+        self.start(header, Expected::Status, charge, self.terms.disk.submit(request));
+        Ok(())
+    }
+
     async fn status_by_payload(
         &self,
         header: &Header,
-        one: bool,
         payload: u32,
+        one: bool,
         input: &mut Input,
     ) -> Result<(), End> {
-        let length = payload as usize;
-        let parsed = if length > STATUS_PAYLOAD_BYTES_MAX {
+        let size = payload as usize;
+        let parsed = if size > STATUS_PAYLOAD_BYTES_MAX {
             self.discard(u64::from(payload), input).await?;
             None
         } else {
-            while input.bytes().len() < length {
+            while input.bytes().len() < size {
                 self.fill(input).await?;
             }
-            let parsed = StatusPayload::decode(input.bytes().get(..length).unwrap_or_default());
-            input.consume(length);
+            let parsed = StatusPayload::decode(input.bytes().get(..size).unwrap_or_default());
+            input.consume(size);
             parsed.ok().filter(|payload| payload.contexts == [BASE_ALLOCATION_ID])
         };
-        self.charge(0).await?;
-        let admitted = match parsed {
-            Some(payload) => admit_status(header.offset, payload.length, &self.limits())
-                .map(|()| Header { length: payload.length, ..*header }),
-            None => Err(Refusal {
-                error: error::EINVAL,
-                message: "the payload does not name contexts that were selected",
-            }),
+        let Some(StatusPayload { length, .. }) = parsed else {
+            let message = "the payload does not name the contexts that were selected";
+            return self.refuse(header, Refusal { error: error::EINVAL, message }).await;
         };
-        match admitted {
-            Ok(header) => {
-                let (expected, pending) = self.submit(&header, Admitted::BlockStatus { one });
-                self.start(&header, expected, 0, pending);
-            }
-            Err(refusal) => self.refuse(header, refusal),
+        match admit_status(header.offset, length, &self.limits()) {
+            Ok(()) => self.status(header, length, one).await,
+            Err(refusal) => self.refuse(header, refusal).await,
         }
-        Ok(())
     }
 
     /// Polls a request for the first time. Whatever is done at once is answered at once.
     fn start(&self, header: &Header, expected: Expected, charge: u64, pending: Pending) {
-        let Header { cookie, offset, .. } = *header;
+        let Header { cookie, offset, command, .. } = *header;
+        if let Some(counter) =
+            Command::from_wire(command).and_then(|it| self.metrics.of_command(it))
+        {
+            counter.add(1);
+        }
         let ticket = Ticket { cookie, offset, expected, charge };
         let done = self.in_flight.borrow_mut().start(pending, ticket);
         if let Some((ticket, outcome)) = done {
@@ -344,12 +314,15 @@ impl Session {
         outbox.end_reply(ticket.charge);
     }
 
-    fn refuse(&self, header: &Header, refusal: Refusal) {
+    /// Answers without asking the disk.
+    async fn refuse(&self, header: &Header, refusal: Refusal) -> Result<(), End> {
+        self.charge(0).await?;
         let origin = self.origin(header.cookie, header.offset);
         let mut outbox = self.outbox.borrow_mut();
         answer::push_error(&mut outbox, &origin, refusal.error, refusal.message);
         outbox.end_reply(0);
         self.metrics.requests_failed.add(1);
+        Ok(())
     }
 
     fn origin(&self, cookie: u64, offset: u64) -> Origin {

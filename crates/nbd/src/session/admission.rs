@@ -1,5 +1,7 @@
 //! Which requests reach the disk: a pure decision over a header.
 
+use disk::Request;
+
 use crate::protocol::request::{Command, Header, flag};
 use crate::protocol::{Framing, PAYLOAD_BYTES_MAX, error};
 
@@ -15,35 +17,29 @@ pub(crate) struct Limits {
 }
 
 /// A request that may go on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(crate) enum Admitted {
+    Disconnect,
     Read {
         length: u32,
         dont_fragment: bool,
     },
+    /// The payload is still to be received.
     Write {
         length: u32,
         fua: bool,
     },
-    Disconnect,
-    Flush,
-    Trim {
-        fua: bool,
-    },
-    Cache,
-    WriteZeroes {
-        fua: bool,
-        no_hole: bool,
-        fast_only: bool,
-    },
-    BlockStatus {
+    Status {
+        length: u64,
         one: bool,
     },
     /// The range stands in the payload and is judged when that has been received.
-    BlockStatusByPayload {
-        one: bool,
+    StatusByPayload {
         payload: u32,
+        one: bool,
     },
+    /// A request that is answered with success or an error, nothing else.
+    Plain(Request),
 }
 
 /// An answer without the disk.
@@ -78,28 +74,28 @@ pub(crate) fn admit(header: &Header, limits: &Limits) -> Result<Admitted, Refusa
     if command != Command::Flush && !by_payload {
         check_range(command, header.offset, header.length, limits)?;
     }
+    let Header { offset, length, .. } = *header;
     Ok(match command {
         Command::Disconnect => Admitted::Disconnect,
-        Command::Flush => Admitted::Flush,
         Command::Read => Admitted::Read { length: payload(header)?, dont_fragment: has(flag::DF) },
         Command::Write => Admitted::Write { length: payload(header)?, fua },
-        Command::Trim => Admitted::Trim { fua },
-        Command::Cache => Admitted::Cache,
-        Command::WriteZeroes => Admitted::WriteZeroes {
-            fua,
-            no_hole: has(flag::NO_HOLE),
-            fast_only: has(flag::FAST_ZERO),
-        },
+        Command::Flush => Admitted::Plain(Request::Flush),
+        Command::Trim => Admitted::Plain(Request::Discard { offset, length, fua }),
+        Command::Cache => Admitted::Plain(Request::Cache { offset, length }),
+        Command::WriteZeroes => {
+            let (no_hole, fast_only) = (has(flag::NO_HOLE), has(flag::FAST_ZERO));
+            Admitted::Plain(Request::WriteZeroes { offset, length, fua, no_hole, fast_only })
+        }
         Command::BlockStatus if !limits.allocation => {
             return refuse(error::EINVAL, "no metadata context was selected");
         }
         Command::BlockStatus if by_payload => {
-            Admitted::BlockStatusByPayload { one: has(flag::REQ_ONE), payload: payload(header)? }
+            Admitted::StatusByPayload { payload: payload(header)?, one: has(flag::REQ_ONE) }
         }
-        Command::BlockStatus if header.length == 0 => {
+        Command::BlockStatus if length == 0 => {
             return refuse(error::EINVAL, "block status of nothing");
         }
-        Command::BlockStatus => Admitted::BlockStatus { one: has(flag::REQ_ONE) },
+        Command::BlockStatus => Admitted::Status { length, one: has(flag::REQ_ONE) },
     })
 }
 
@@ -246,10 +242,10 @@ mod tests {
         assert_eq!(error_of(header(Command::BlockStatus, 0, 0, 1), &none), error::EINVAL);
         assert_eq!(error_of(header(Command::BlockStatus, 0, 0, 0), &structured), error::EINVAL);
         let by_payload = header(Command::BlockStatus, flag::PAYLOAD_LEN, u64::MAX, 12);
-        assert_eq!(
+        assert!(matches!(
             admit(&by_payload, &limits(Framing::Extended)),
-            Ok(Admitted::BlockStatusByPayload { one: false, payload: 12 })
-        );
+            Ok(Admitted::StatusByPayload { one: false, payload: 12 })
+        ));
         assert!(admit_status(0, SIZE + 1, &structured).is_err());
         assert!(admit_status(0, 0, &structured).is_err());
         assert!(admit_status(0, SIZE, &structured).is_ok());
