@@ -115,7 +115,7 @@ pub fn own_nbd_socket(control: &std::path::Path) -> PathBuf {
 }
 
 /// A configuration that can be carried out.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Plan {
     /// The store.
     pub(crate) store: PathBuf,
@@ -132,7 +132,7 @@ pub(crate) struct Plan {
 }
 
 /// One address to listen on.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Listen {
     /// A unix socket; `private` ones are for the daemon's own user only.
     Unix { path: PathBuf, private: bool },

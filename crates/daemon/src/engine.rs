@@ -2,7 +2,8 @@
 //! Other threads hand it closures through [`EngineHandle::call`] and wait for the answer.
 //!
 //! Start: open the device exclusively, open (and recover) the store, bind sockets, report.
-//! Stop: take the socket files away, end the NBD sessions, close the store, report.
+//! Stop: take the socket files away, end the NBD sessions, close the store, report. If the store
+//! stops by itself, because a write or flush failed, it is left as after a crash.
 
 mod listen;
 
@@ -14,7 +15,7 @@ use std::thread;
 use api::{Error, Kind, NbdEndpoint, OpenReport};
 use base::ErrorKind;
 use runtime::reactor::{Io, RemoteHandle};
-use runtime::sync::{OneshotSender, oneshot};
+use runtime::sync::{OneshotReceiver, OneshotSender, oneshot};
 use tokio::sync::oneshot as remote;
 use vdi::Store;
 
@@ -190,12 +191,44 @@ async fn serve(
         opened: convert::opened(report),
         nbd: listening.endpoints.clone(),
     };
-    if ready.send(started).is_ok() {
-        // A dropped sender means that nobody can stop us any more, which is the same.
-        let _ = stopped.await;
-    }
+    let failure = if ready.send(started).is_ok() {
+        stopped_or_failed(&runtime, stopped, &store).await
+    } else {
+        None
+    };
     listening.end();
     servers.shutdown(&runtime).await;
     SERVED.set(None);
-    store.close().await.map_err(|error| engine_error(&error))
+    match failure {
+        None => store.close().await.map_err(|error| engine_error(&error)),
+        Some(error) => {
+            let message = format!("the store stopped after a failed write or flush: {error}");
+            Err(Error::new(error.kind(), message))
+        }
+    }
+}
+
+/// Waits until the daemon is to stop (`None`), or until the store has stopped by itself.
+async fn stopped_or_failed(
+    runtime: &runtime::Runtime,
+    stopped: OneshotReceiver<()>,
+    store: &Store,
+) -> Option<device::DeviceError> {
+    let (end, ended) = oneshot();
+    let end = Rc::new(RefCell::new(Some(end)));
+    let first = Rc::clone(&end);
+    let tell = move |outcome| {
+        if let Some(end) = first.borrow_mut().take() {
+            end.send(outcome);
+        }
+    };
+    let tell_failure = tell.clone();
+    let store = store.clone();
+    drop(runtime.spawn(async move { tell_failure(Some(store.failed().await)) }));
+    drop(runtime.spawn(async move {
+        // A dropped sender means that nobody can stop us any more, which is the same.
+        let _ = stopped.await;
+        tell(None);
+    }));
+    ended.await.unwrap_or(None)
 }

@@ -47,7 +47,7 @@ pub(super) fn run(dir: &Path, buffered: bool, global: Global) -> Result<(), Erro
             "socket": socket,
             "made_store": made_store,
             "made_disk": made_disk,
-            "daemon": daemon.status(),
+            "daemon": *daemon.status()?,
         });
         output::print(&ready.to_string())?;
     } else {

@@ -24,14 +24,14 @@ pub(super) fn run(serve: Serve, global: Global) -> Result<(), Error> {
     };
     let socket = config.socket.clone();
     let daemon = Daemon::start(config)?;
-    let status = daemon.status();
+    let status = daemon.status()?;
     if global.json {
-        let ready = json!({ "ready": true, "socket": socket, "daemon": status });
+        let ready = json!({ "ready": true, "socket": socket, "daemon": *status });
         // One line, so that a reader knows when it is complete.
         output::print(&ready.to_string())?;
     } else {
         let (store, socket) = (&status.store, socket.display());
-        output::print(&format!("ready: {store}, control {socket}, NBD {}", addresses(status)))?;
+        output::print(&format!("ready: {store}, control {socket}, NBD {}", addresses(&status)))?;
     }
     daemon.run()
 }

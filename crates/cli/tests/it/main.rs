@@ -7,6 +7,7 @@
 mod disks;
 mod docs;
 mod errors;
+mod failure;
 mod format;
 mod http;
 mod lifecycle;

@@ -12,15 +12,15 @@ use base::{ErrorKind, SnapshotNumber};
 use serde::Deserialize;
 use vdi::{SnapshotEntry, Store, Target};
 
-use super::Control;
 use super::extract::{Body, Failure, Parameters, Segments};
 use crate::catalog::find_snapshot;
 use crate::convert;
+use crate::current::Current;
 use crate::engine::{Served, refused};
 
 type Answer<T> = Result<Json<T>, Failure>;
 
-pub(super) fn router(control: Control) -> Router {
+pub(super) fn router(current: Current) -> Router {
     let routes = Router::new()
         .route("/daemon", get(daemon))
         .route("/stats", get(stats))
@@ -38,16 +38,16 @@ pub(super) fn router(control: Control) -> Router {
         .method_not_allowed_fallback(|| async {
             Failure(Error::new(Kind::Unsupported, "this route does not take this method"))
         })
-        .with_state(control)
+        .with_state(current)
 }
 
-async fn daemon(State(control): State<Control>) -> Json<DaemonStatus> {
-    Json(control.status.as_ref().clone())
+async fn daemon(State(current): State<Current>) -> Answer<DaemonStatus> {
+    Ok(Json(current.status()?.as_ref().clone()))
 }
 
-async fn stats(State(control): State<Control>) -> Answer<Stats> {
+async fn stats(State(current): State<Current>) -> Answer<Stats> {
     let answer = async |served: &Served| Ok(served.stats());
-    Ok(Json(control.engine.call(answer).await?))
+    Ok(Json(current.call(answer).await?))
 }
 
 #[derive(Deserialize)]
@@ -63,12 +63,11 @@ impl<T> Page<T> {
 }
 
 async fn list(
-    State(control): State<Control>,
+    State(current): State<Current>,
     Parameters(page): Parameters<Page<String>>,
 ) -> Answer<VdiPage> {
     let max = page.max();
-    let entries = control
-        .engine
+    let entries = current
         .call(async move |served: &Served| served.store.list(page.after.as_deref(), max).await)
         .await?;
     let vdis: Vec<Vdi> = entries.into_iter().map(convert::vdi).collect();
@@ -77,12 +76,11 @@ async fn list(
 }
 
 async fn create(
-    State(control): State<Control>,
+    State(current): State<Current>,
     Body(request): Body<CreateVdi>,
 ) -> Result<(StatusCode, Json<Vdi>), Failure> {
     let CreateVdi { name, size_bytes, source } = request;
-    let entry = control
-        .engine
+    let entry = current
         .call(async move |served: &Served| {
             let store = &served.store;
             match (size_bytes, source) {
@@ -100,13 +98,13 @@ fn exactly_one(one: &str, other: &str) -> vdi::Error {
     refused(ErrorKind::Invalid, format!("give either {one} or {other}"))
 }
 
-async fn info(State(control): State<Control>, Segments(name): Segments<String>) -> Answer<Vdi> {
+async fn info(State(current): State<Current>, Segments(name): Segments<String>) -> Answer<Vdi> {
     let answer = async move |served: &Served| served.store.info(&name).await;
-    Ok(Json(convert::vdi(control.engine.call(answer).await?)))
+    Ok(Json(convert::vdi(current.call(answer).await?)))
 }
 
 async fn change(
-    State(control): State<Control>,
+    State(current): State<Current>,
     Segments(name): Segments<String>,
     Body(request): Body<ChangeVdi>,
 ) -> Answer<Vdi> {
@@ -121,7 +119,7 @@ async fn change(
             _ => Err(exactly_one("name", "size_bytes")),
         }
     };
-    Ok(Json(convert::vdi(control.engine.call(answer).await?)))
+    Ok(Json(convert::vdi(current.call(answer).await?)))
 }
 
 /// Shrinking loses data, so it takes a second word; a typo in a size must not.
@@ -146,7 +144,7 @@ async fn resize(
 }
 
 async fn remove(
-    State(control): State<Control>,
+    State(current): State<Current>,
     Segments(name): Segments<String>,
 ) -> Answer<Removed> {
     let answer = async move |served: &Served| {
@@ -154,27 +152,27 @@ async fn remove(
         served.store.remove(&Target { vdi: name.clone(), snapshot: None }).await?;
         Ok(Removed { removed: name, snapshots })
     };
-    Ok(Json(control.engine.call(answer).await?))
+    Ok(Json(current.call(answer).await?))
 }
 
-async fn space(State(control): State<Control>, Segments(vdi): Segments<String>) -> Answer<Space> {
-    target_space(&control, Target { vdi, snapshot: None }).await
+async fn space(State(current): State<Current>, Segments(vdi): Segments<String>) -> Answer<Space> {
+    target_space(&current, Target { vdi, snapshot: None }).await
 }
 
 async fn snapshot_space(
-    State(control): State<Control>,
+    State(current): State<Current>,
     Segments((vdi, snapshot)): Segments<(String, String)>,
 ) -> Answer<Space> {
-    target_space(&control, Target { vdi, snapshot: Some(snapshot) }).await
+    target_space(&current, Target { vdi, snapshot: Some(snapshot) }).await
 }
 
-async fn target_space(control: &Control, target: Target) -> Answer<Space> {
+async fn target_space(current: &Current, target: Target) -> Answer<Space> {
     let answer = async move |served: &Served| served.store.space(&target).await;
-    Ok(Json(convert::space(control.engine.call(answer).await?)))
+    Ok(Json(convert::space(current.call(answer).await?)))
 }
 
 async fn rollback(
-    State(control): State<Control>,
+    State(current): State<Current>,
     Segments(name): Segments<String>,
     Body(request): Body<Rollback>,
 ) -> Answer<Vdi> {
@@ -182,18 +180,18 @@ async fn rollback(
         served.store.rollback(&name, &request.snapshot).await?;
         served.store.info(&name).await
     };
-    Ok(Json(convert::vdi(control.engine.call(answer).await?)))
+    Ok(Json(convert::vdi(current.call(answer).await?)))
 }
 
 async fn snapshots(
-    State(control): State<Control>,
+    State(current): State<Current>,
     Segments(name): Segments<String>,
     Parameters(page): Parameters<Page<u64>>,
 ) -> Answer<SnapshotPage> {
     let (max, vdi) = (page.max(), name.clone());
     let after = SnapshotNumber::new(page.after.unwrap_or(0));
     let answer = async move |served: &Served| served.store.snapshots(&vdi, after, max).await;
-    let entries = control.engine.call(answer).await?;
+    let entries = current.call(answer).await?;
     let snapshots: Vec<Snapshot> =
         entries.into_iter().map(|entry| convert::snapshot(&name, entry)).collect();
     let next = snapshots.last().filter(|_| snapshots.len() == max).map(|last| last.number);
@@ -201,7 +199,7 @@ async fn snapshots(
 }
 
 async fn take_snapshot(
-    State(control): State<Control>,
+    State(current): State<Current>,
     Segments(name): Segments<String>,
     Body(request): Body<TakeSnapshot>,
 ) -> Result<(StatusCode, Json<Snapshot>), Failure> {
@@ -210,18 +208,18 @@ async fn take_snapshot(
         let number = served.store.snapshot(&vdi, request.label.as_deref()).await?;
         existing_snapshot(&served.store, &vdi, &number.to_string()).await
     };
-    let entry = control.engine.call(answer).await?;
+    let entry = current.call(answer).await?;
     Ok((StatusCode::CREATED, Json(convert::snapshot(&name, entry))))
 }
 
 async fn snapshot(
-    State(control): State<Control>,
+    State(current): State<Current>,
     Segments((name, snapshot)): Segments<(String, String)>,
 ) -> Answer<Snapshot> {
     let vdi = name.clone();
     let answer =
         async move |served: &Served| existing_snapshot(&served.store, &vdi, &snapshot).await;
-    Ok(Json(convert::snapshot(&name, control.engine.call(answer).await?)))
+    Ok(Json(convert::snapshot(&name, current.call(answer).await?)))
 }
 
 async fn existing_snapshot(
@@ -238,7 +236,7 @@ async fn existing_snapshot(
 }
 
 async fn remove_snapshot(
-    State(control): State<Control>,
+    State(current): State<Current>,
     Segments((vdi, snapshot)): Segments<(String, String)>,
 ) -> Answer<Removed> {
     let answer = async move |served: &Served| {
@@ -246,7 +244,7 @@ async fn remove_snapshot(
         served.store.remove(&target).await?;
         Ok(Removed { removed: target.to_string(), snapshots: 0 })
     };
-    Ok(Json(control.engine.call(answer).await?))
+    Ok(Json(current.call(answer).await?))
 }
 
 #[derive(Deserialize)]
@@ -256,11 +254,11 @@ struct Between {
 }
 
 async fn diff(
-    State(control): State<Control>,
+    State(current): State<Current>,
     Parameters(Between { from, to }): Parameters<Between>,
 ) -> Answer<Diff> {
     let targets = (Target::parse(&from), Target::parse(&to));
     let answer = async move |served: &Served| served.store.diff(&targets.0, &targets.1).await;
-    let extents = convert::diff(control.engine.call(answer).await?);
+    let extents = convert::diff(current.call(answer).await?);
     Ok(Json(Diff { from, to, extents }))
 }

@@ -1,0 +1,161 @@
+//! Keeps an engine running: when the store stops because a write or flush failed, everything of
+//! it is taken down, and it is opened again (G10).
+//!
+//! What was promised is recovered from the device by the new engine, under a new epoch; nothing of
+//! the old one is trusted. NBD clients are disconnected; those that reconnect go on. A device that
+//! does not come back is tried again and again, ever less often.
+
+use std::time::Duration;
+
+use api::{DaemonStatus, Error, Kind};
+use sd_notify::NotifyState;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use crate::config::Plan;
+use crate::current::Current;
+use crate::engine::{Engine, Started};
+
+/// The pause before the first attempt to open the store again, and the longest one.
+const PAUSE_MIN: Duration = Duration::from_millis(500);
+const PAUSE_MAX: Duration = Duration::from_secs(30);
+
+/// SIGTERM and SIGINT.
+#[derive(Debug)]
+pub(crate) struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    /// Catches them from here on; must run inside the tokio runtime.
+    pub(crate) fn catch() -> Result<Self, Error> {
+        let catch = |kind| signal(kind).map_err(|e| Error::system("catch signals", &e));
+        let terminate = catch(SignalKind::terminate())?;
+        Ok(Self { terminate, interrupt: catch(SignalKind::interrupt())? })
+    }
+
+    /// Waits for either.
+    pub(crate) async fn any(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// Opens the store and its NBD sockets. Blocks while the store is recovered.
+pub(crate) fn start(plan: &Plan) -> Result<(Engine, Current), Error> {
+    let (engine, started) = Engine::start(plan.clone())?;
+    let status = status(plan, &started);
+    report(&status);
+    Ok((engine, Current::new(started.handle, status)))
+}
+
+/// Keeps the store served until a signal comes; the engine that runs then.
+///
+/// # Errors
+/// What keeps the store from being opened again and will not pass; or, if the signal comes while
+/// there is no engine, why there is none.
+pub(crate) async fn supervise(
+    plan: &Plan,
+    mut engine: Engine,
+    current: &Current,
+    signals: &mut Signals,
+) -> Result<Engine, Error> {
+    loop {
+        let ended = tokio::select! {
+            () = signals.any() => return Ok(engine),
+            ended = &mut engine.ended => ended,
+        };
+        let ended = ended.unwrap_or_else(|_| Err(Error::new(Kind::Io, "the engine is gone")));
+        let Err(why) = ended else {
+            return Err(Error::new(Kind::Io, "the engine ended by itself"));
+        };
+        tracing::error!("{why}; opening the store again");
+        notify(NotifyState::Status("the store stopped and is being opened again"));
+        engine = reopen(plan, why, current, signals).await?;
+        notify(NotifyState::Status("serving"));
+    }
+}
+
+async fn reopen(
+    plan: &Plan,
+    mut why: Error,
+    current: &Current,
+    signals: &mut Signals,
+) -> Result<Engine, Error> {
+    let mut pause = PAUSE_MIN;
+    loop {
+        current.set_stopped(why.clone());
+        tokio::select! {
+            () = signals.any() => return Err(why),
+            () = tokio::time::sleep(pause) => {}
+        }
+        pause = PAUSE_MAX.min(pause * 2);
+        let again = plan.clone();
+        let started = tokio::task::spawn_blocking(move || Engine::start(again));
+        let started = tokio::select! {
+            () = signals.any() => return Err(why),
+            started = started => started,
+        };
+        match started.unwrap_or_else(|_| Err(Error::new(Kind::Io, "the engine did not start"))) {
+            Ok((engine, started)) => {
+                let status = status(plan, &started);
+                report(&status);
+                current.set_serving(started.handle, status);
+                return Ok(engine);
+            }
+            Err(error) if may_pass(error.kind) => {
+                tracing::warn!("{error}");
+                why = error;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Whether it makes sense to try again: the device may come back, its other user may go. What
+/// looks damaged may be a device that is only half there yet; opening does it no harm.
+const fn may_pass(kind: Kind) -> bool {
+    match kind {
+        Kind::Io | Kind::Damaged | Kind::Fenced | Kind::NoSpace | Kind::Busy | Kind::NotFound => {
+            true
+        }
+        Kind::Invalid | Kind::Exists | Kind::Unsupported | Kind::ReadOnly | Kind::Unreachable => {
+            false
+        }
+    }
+}
+
+fn status(plan: &Plan, started: &Started) -> DaemonStatus {
+    let store = std::path::absolute(&plan.store).unwrap_or_else(|_| plan.store.clone());
+    DaemonStatus {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        pid: std::process::id(),
+        started: jiff::Timestamp::now(),
+        store: store.display().to_string(),
+        device: started.device.clone(),
+        opened: started.opened.clone(),
+        nbd: started.nbd.clone(),
+    }
+}
+
+/// Tells the log what opening the store found.
+fn report(status: &DaemonStatus) {
+    let DaemonStatus { store, device, opened, .. } = status;
+    tracing::info!(store, device, clean = opened.clean, "opened");
+    if !opened.clean {
+        let (replayed, dropped) = (opened.records_replayed, opened.records_dropped);
+        tracing::info!(replayed, dropped, "recovered after an unclean stop");
+    }
+    for alarm in &opened.alarms {
+        tracing::error!("{alarm}");
+    }
+}
+
+/// Tells the service manager, if there is one.
+pub(crate) fn notify(state: NotifyState<'_>) {
+    if let Err(error) = sd_notify::notify(&[state]) {
+        tracing::warn!(%error, "cannot reach the service manager");
+    }
+}
