@@ -25,7 +25,7 @@ use ondisk::{Checksums, LogBlockBuilder, LogSegment, Record, Seal};
 use runtime::Runtime;
 use runtime::sync::{OneshotReceiver, OneshotSender, Signal, oneshot};
 
-pub use replay::{Replayed, replay};
+pub use replay::{Break, Replayed, replay, survey};
 
 use crate::{Geometry, WriteScheduler};
 

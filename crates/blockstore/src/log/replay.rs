@@ -26,6 +26,21 @@ pub struct Replayed {
     pub slot_sequence: u64,
 }
 
+/// Where a log breaks although more of it was promised to be durable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Break {
+    /// What is damaged.
+    pub what: &'static str,
+    /// Index of the segment that breaks.
+    pub segment: usize,
+    /// Where a valid block should stand.
+    pub at: Pba,
+    /// First record that is missing.
+    pub lsn: Lsn,
+    /// Last record that is known to have been durable.
+    pub durable: Lsn,
+}
+
 /// Reads the segments of a log, oldest first. The last one is the live one if it is not sealed.
 ///
 /// # Errors
@@ -38,13 +53,41 @@ pub async fn replay(
     checksums: &Checksums,
     segments: &[LogSegment],
 ) -> Result<Replayed, Error> {
+    let mut see = |_: &LogSegment, _: &LogBlock| {};
+    let surveyed =
+        survey(device, runtime, geometry, log_start, checksums, segments, &mut see).await?;
+    match surveyed {
+        (replayed, None) => Ok(replayed),
+        (_, Some(broken)) => Err(Error::Damaged { what: broken.what, at: broken.at }),
+    }
+}
+
+/// As [`replay`], but shows every valid block on the way, and does not give up where the log is
+/// damaged: returns what stands before the break, and the break.
+///
+/// # Errors
+/// Device errors.
+pub async fn survey(
+    device: &Device,
+    runtime: &Runtime,
+    geometry: &Geometry,
+    log_start: Pba,
+    checksums: &Checksums,
+    segments: &[LogSegment],
+    see: &mut dyn FnMut(&LogSegment, &LogBlock),
+) -> Result<(Replayed, Option<Break>), Error> {
     let mut ring = RingReader { device, runtime, geometry, log_start, chunk: None };
     let mut replayed = Replayed::default();
-    for segment in segments {
-        ring.read_segment(checksums, segment, &mut replayed).await?;
+    let mut broken = None;
+    for (index, segment) in segments.iter().enumerate() {
+        broken = ring.read_segment(checksums, segment, &mut replayed, see).await?;
+        if let Some(broken) = &mut broken {
+            broken.segment = index;
+            break;
+        }
     }
     replayed.records = without_void(replayed.records);
-    Ok(replayed)
+    Ok((replayed, broken))
 }
 
 /// Reads the ring in large pieces.
@@ -63,7 +106,8 @@ impl RingReader<'_> {
         checksums: &Checksums,
         segment: &LogSegment,
         replayed: &mut Replayed,
-    ) -> Result<(), Error> {
+        see: &mut dyn FnMut(&LogSegment, &LogBlock),
+    ) -> Result<Option<Break>, Error> {
         let sealed = segment.last_lsn > Lsn::default();
         let mut position = segment.start;
         let mut lsn = segment.first_lsn;
@@ -80,6 +124,7 @@ impl RingReader<'_> {
             if block.position != position || block.first_lsn != lsn || block.previous != chain {
                 break;
             }
+            see(segment, &block);
             for record in block.records {
                 if !sealed || lsn <= segment.last_lsn {
                     replayed.records.push((lsn, record));
@@ -91,33 +136,42 @@ impl RingReader<'_> {
             chain = block.checksum;
             position = position.plus(1);
         }
+        let at = self.geometry.log_block(self.log_start, position);
+        let broken = |what, durable| Break { what, segment: 0, at, lsn, durable };
+        let mut breaks = None;
         if sealed {
             if lsn <= segment.last_lsn {
-                let at = self.geometry.log_block(self.log_start, position);
-                return Err(Error::Damaged { what: "sealed log segment", at });
+                breaks = Some(broken("sealed log segment", segment.last_lsn));
             }
             durable = segment.last_lsn;
         } else {
-            let later = self.durable_behind(checksums, segment, position).await?;
-            if later >= lsn {
-                let at = self.geometry.log_block(self.log_start, position);
-                return Err(Error::Damaged { what: "log block", at });
+            match self.durable_behind(checksums, segment, position).await? {
+                Ok(later) if later >= lsn => breaks = Some(broken("log block", later)),
+                Ok(later) => durable = durable.max(later),
+                Err(at) => {
+                    breaks = Some(Break { at, ..broken("host slot older than the log", durable) });
+                }
             }
-            durable = durable.max(later);
+        }
+        if breaks.is_some() {
+            // What stands before the break was written before what proves the break.
+            durable = Lsn::new(lsn.get().saturating_sub(1));
         }
         replayed.durable = replayed.durable.max(durable);
         replayed.end = position;
         replayed.lsn_next = lsn;
-        Ok(())
+        Ok(breaks)
     }
 
-    /// Highest F in valid blocks of the segment's epoch behind a break of its chain.
+    /// Highest F in valid blocks of the segment's epoch behind a break of its chain; or where a
+    /// block of a later lap stands: the ring went round, and the segment is older than the log
+    /// knows (rule 18).
     async fn durable_behind(
         &mut self,
         checksums: &Checksums,
         segment: &LogSegment,
         broken: RingPosition,
-    ) -> Result<Lsn, Error> {
+    ) -> Result<Result<Lsn, Pba>, Error> {
         let mut durable = Lsn::default();
         let end = segment.start.plus(self.geometry.ring_blocks);
         let mut position = broken;
@@ -127,8 +181,7 @@ impl RingReader<'_> {
             let decoded = LogBlock::decode(block, checksums, at, segment.epoch, segment.nonce);
             if let Ok(block) = decoded {
                 if block.position > position {
-                    // The ring went round: this slot is older than the log knows (rule 18).
-                    return Err(Error::Damaged { what: "host slot older than the log", at });
+                    return Ok(Err(at));
                 }
                 if block.position == position {
                     durable = durable.max(block.durable);
@@ -136,7 +189,7 @@ impl RingReader<'_> {
             }
             position = position.plus(1);
         }
-        Ok(durable)
+        Ok(Ok(durable))
     }
 
     async fn block(&mut self, position: RingPosition) -> Result<&base::Block, Error> {
