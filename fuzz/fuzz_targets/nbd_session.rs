@@ -1,6 +1,8 @@
-//! Arbitrary bytes as everything that a client sends, from the greeting on or from the middle of a
-//! session: no panic, the server serves others meanwhile and comes to rest, whatever order its
-//! tasks run in.
+//! An arbitrary client, from the greeting on or from the middle of a session: no panic, and the
+//! server comes to rest, whatever order its tasks run in.
+//!
+//! The input is a script: each step is raw bytes, an option or a request with fields of the
+//! fuzzer's choice, so that it gets behind the magic numbers without losing the nonsense.
 #![no_main]
 
 use std::cell::{Cell, RefCell};
@@ -10,8 +12,9 @@ use std::sync::Arc;
 use base::{Buffer, ErrorKind};
 use disk::{Catalog, Disk, DiskError, Export, LocalBoxFuture, MemDisk, Request, Response};
 use libfuzzer_sys::fuzz_target;
-use nbd::protocol::BASE_ALLOCATION;
 use nbd::protocol::handshake::{ContextRequest, ExportRequest, encode_option, option};
+use nbd::protocol::request::Header;
+use nbd::protocol::{BASE_ALLOCATION, Framing};
 use nbd::{Config, Server};
 use runtime::socket::{Segment, pair};
 use runtime::{Clock, Options, Order, Runtime, Time};
@@ -114,6 +117,75 @@ fn prefix(stage: u8) -> Vec<u8> {
     out
 }
 
+/// Takes bytes off the script; zeroes when it is exhausted.
+fn take<const COUNT: usize>(script: &mut &[u8]) -> [u8; COUNT] {
+    let mut taken = [0; COUNT];
+    let count = script.len().min(COUNT);
+    taken[..count].copy_from_slice(&script[..count]);
+    *script = &script[count..];
+    taken
+}
+
+fn take_some<'a>(script: &mut &'a [u8]) -> &'a [u8] {
+    let [length] = take(script);
+    let (taken, rest) = script.split_at(usize::from(length).min(script.len()));
+    *script = rest;
+    taken
+}
+
+/// The bytes that a script stands for.
+fn perform(mut script: &[u8], framing: Framing) -> Vec<u8> {
+    let mut out = Vec::new();
+    while !script.is_empty() && out.len() < 1 << 22 {
+        let [step] = take(&mut script);
+        match step % 8 {
+            0 => out.extend_from_slice(take_some(&mut script)),
+            1 => {
+                let [number] = take(&mut script);
+                encode_option(u32::from(number), take_some(&mut script), &mut out);
+            }
+            2 => {
+                let [number, infos] = take(&mut script);
+                let name = ["d", "d@s", "", "x"][usize::from(infos % 4)];
+                let infos = (0..u16::from(infos / 4 % 8)).collect();
+                let mut data = Vec::new();
+                ExportRequest { name, infos }.encode(&mut data);
+                encode_option([option::INFO, option::GO][usize::from(number % 2)], &data, &mut out);
+            }
+            3 => {
+                let [number, queries] = take(&mut script);
+                let all = [BASE_ALLOCATION, "base:", "x:y"];
+                let queries = all[..usize::from(queries % 4)].to_vec();
+                let mut data = Vec::new();
+                ContextRequest { name: "d", queries }.encode(&mut data);
+                let both = [option::LIST_META_CONTEXT, option::SET_META_CONTEXT];
+                encode_option(both[usize::from(number % 2)], &data, &mut out);
+            }
+            _ => request(&mut script, framing, &mut out),
+        }
+    }
+    out
+}
+
+/// A request whose range is near the disk and whose payload is as long as it says, mostly.
+fn request(script: &mut &[u8], framing: Framing, out: &mut Vec<u8>) {
+    let [command, flags, cookie, short] = take(script);
+    let place = u32::from_be_bytes(take(script));
+    let size = u32::from_be_bytes(take(script));
+    let lengths = [64, 5000, 1 << 18, 1 << 26];
+    let header = Header {
+        flags: u16::from(flags) & 0x7f,
+        command: u16::from(command % 10),
+        cookie: u64::from(cookie),
+        offset: u64::from(place) % ((1 << 20) + 5000),
+        length: u64::from(size) % lengths[usize::from(flags >> 7) + 2 * usize::from(short >> 7)],
+    };
+    header.encode(framing, out);
+    let payload = usize::try_from(header.payload_bytes(framing)).unwrap_or(0).min(1 << 19);
+    let payload = if short % 32 == 1 { payload / 2 } else { payload };
+    out.resize(out.len() + payload, cookie);
+}
+
 fuzz_target!(|input: &[u8]| {
     let Some((&[seed, shape], bytes)) = input.split_first_chunk() else { return };
     let clock = Rc::new(SimClock::default());
@@ -132,8 +204,10 @@ fuzz_target!(|input: &[u8]| {
     let (client, theirs) = pair(capacity);
     runtime.spawn(server.serve(theirs, "fuzz".to_owned()));
 
+    let framing = [Framing::Simple, Framing::Structured, Framing::Extended];
+    let framing = framing[usize::from(shape % 5).saturating_sub(2)];
     let mut stream = prefix(shape % 5);
-    stream.extend_from_slice(bytes);
+    stream.extend_from_slice(&perform(bytes, framing));
     let sender = Rc::clone(&client);
     runtime.spawn(async move {
         let _ = sender.send(vec![Segment::Bytes(stream)]).await;
