@@ -36,6 +36,8 @@ struct Arguments {
     rows: Vec<String>,
     /// Rounds, if not the usual number.
     rounds: Option<usize>,
+    /// A binary of ours that was built elsewhere.
+    binary: Option<PathBuf>,
     /// Where the disks go, if not under the target directory.
     directory: Option<PathBuf>,
 }
@@ -87,7 +89,7 @@ pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<()> {
     packages::ensure(packages::Use::Bench)?;
     let binary = match arguments.peers_only {
         true => None,
-        false => Some(workspace.release_binary("parallax", "parallax")?),
+        false => Some(workspace.parallax(arguments.binary.as_deref())?),
     };
     let mut scale = if arguments.quick { Scale::QUICK } else { Scale::FULL };
     scale.rounds = arguments.rounds.unwrap_or(scale.rounds);
@@ -155,6 +157,7 @@ fn parse(arguments: &[String]) -> Result<Arguments> {
         write: false,
         rows: Vec::new(),
         rounds: None,
+        binary: None,
         directory: None,
     };
     let mut rest = arguments.iter();
@@ -166,10 +169,11 @@ fn parse(arguments: &[String]) -> Result<Arguments> {
             "--write" => parsed.write = true,
             "--rows" => parsed.rows = value()?.split(',').map(str::to_owned).collect(),
             "--rounds" => parsed.rounds = Some(value()?.parse().context("--rounds")?),
+            "--binary" => parsed.binary = Some(value()?.into()),
             "--dir" => parsed.directory = Some(value()?.into()),
             other => bail!(
                 "bench does not know '{other}': [--quick] [--peers-only] [--write] [--rows a,b] \
-                 [--rounds N] [--dir PATH]; the rows are {}",
+                 [--rounds N] [--binary PATH] [--dir PATH]; the rows are {}",
                 Row::names()
             ),
         }

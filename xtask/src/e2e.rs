@@ -12,6 +12,7 @@ mod guest;
 mod initramfs;
 mod kernel;
 mod ledger;
+mod quickstart;
 mod tools;
 
 use std::path::{Path, PathBuf};
@@ -36,7 +37,8 @@ struct Scenario {
     run: fn(&mut Bed) -> Result<()>,
 }
 
-const SCENARIOS: [Scenario; 7] = [
+const SCENARIOS: [Scenario; 8] = [
+    Scenario { name: "quickstart", quick: true, guests: false, run: quickstart::run },
     Scenario { name: "tools", quick: true, guests: false, run: tools::run },
     Scenario { name: "fio", quick: true, guests: false, run: fio_matrix::run },
     Scenario { name: "crash", quick: true, guests: false, run: crash::run },
@@ -71,6 +73,7 @@ pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<()> {
     let mut quick = false;
     let mut peer = false;
     let mut seed = None;
+    let mut binary = None;
     let mut names = Vec::new();
     let mut rest = arguments.iter();
     while let Some(argument) = rest.next() {
@@ -81,10 +84,13 @@ pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<()> {
                 seed =
                     Some(rest.next().context("--seed takes a number")?.parse().context("--seed")?);
             }
+            "--binary" => {
+                binary = Some(PathBuf::from(rest.next().context("--binary takes a path")?))
+            }
             name if SCENARIOS.iter().any(|scenario| scenario.name == name) => names.push(name),
             other => bail!(
-                "e2e does not know '{other}': [--quick] [--peer] [--seed N] [scenario…]; the \
-                 scenarios are {}",
+                "e2e does not know '{other}': [--quick] [--peer] [--binary PATH] [--seed N] \
+                 [scenario…]; the scenarios are {}",
                 SCENARIOS.map(|scenario| scenario.name).join(", ")
             ),
         }
@@ -95,7 +101,7 @@ pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<()> {
     };
     let kind = match peer {
         true => Kind::Raw,
-        false => Kind::Parallax(workspace.release_binary("parallax", "parallax")?),
+        false => Kind::Parallax(workspace.parallax(binary.as_deref())?),
     };
     let scenarios: Vec<&Scenario> = SCENARIOS.iter().filter(chosen).collect();
     let count = scenarios_on(workspace, &kind, quick, seed, &scenarios)?;
@@ -109,7 +115,7 @@ pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<()> {
 /// # Errors
 /// If a scenario cannot be run at all.
 pub(crate) fn quick(workspace: &Workspace) -> Result<Count> {
-    let kind = Kind::Parallax(workspace.release_binary("parallax", "parallax")?);
+    let kind = Kind::Parallax(workspace.parallax(None)?);
     let quick: Vec<&Scenario> = SCENARIOS.iter().filter(|scenario| scenario.quick).collect();
     scenarios_on(workspace, &kind, true, None, &quick)
 }

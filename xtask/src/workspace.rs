@@ -47,6 +47,17 @@ impl Workspace {
         Ok(self.target.join("release").join(name))
     }
 
+    /// Our command: built now, or `given`, for a release that was built elsewhere.
+    ///
+    /// # Errors
+    /// If it does not compile, or is not there.
+    pub(crate) fn parallax(&self, given: Option<&Path>) -> Result<PathBuf> {
+        match given {
+            Some(path) => path.canonicalize().with_context(|| format!("find {}", path.display())),
+            None => self.release_binary("parallax", "parallax"),
+        }
+    }
+
     /// Everything that cargo knows of the workspace and what it depends on, for this platform.
     ///
     /// # Errors
