@@ -3,6 +3,7 @@
 
 use base::{BLOCK_SIZE, BLOCK_SIZE_U64};
 
+use crate::model::Divergence;
 use crate::random::mix;
 
 /// Bytes of a sector: what a torn write keeps or loses.
@@ -108,6 +109,26 @@ pub fn identify_lba(block: &[u8]) -> Option<u64> {
         .chunks_exact(SECTOR_SIZE)
         .find_map(identify)
         .map(|origin| origin.sector * SECTOR_SIZE_U64 / BLOCK_SIZE_U64)
+}
+
+/// Checks that every sector of the block `lba` is zeroes or was written there by somebody.
+/// Sectors that several writes have a part in cannot be judged.
+///
+/// # Errors
+/// If a sector belongs elsewhere.
+pub fn check_belongs(lba: u64, block: &[u8]) -> Result<(), Divergence> {
+    for (sector, bytes) in (lba * 8..).zip(block.chunks_exact(SECTOR_SIZE)) {
+        match identify(bytes) {
+            Some(origin) if origin.sector != sector => {
+                return Err(Divergence(format!(
+                    "block {lba}, sector {sector} holds {}",
+                    describe(bytes)
+                )));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// Says what a sector holds, for people.

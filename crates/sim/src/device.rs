@@ -110,7 +110,12 @@ struct Trouble {
 enum TroubleKind {
     Slow,
     Hang,
-    Gone { loses_cache: bool },
+    /// The cache goes only after somebody was told: a device that comes back without it reports an
+    /// error first.
+    Gone {
+        loses_cache: bool,
+        told: bool,
+    },
 }
 
 struct Queued {
@@ -418,7 +423,8 @@ impl State {
     /// Carries an operation out and says what to answer.
     fn complete(&mut self, id: u64, queued: Queued) -> Reply {
         let Queued { work, mut fate } = queued;
-        if let Some(Trouble { kind: TroubleKind::Gone { .. }, .. }) = self.trouble {
+        if let Some(Trouble { kind: TroubleKind::Gone { told, .. }, .. }) = &mut self.trouble {
+            *told = true;
             fate = Fate::Fails(Cause::Errno(EIO));
         }
         let failed = u64::from(matches!(fate, Fate::Fails(_)));
@@ -612,7 +618,7 @@ impl State {
         }
         if self.strikes(FaultKind::Gone) {
             let loses_cache = self.random.chance(500);
-            trouble = Some((TroubleKind::Gone { loses_cache }, 20 * SECOND, "gone"));
+            trouble = Some((TroubleKind::Gone { loses_cache, told: false }, 20 * SECOND, "gone"));
         }
         if self.strikes(FaultKind::ClockJump) {
             let years = i64::try_from(self.random.below(21)).unwrap_or(0) - 10;
@@ -641,7 +647,7 @@ impl State {
 
     fn end_trouble(&mut self) {
         let Some(trouble) = self.trouble.take() else { return };
-        if trouble.kind == (TroubleKind::Gone { loses_cache: true }) {
+        if trouble.kind == (TroubleKind::Gone { loses_cache: true, told: true }) {
             self.atlas.cache_losses += 1;
             self.atlas.count("returned without its cache");
             self.medium.lose_cache(CutStyle::Torn, &mut self.random);

@@ -232,8 +232,6 @@ enum Message {
 struct Worker {
     child: Child,
     current: Option<(u64, Instant)>,
-    /// The first seed that it has not begun.
-    next: u64,
     ended: bool,
 }
 
@@ -249,8 +247,13 @@ fn run_batch(batch: &Batch) -> Result<Outcome> {
             scope.spawn(move || listen(job, output, &sender));
             workers.insert(job, worker);
         }
-        drop(sender);
-        collect(batch, start, &messages, &mut workers, &mut outcome)
+        let mut respawn = |job: u64, first: u64| -> Result<Worker> {
+            let (worker, output) = spawn(batch, first)?;
+            let sender = sender.clone();
+            scope.spawn(move || listen(job, output, &sender));
+            Ok(worker)
+        };
+        collect(batch, start, &messages, &mut workers, &mut outcome, &mut respawn)
     })?;
     outcome.took = start.elapsed();
     outcome.failures.sort();
@@ -273,7 +276,7 @@ fn spawn(batch: &Batch, first: u64) -> Result<(Worker, ChildStdout)> {
     }
     let mut child = command.spawn().context("start a worker")?;
     let output = child.stdout.take().context("read from a worker")?;
-    Ok((Worker { child, current: None, next: first, ended: false }, output))
+    Ok((Worker { child, current: None, ended: false }, output))
 }
 
 fn listen(job: u64, output: ChildStdout, sender: &Sender<(u64, Message)>) {
@@ -308,21 +311,28 @@ fn collect(
     messages: &Receiver<(u64, Message)>,
     workers: &mut BTreeMap<u64, Worker>,
     outcome: &mut Outcome,
+    respawn: &mut dyn FnMut(u64, u64) -> Result<Worker>,
 ) -> Result<()> {
     let mut told = start;
-    loop {
+    while workers.values().any(|worker| !worker.ended) {
         match messages.recv_timeout(Duration::from_millis(200)) {
             Ok((job, message)) => {
                 let Some(worker) = workers.get_mut(&job) else { continue };
-                note(worker, message, outcome);
+                if let Some(died_at) = note(worker, message, outcome)
+                    && batch.keep_going
+                {
+                    worker.child.wait().context("wait for a worker")?;
+                    *worker = respawn(job, died_at + batch.jobs)?;
+                }
             }
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => break,
         }
         for worker in workers.values_mut() {
             let stuck = worker.current.is_some_and(|(_, since)| since.elapsed() > SEED_MAX);
-            if stuck && let Some((seed, _)) = worker.current.take() {
-                outcome.failures.push((seed, format!("took more than {} s", SEED_MAX.as_secs())));
+            if stuck && let Some((seed, _)) = worker.current {
+                let seconds = SEED_MAX.as_secs();
+                say_to_stderr(&format!("seed {seed} takes more than {seconds} s\n"));
                 worker.child.kill().context("end a worker")?;
             }
         }
@@ -339,20 +349,15 @@ fn collect(
         }
     }
     for worker in workers.values_mut() {
-        let status = worker.child.wait().context("wait for a worker")?;
-        if let (Some((seed, _)), false) = (worker.current, worker.ended) {
-            outcome.failures.push((seed, format!("the run ended with {status}")));
-        }
+        worker.child.wait().context("wait for a worker")?;
     }
     Ok(())
 }
 
-fn note(worker: &mut Worker, message: Message, outcome: &mut Outcome) {
+/// Notes a message. The seed at which the worker died, if it did.
+fn note(worker: &mut Worker, message: Message, outcome: &mut Outcome) -> Option<u64> {
     match message {
-        Message::Begun(seed) => {
-            worker.current = Some((seed, now()));
-            worker.next = seed;
-        }
+        Message::Begun(seed) => worker.current = Some((seed, now())),
         Message::Passed { changes, simulated_ms } => {
             worker.current = None;
             outcome.passed += 1;
@@ -365,30 +370,31 @@ fn note(worker: &mut Worker, message: Message, outcome: &mut Outcome) {
         }
         Message::Probe(path, count) => outcome.probes.add(&path, count),
         Message::Ended => {
-            if let Some((seed, _)) = worker.current.take() {
-                outcome.failures.push((seed, "the run died: a panic, see above".to_owned()));
-            }
             worker.ended = true;
+            if let Some((seed, _)) = worker.current.take() {
+                outcome.failures.push((seed, "the run died: see the panic above".to_owned()));
+                return Some(seed);
+            }
         }
     }
+    None
 }
 
-/// Ends the workers; what they were at does not count.
+/// Ends the workers; what they were at does not count, what they had said before does.
 fn stop(
     workers: &mut BTreeMap<u64, Worker>,
     outcome: &mut Outcome,
     messages: &Receiver<(u64, Message)>,
 ) -> Result<()> {
     for worker in workers.values_mut() {
-        worker.ended = true;
         worker.child.kill().context("end a worker")?;
     }
-    // What they had said before still counts.
-    while let Ok((job, message)) = messages.recv() {
-        if let (Message::Passed { .. } | Message::Probe(..) | Message::Failed(..), Some(worker)) =
-            (&message, workers.get_mut(&job))
-        {
-            note(worker, message, outcome);
+    while workers.values().any(|worker| !worker.ended) {
+        let Ok((job, message)) = messages.recv() else { break };
+        let Some(worker) = workers.get_mut(&job) else { continue };
+        match message {
+            Message::Ended => worker.ended = true,
+            other => drop(note(worker, other, outcome)),
         }
     }
     Ok(())

@@ -90,15 +90,15 @@ pub fn add_vdi(session: &Session, name: &str, id: u64, block_count: u64, source:
         world.fail(format!("VDI {name} has the id {id}, which another one had before"));
     }
     let mut model = world.model.borrow_mut();
-    let blocks = match source {
-        Source::Fixed(blocks) => blocks,
+    let contents = match source {
+        Source::Fixed(contents) => contents,
         Source::Running(vdi, asked) => {
-            let blocks = model.contents_since(vdi, asked);
+            let contents = model.contents_since(vdi, asked);
             model.answered(asked);
-            blocks
+            contents
         }
     };
-    let vdi = model.add(name, id, block_count, blocks);
+    let vdi = model.add(name, id, block_count, contents);
     world.trace.note(|| format!("         VDI {} is '{name}', id {id}", vdi.0));
 }
 
@@ -187,18 +187,18 @@ pub fn add_snapshot(
 ) {
     let world = &session.world;
     let mut model = world.model.borrow_mut();
-    let blocks = match source {
-        Source::Fixed(blocks) => blocks,
+    let contents = match source {
+        Source::Fixed(contents) => contents,
         Source::Running(vdi, asked) => {
-            let blocks = model.contents_since(vdi, asked);
+            let contents = model.contents_since(vdi, asked);
             model.answered(asked);
-            blocks
+            contents
         }
     };
-    if blocks.iter().any(|block| !block.is_settled()) {
+    if contents.blocks.iter().any(|block| !block.is_settled()) {
         world.probe("snapshot: with requests under way");
     }
-    model.add_snapshot(vdi, number, label, block_count, blocks);
+    model.add_snapshot(vdi, number, label, block_count, contents);
 }
 
 fn release_if_certain(session: &Session, vdi: VdiRef, number: u64) {

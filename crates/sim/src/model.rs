@@ -28,8 +28,8 @@ use crate::content::{self, SECTOR_SIZE, SECTOR_SIZE_U64, Tag};
 use crate::random::{mix, to_u64, to_usize};
 use block::{BlockModel, Floor, SharedBlock};
 use layout::Layout;
-use ops::{Era, Moment, Ops, Outcome, Serial};
-use segments::Content;
+use ops::{Moment, Ops, Outcome, Serial};
+use segments::{Content, Segments};
 
 /// Something that the engine did and must not do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,6 +47,15 @@ pub struct VdiRef(pub u32);
 
 /// The legal contents of all blocks of a VDI or snapshot, by number in the layout.
 pub type Blocks = Vec<SharedBlock>;
+
+/// What a snapshot or clone holds.
+#[derive(Clone, Debug)]
+pub struct Contents {
+    /// Its blocks.
+    pub blocks: Blocks,
+    /// When they were copied from a running VDI; never, if they were not.
+    copied_at: Moment,
+}
 
 /// A VDI.
 #[derive(Clone, Debug)]
@@ -78,8 +87,8 @@ pub struct SnapshotModel {
     /// Size of the VDI then.
     pub block_count: u64,
     blocks: Blocks,
-    /// When it was taken.
-    era: Era,
+    /// See [`Contents`].
+    copied_at: Moment,
     /// See [`BlockModel::instant`]: over all blocks that were read.
     latest_in: Moment,
     earliest_out: Moment,
@@ -120,6 +129,8 @@ pub struct Model {
     /// When the readers that are under way were issued.
     observers: BTreeMap<Moment, u32>,
     zero: SharedBlock,
+    /// Whether damage left something of which it cannot be said what it is.
+    pub unknowable: bool,
 }
 
 impl Model {
@@ -132,6 +143,7 @@ impl Model {
             vdis: Vec::new(),
             observers: BTreeMap::new(),
             zero: Rc::new(BlockModel::zero()),
+            unknowable: false,
         }
     }
 
@@ -170,7 +182,7 @@ impl Model {
     }
 
     /// A VDI exists now.
-    pub fn add(&mut self, name: &str, id: u64, block_count: u64, blocks: Blocks) -> VdiRef {
+    pub fn add(&mut self, name: &str, id: u64, block_count: u64, contents: Contents) -> VdiRef {
         self.vdis.push(VdiModel {
             id: Some(id),
             name: name.to_owned(),
@@ -179,7 +191,7 @@ impl Model {
             snapshot_highest: 0,
             deleted: false,
             severed: 0,
-            blocks,
+            blocks: contents.blocks,
             unflushed: BTreeSet::new(),
         });
         VdiRef(u32::try_from(self.vdis.len() - 1).unwrap_or(u32::MAX))
@@ -187,8 +199,9 @@ impl Model {
 
     /// The contents of an empty VDI.
     #[must_use]
-    pub fn empty(&self) -> Blocks {
-        vec![Rc::clone(&self.zero); self.layout.slot_count()]
+    pub fn empty(&self) -> Contents {
+        let blocks = vec![Rc::clone(&self.zero); self.layout.slot_count()];
+        Contents { blocks, copied_at: Moment::NEVER }
     }
 
     /// A client asks for a change.
@@ -288,11 +301,18 @@ impl Model {
     }
 
     /// What a verification read of a whole block of a VDI saw, while nothing else is under way:
-    /// from now on it is certain.
+    /// from now on it is certain. `damaged`: the device lied about a write of this block, so that
+    /// it may have gone back to what it held before.
     ///
     /// # Errors
     /// If it is not legal.
-    pub fn pin(&mut self, vdi: VdiRef, slot: usize, seen: &[u8]) -> Result<(), Divergence> {
+    pub fn pin(
+        &mut self,
+        vdi: VdiRef,
+        slot: usize,
+        seen: &[u8],
+        damaged: bool,
+    ) -> Result<(), Divergence> {
         assert_eq!(seen.len(), BLOCK_SIZE);
         let place = Place::Head(vdi);
         let now = self.ops.tick();
@@ -303,6 +323,15 @@ impl Model {
                 if !block.is_settled() {
                     Rc::make_mut(&mut self.vdi_mut(vdi).blocks[slot]).pin(&explanation);
                 }
+                Ok(())
+            }
+            Err(_) if damaged => {
+                content::check_belongs(lba, seen)?;
+                let segments = Segments::seen(seen);
+                let mut rendered = [0; BLOCK_SIZE];
+                segments.render(lba, 0, &mut rendered);
+                self.unknowable |= rendered != seen;
+                Rc::make_mut(&mut self.vdi_mut(vdi).blocks[slot]).set(segments);
                 Ok(())
             }
             Err(illegal) => Err(self.diverge(place, lba, 0, seen, &illegal)),
@@ -355,15 +384,16 @@ impl Model {
 
     /// The contents of a VDI at some instant between `asked` and now.
     #[must_use]
-    pub fn contents_since(&self, vdi: VdiRef, asked: Asked) -> Blocks {
+    pub fn contents_since(&self, vdi: VdiRef, asked: Asked) -> Contents {
         let now = self.ops.now();
-        self.freeze(vdi, now, Floor::Before(asked.0))
+        Contents { blocks: self.freeze(vdi, now, Floor::Before(asked.0)), copied_at: now }
     }
 
     /// The contents of a snapshot.
     #[must_use]
-    pub fn contents_of(&self, vdi: VdiRef, number: u64) -> Option<Blocks> {
-        self.vdi(vdi).snapshots.get(&number).map(|snapshot| snapshot.blocks.clone())
+    pub fn contents_of(&self, vdi: VdiRef, number: u64) -> Option<Contents> {
+        let snapshot = self.vdi(vdi).snapshots.get(&number)?;
+        Some(Contents { blocks: snapshot.blocks.clone(), copied_at: Moment::NEVER })
     }
 
     /// Whether every block of a snapshot was read.
@@ -380,16 +410,15 @@ impl Model {
         number: u64,
         label: Option<String>,
         block_count: u64,
-        blocks: Blocks,
+        contents: Contents,
     ) {
-        let era = self.ops.era();
         let vdi = self.vdi_mut(vdi);
         vdi.snapshot_highest = vdi.snapshot_highest.max(number);
         let snapshot = SnapshotModel {
             label,
             block_count,
-            blocks,
-            era,
+            blocks: contents.blocks,
+            copied_at: contents.copied_at,
             latest_in: Moment(0),
             earliest_out: Moment::NEVER,
         };
@@ -401,7 +430,7 @@ impl Model {
         let from = self.contents_of(vdi, number)?;
         let serial = self.ops.begin(vdi.0, "rollback", 0, u64::MAX >> 1);
         self.change_blocks(vdi, serial, 0, u64::MAX >> 1, |slot| {
-            let settled = from.get(slot).and_then(|block| block.settled().cloned());
+            let settled = from.blocks.get(slot).and_then(|block| block.settled().cloned());
             settled.map_or(Content::Tag(Tag::ZERO), |segments| Content::Segments(Rc::new(segments)))
         });
         Some(serial)
@@ -586,7 +615,7 @@ impl Model {
         if block.is_settled() || seen.len() < BLOCK_SIZE {
             return Ok(());
         }
-        let (latest_in, earliest_out) = block.instant(&self.ops, &explanation, snapshot.era);
+        let (latest_in, earliest_out) = block.instant(&self.ops, &explanation, snapshot.copied_at);
         let vdi = self.vdi_mut(vdi);
         let Some(snapshot) = vdi.snapshots.get_mut(&number) else { return Ok(()) };
         snapshot.latest_in = snapshot.latest_in.max(latest_in);

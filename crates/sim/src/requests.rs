@@ -3,7 +3,7 @@
 use std::rc::Rc;
 
 use base::{BLOCK_SIZE_U64, ErrorKind};
-use disk::{DiskError, ExtentState, Request, Response};
+use disk::{Disk, DiskError, ExtentState, Request, Response};
 
 use crate::model::ops::Outcome;
 use crate::model::{Change, Place, VdiRef};
@@ -350,12 +350,12 @@ pub async fn read_all(
         let mut from = window.first;
         while from < end {
             let count = (end - from).min(64);
-            match read_raw(session, &handle, from, count).await {
+            match read_blocks(session, &handle.disk, from, count).await {
                 Ok(bytes) => add_blocks(world, &mut blocks, from, &bytes),
                 // One bad block must not hide its neighbours.
                 Err(_) if count > 1 => {
                     for lba in from..from + count {
-                        match read_raw(session, &handle, lba, 1).await {
+                        match read_blocks(session, &handle.disk, lba, 1).await {
                             Ok(bytes) => add_blocks(world, &mut blocks, lba, &bytes),
                             Err(error) => excuse(session, &handle, place, lba, &error),
                         }
@@ -387,14 +387,18 @@ fn excuse(session: &Session, handle: &Handle, place: Place, lba: u64, error: &Di
     session.excuse_request(&what, handle, error, Reach::Blocks(lba, lba + 1));
 }
 
-async fn read_raw(
+/// Reads whole blocks of a disk.
+///
+/// # Errors
+/// Those of the disk.
+pub async fn read_blocks(
     session: &Session,
-    handle: &Handle,
+    disk: &Rc<dyn Disk>,
     lba: u64,
     count: u64,
 ) -> Result<Vec<u8>, DiskError> {
     let length = to_usize(count * BLOCK_SIZE_U64);
-    let answer = handle.disk.submit(Request::Read { offset: lba * BLOCK_SIZE_U64, length }).await;
+    let answer = disk.submit(Request::Read { offset: lba * BLOCK_SIZE_U64, length }).await;
     session.world.progressed();
     let mut bytes = vec![0xee; length];
     match answer? {

@@ -46,7 +46,13 @@ pub fn run(seed: u64, limits: &Limits, trace: Trace) -> Report {
     let plan = Plan::draw(seed, limits);
     trace.note(|| format!("plan     {plan:#?}"));
     let world = Rc::new(World::new(seed, plan, trace));
-    let mut run = Run { world: Rc::clone(&world), boots: 0, floor: None };
+    let mut run = Run {
+        world: Rc::clone(&world),
+        boots: 0,
+        floor: None,
+        opened_at: Injected::default(),
+        metadata_lost: false,
+    };
     run.go();
     let mut probes = world.probes.borrow().clone();
     world.device.with_atlas(|atlas| {
@@ -72,6 +78,10 @@ struct Run {
     /// What must have survived of what was done since the store was last opened. `None`: nothing
     /// has crashed since.
     floor: Option<Floor>,
+    /// What had been injected when the store was last opened.
+    opened_at: Injected,
+    /// Whether metadata was damaged at a crash: then anything may be lost, but nothing may be wrong.
+    metadata_lost: bool,
 }
 
 /// How a life went on.
@@ -222,9 +232,19 @@ impl Run {
         world.device.arm(false);
         self.note_opening(&report);
         let session = Session::new(&world, &runtime, store, before);
+        if self.metadata_lost {
+            let outcome = executor.run(verify::nothing_wrong(Rc::clone(&session)));
+            self.is_over(&outcome, "verifying");
+            world.probe("open: damage went with a crash");
+            executor.kill();
+            return Some(Next::Over);
+        }
         if let Some(floor) = self.floor.take() {
+            let cache_lost = self.opened_at.cache_lost_since(&world);
+            let floor = if cache_lost { Floor::Flushed } else { floor };
             world.model.borrow_mut().settle(floor);
         }
+        self.opened_at = Injected::now(&world);
         executor.strike_at(life.strike);
         Some(self.serve(life, executor, &session))
     }
@@ -234,6 +254,10 @@ impl Run {
         let world = Rc::clone(&self.world);
         if self.is_over(&executor.run(verify::everything(Rc::clone(session))), "verifying") {
             return self.end(executor, life.ending, session);
+        }
+        if world.model.borrow().unknowable {
+            executor.kill();
+            return Next::Over;
         }
         world.device.arm(true);
         let work = client::work(Rc::clone(session), life.requests);
@@ -292,11 +316,7 @@ impl Run {
             Ending::Close if session.stopped() => Ending::Kill,
             other => other,
         };
-        let cache_lost = session.cache_lost();
         self.crash(executor, ending);
-        if cache_lost {
-            self.floor = Some(Floor::Flushed);
-        }
         if self.world.failed() { Next::Over } else { Next::Reopen }
     }
 
@@ -322,6 +342,9 @@ impl Run {
             format!("crash    {ending:?}")
         });
         world.crash();
+        self.metadata_lost |= world
+            .device
+            .with_atlas(|atlas| atlas.damaged_blocks().any(|(_, damage)| damage.lba.is_none()));
         if self.floor.is_some() {
             world.probe("crash: twice before anybody read");
         }
@@ -341,9 +364,6 @@ impl Run {
         let injected = before.errors_since(world) && kind == ErrorKind::Io;
         if injected {
             world.probe("open: failed under faults");
-            if before.cache_lost_since(world) {
-                self.floor = Some(Floor::Flushed);
-            }
             return None;
         }
         if damaged {

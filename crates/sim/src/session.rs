@@ -250,12 +250,6 @@ impl Session {
             || stats.free_bytes < stats.capacity_bytes / 4
     }
 
-    /// Whether the device may have forgotten something since the store was opened.
-    #[must_use]
-    pub fn cache_lost(&self) -> bool {
-        self.before.cache_lost_since(&self.world)
-    }
-
     /// Whether the model knows a place, and nobody is deleting it.
     fn exists(&self, place: Place) -> bool {
         let model = self.world.model.borrow();

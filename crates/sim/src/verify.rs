@@ -4,12 +4,13 @@ use std::collections::BTreeSet;
 use std::rc::Rc;
 
 use base::{BLOCK_SIZE_U64, SnapshotNumber};
-use vdi::VdiEntry;
+use vdi::{Target, VdiEntry};
 
+use crate::content;
 use crate::management::{add_snapshot, add_vdi, list_all};
 use crate::model::ops::Serial;
 use crate::model::{Place, VdiRef};
-use crate::requests::read_all;
+use crate::requests::{read_all, read_blocks};
 use crate::session::{Reach, Session};
 use crate::world::Pending;
 
@@ -39,6 +40,38 @@ pub async fn everything(session: Rc<Session>) {
         }
     }
     world.trace.note(|| "verify   everything was compared".to_owned());
+}
+
+/// Reads everything there is and checks that it is something that was once written there: all that
+/// can be asked when metadata was damaged and then the log was cut or an older root was taken.
+pub async fn nothing_wrong(session: Rc<Session>) {
+    let world = &session.world;
+    let Some(entries) = list_all(&session, 5).await else { return };
+    for entry in entries {
+        let target = Target { vdi: entry.name, snapshot: None };
+        let disk = match session.store.open_disk(&target).await {
+            Ok(disk) => disk,
+            Err(error) => {
+                session.excuse("open", error.kind(), &error, Reach::Metadata);
+                continue;
+            }
+        };
+        let block_count = disk.size_bytes() / BLOCK_SIZE_U64;
+        for slot in 0..world.plan.layout.slot_count() {
+            let lba = world.plan.layout.lba(slot);
+            if lba >= block_count {
+                continue;
+            }
+            match read_blocks(&session, &disk, lba, 1).await {
+                Ok(bytes) => {
+                    let _ = world.check(content::check_belongs(lba, &bytes));
+                }
+                Err(error) => {
+                    session.excuse("read", error.kind, &error, Reach::Blocks(lba, lba + 1));
+                }
+            }
+        }
+    }
 }
 
 /// Compares the listing with the model.
@@ -212,7 +245,9 @@ async fn contents(session: &Session, vdi: VdiRef) {
         world.probe("rollback: undecided at a crash");
     }
     for (slot, bytes) in blocks {
-        if world.check(model.pin(vdi, slot, &bytes)).is_none() {
+        let lba = world.plan.layout.lba(slot);
+        let damaged = world.device.with_atlas(|atlas| atlas.explains(lba));
+        if world.check(model.pin(vdi, slot, &bytes, damaged)).is_none() {
             return;
         }
     }
@@ -227,8 +262,13 @@ async fn snapshot_contents(session: &Session, vdi: VdiRef, number: u64) {
     let Some(blocks) = read_all(session, place, block_count).await else { return };
     let mut model = world.model.borrow_mut();
     for (slot, bytes) in blocks {
+        let lba = world.plan.layout.lba(slot);
+        if world.device.with_atlas(|atlas| atlas.explains(lba)) {
+            let _ = world.check(content::check_belongs(lba, &bytes));
+            continue;
+        }
         let asked = model.begin_read();
-        let offset = world.plan.layout.lba(slot) * BLOCK_SIZE_U64;
+        let offset = lba * BLOCK_SIZE_U64;
         if world.check(model.end_read(place, asked, offset, &bytes)).is_none() {
             return;
         }

@@ -8,7 +8,7 @@ use runtime::{Clock, Time};
 use crate::clock::SimClock;
 use crate::device::SimDevice;
 use crate::model::ops::Serial;
-use crate::model::{Asked, Blocks, Model, Place, VdiRef};
+use crate::model::{Asked, Contents, Model, Place, VdiRef};
 use crate::plan::Plan;
 use crate::probes::Probes;
 use crate::random::Random;
@@ -53,7 +53,7 @@ pub enum Pending {
 #[derive(Clone, Debug)]
 pub enum Source {
     /// They are these.
-    Fixed(Blocks),
+    Fixed(Contents),
     /// They are those of a VDI at some instant since it was asked for.
     Running(VdiRef, Asked),
 }

@@ -4,8 +4,9 @@
 //! survival is not certain. What a reader saw is legal if there is
 //!
 //! - a set of versions that happened: it holds every version that must be there, and with each one
-//!   also those that were acknowledged before that one was asked for (every version of a block is
-//!   a whole block, G3, so nobody gets the newer one without the older ones), and
+//!   also those that were acknowledged before that one was asked for, unless a crash or a clone
+//!   came between (every version of a block is a whole block, G3, so nobody gets the newer one
+//!   without what it was built upon), and
 //! - an order of that set which keeps what was acknowledged before something else was asked for
 //!   before it, and what earlier readers learned,
 //!
@@ -18,7 +19,7 @@ use std::rc::Rc;
 use base::BLOCK_SIZE;
 
 use crate::content::Tag;
-use crate::model::ops::{Era, Moment, Ops, Outcome, Serial};
+use crate::model::ops::{Moment, Ops, Outcome, Serial};
 use crate::model::segments::{BLOCK_END, Content, Segments};
 
 /// Which versions must be there.
@@ -53,7 +54,9 @@ struct Fate {
     acked: bool,
     /// Whether it survives everything from now on.
     durable: bool,
-    era: Era,
+    /// When it was settled, with everything that was not settled before; not yet: never. A crash
+    /// or a clone takes a part of what goes together, and what comes later builds upon the rest.
+    settled_at: Moment,
 }
 
 /// The legal contents of one block.
@@ -222,6 +225,7 @@ impl BlockModel {
             let mut fate = question.fates[index];
             fate.ended = fate.ended.min(now);
             fate.durable = fate.must;
+            fate.settled_at = fate.settled_at.min(now);
             version.settled = Some(fate);
         }
         copy.fold(ops, now);
@@ -229,14 +233,19 @@ impl BlockModel {
     }
 
     /// The latest that a version which happened was asked for, and the earliest that one which did
-    /// not happen was acknowledged, among those of one era.
+    /// not happen was acknowledged, among those that were settled at `settled_at`.
     #[must_use]
-    pub fn instant(&self, ops: &Ops, explanation: &Explanation, era: Era) -> (Moment, Moment) {
+    pub fn instant(
+        &self,
+        ops: &Ops,
+        explanation: &Explanation,
+        settled_at: Moment,
+    ) -> (Moment, Moment) {
         let mut latest_in = Moment(0);
         let mut earliest_out = Moment::NEVER;
         let question = Question::new(self, ops, Floor::Flushed);
         for (index, fate) in question.fates.iter().enumerate() {
-            if fate.era != era {
+            if fate.settled_at != settled_at {
                 continue;
             }
             if explanation.happened.contains(&index) {
@@ -319,7 +328,7 @@ impl Version {
                 must: false,
                 acked: op.outcome == Outcome::Acked,
                 durable: op.durable,
-                era: op.era,
+                settled_at: Moment::NEVER,
             },
             None => Fate {
                 issued: Moment(0),
@@ -327,7 +336,7 @@ impl Version {
                 must: false,
                 acked: false,
                 durable: false,
-                era: Era(0),
+                settled_at: Moment::NEVER,
             },
         }
     }
@@ -393,7 +402,7 @@ impl<'a> Question<'a> {
     /// Whether `one` must have happened if `other` did.
     fn implied(&self, one: usize, other: usize) -> bool {
         let (one, other) = (&self.fates[one], &self.fates[other]);
-        one.acked && one.era == other.era && one.ended < other.issued
+        one.acked && one.settled_at == other.settled_at && one.ended < other.issued
     }
 
     /// Whether what was seen shows that this version had not happened.

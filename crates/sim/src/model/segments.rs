@@ -4,11 +4,12 @@ use std::rc::Rc;
 
 use base::{BLOCK_SIZE, BLOCK_SIZE_U64};
 
-use crate::content::{self, Tag};
+use crate::content::{self, SECTOR_SIZE, Tag};
 
 /// Length of a block as the offsets here count it.
 pub const BLOCK_END: u16 = 4096;
-const _: () = assert!(BLOCK_END as usize == BLOCK_SIZE);
+const SECTOR_END: u16 = 512;
+const _: () = assert!(BLOCK_END as usize == BLOCK_SIZE && SECTOR_END as usize == SECTOR_SIZE);
 
 /// The bytes of a block by writer, in order, without gaps.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,6 +26,22 @@ impl Segments {
     #[must_use]
     pub fn uniform(tag: Tag) -> Self {
         Self(vec![Piece { end: BLOCK_END, tag }])
+    }
+
+    /// A block as it was seen. Sectors that several writes have a part in cannot be told
+    /// apart, and count as zeroes.
+    #[must_use]
+    pub fn seen(block: &[u8]) -> Self {
+        let mut segments = Self::uniform(Tag::ZERO);
+        let mut start = 0;
+        for sector in block.chunks_exact(SECTOR_SIZE) {
+            let end = (start + SECTOR_END).min(BLOCK_END);
+            if let Some(origin) = content::identify(sector) {
+                segments.overlay(start, end, &Content::Tag(origin.tag));
+            }
+            start = end;
+        }
+        segments
     }
 
     /// Puts what `content` holds in `start..end` over what is there.

@@ -226,7 +226,7 @@ fn crash(
     model.settle(if cut { Floor::Flushed } else { Floor::Acked });
     let pin = |model: &mut Model, seen: &[u8]| {
         let blocks = seen.chunks_exact(BLOCK_SIZE).enumerate();
-        blocks.into_iter().try_for_each(|(slot, seen)| model.pin(vdi, slot, seen))
+        blocks.into_iter().try_for_each(|(slot, seen)| model.pin(vdi, slot, seen, false))
     };
     pin(model, &disk.view())?;
     // What was recovered is durable.
