@@ -18,12 +18,14 @@
 
 mod background;
 mod branch;
+pub mod check;
 mod checkpoint;
 mod compare;
 mod engine;
 mod error;
 mod handle;
 mod manage;
+mod mark;
 mod overlay;
 mod ranges;
 mod read;

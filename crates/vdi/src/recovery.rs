@@ -90,7 +90,7 @@ pub(crate) async fn open(
 
 /// Refuses a store whose last user may be alive on another machine, where no file lock shows it
 /// (design rule 15).
-async fn refuse_alive(
+pub(crate) async fn refuse_alive(
     device: &Device,
     runtime: &Runtime,
     geometry: &Geometry,

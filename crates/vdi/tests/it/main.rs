@@ -1,6 +1,12 @@
 //! The engine on a faultless device: what it does when nothing fails.
-#![allow(missing_docs, reason = "tests")]
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::expect_used,
+    clippy::unwrap_used,
+    reason = "a test that fails says where"
+)]
 
+mod check;
 mod model;
 mod ram;
 

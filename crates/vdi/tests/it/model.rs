@@ -59,6 +59,8 @@ fn one_run(seed: u64) {
             }
             (random, model)
         });
+        // After a crash as after a clean end.
+        crate::check::assert_sound(&ram, seed);
     }
 }
 

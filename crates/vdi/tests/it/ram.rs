@@ -23,6 +23,21 @@ impl Ram {
         Device::new(Rc::new(RamBackend { ram: self.clone(), block_count }))
     }
 
+    /// The bytes of a block.
+    pub(crate) fn block(&self, at: Pba) -> Block {
+        self.0.borrow().get(&at.get()).cloned().unwrap_or(Block([0; base::BLOCK_SIZE]))
+    }
+
+    /// Replaces a block behind everybody's back.
+    pub(crate) fn set_block(&self, at: Pba, block: &base::Block) {
+        self.0.borrow_mut().insert(at.get(), block.clone());
+    }
+
+    /// A device with the same contents of its own.
+    pub(crate) fn copy(&self) -> Self {
+        Self(Rc::new(RefCell::new(self.0.borrow().clone())))
+    }
+
     /// Flips one bit of a block.
     pub(crate) fn rot(&self, at: Pba) {
         if let Some(block) = self.0.borrow_mut().get_mut(&at.get()) {

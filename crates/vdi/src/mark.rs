@@ -1,0 +1,210 @@
+//! Sets of blocks, and walking trees to find out what they reach: `check` and garbage collection
+//! mark with it.
+//!
+//! A walk reads nodes only, several at a time, and each shared subtree once: a [`Marker`] says for
+//! every node that is named whether it must be entered. Memory is bounded by the height of the
+//! trees, and one bit per block of a set.
+
+use std::collections::BTreeMap;
+
+use base::{BLOCK_SIZE, BirthLabel, Pba};
+use blockstore::allocator::BITMAP_PAGE_BLOCKS;
+use blockstore::{Error, NodeStore, tree};
+use ondisk::{Entry, EntryState, RootRef};
+
+/// Words in a page of bits.
+const PAGE_WORDS: usize = BLOCK_SIZE / 8;
+
+/// Nodes that are read at a time: enough to keep a device busy, and 128 KiB of memory.
+const NODES_AT_ONCE: usize = 32;
+
+/// Blocks, one bit each, in pages like those of the allocation bitmap.
+#[derive(Clone, Default)]
+pub(crate) struct BlockSet {
+    pages: BTreeMap<u64, Box<[u64; PAGE_WORDS]>>,
+    count: u64,
+}
+
+fn place(pba: Pba) -> (u64, usize, u64) {
+    let bit = pba.get() % BITMAP_PAGE_BLOCKS;
+    let word = usize::try_from(bit / 64).unwrap_or(0);
+    (pba.get() / BITMAP_PAGE_BLOCKS, word, 1 << (bit % 64))
+}
+
+impl BlockSet {
+    /// Adds a block; whether it was not there.
+    pub(crate) fn insert(&mut self, pba: Pba) -> bool {
+        let (page, word, mask) = place(pba);
+        let page = self.pages.entry(page).or_insert_with(|| Box::new([0; PAGE_WORDS]));
+        let fresh = page[word] & mask == 0;
+        page[word] |= mask;
+        self.count += u64::from(fresh);
+        fresh
+    }
+
+    /// Takes a block out; whether it was there.
+    pub(crate) fn remove(&mut self, pba: Pba) -> bool {
+        let (page, word, mask) = place(pba);
+        let Some(page) = self.pages.get_mut(&page) else { return false };
+        let present = page[word] & mask != 0;
+        page[word] &= !mask;
+        self.count -= u64::from(present);
+        present
+    }
+
+    pub(crate) fn contains(&self, pba: Pba) -> bool {
+        let (page, word, mask) = place(pba);
+        self.pages.get(&page).is_some_and(|page| page[word] & mask != 0)
+    }
+
+    /// Number of blocks.
+    pub(crate) fn len(&self) -> u64 {
+        self.count
+    }
+
+    /// Adds the blocks of a page of 512 words.
+    pub(crate) fn insert_page(&mut self, index: u64, words: &[u64; PAGE_WORDS]) {
+        let page = self.pages.entry(index).or_insert_with(|| Box::new([0; PAGE_WORDS]));
+        for (to, from) in page.iter_mut().zip(words) {
+            self.count += u64::from((from & !*to).count_ones());
+            *to |= from;
+        }
+    }
+
+    /// The pages, in order.
+    pub(crate) fn pages(&self) -> impl Iterator<Item = (u64, &[u64; PAGE_WORDS])> {
+        self.pages.iter().map(|(&index, page)| (index, &**page))
+    }
+
+    /// The blocks, in order.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = Pba> {
+        self.pages().flat_map(|(index, page)| {
+            (0u64..).zip(page).flat_map(move |(word, &bits)| {
+                let start = index * BITMAP_PAGE_BLOCKS + word * 64;
+                (0..64)
+                    .filter(move |bit| bits & (1 << bit) != 0)
+                    .map(move |bit| Pba::new(start + bit))
+            })
+        })
+    }
+}
+
+/// The words of a stored bitmap page.
+pub(crate) fn words_of(bytes: &[u8; BLOCK_SIZE]) -> [u64; PAGE_WORDS] {
+    let (chunks, _) = bytes.as_chunks();
+    let mut words = [0; PAGE_WORDS];
+    for (word, chunk) in words.iter_mut().zip(chunks) {
+        *word = u64::from_le_bytes(*chunk);
+    }
+    words
+}
+
+/// A block that a tree names.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Named {
+    /// The caller's number of the tree.
+    pub(crate) tree: usize,
+    /// What names it.
+    pub(crate) entry: Entry,
+    /// Level of the node; 0 is a leaf, and so is what a leaf names.
+    pub(crate) level: u8,
+    /// First block of the VDI, or page of the table, that it covers.
+    pub(crate) start: u64,
+    /// Birth of the node that names it.
+    pub(crate) parent_birth: BirthLabel,
+}
+
+/// What a walk tells what it finds.
+pub(crate) trait Marker {
+    /// A node is named. Whether it is to be read and walked.
+    fn enter(&mut self, node: &Named) -> bool;
+
+    /// A leaf names a data block or a page.
+    fn block(&mut self, block: &Named);
+
+    /// An entry says that what it named was lost.
+    fn lost(&mut self, node: &Named);
+
+    /// A node could not be read or is damaged.
+    fn failed(&mut self, node: &Named, error: &Error);
+}
+
+/// A walk of some trees under way.
+#[derive(Default)]
+pub(crate) struct Walk(Vec<Named>);
+
+impl Walk {
+    /// Adds a tree under the caller's number `tree`.
+    pub(crate) fn add(&mut self, tree: usize, root: &RootRef, marker: &mut impl Marker) {
+        let named = Named {
+            tree,
+            entry: root.entry,
+            level: root.height - 1,
+            start: 0,
+            parent_birth: BirthLabel::new(u32::MAX),
+        };
+        match root.entry.state() {
+            EntryState::Mapped if marker.enter(&named) => self.0.push(named),
+            EntryState::Damaged => marker.lost(&named),
+            _ => {}
+        }
+    }
+
+    /// Reads some nodes and shows what they name; false if none is left.
+    pub(crate) async fn step(&mut self, nodes: &NodeStore, marker: &mut impl Marker) -> bool {
+        let batch = self.0.split_off(self.0.len().saturating_sub(NODES_AT_ONCE));
+        if batch.is_empty() {
+            return false;
+        }
+        let loaded = nodes.load_all(batch.iter().map(|named| named.entry).collect()).await;
+        for (parent, loaded) in batch.iter().zip(loaded) {
+            let node = match loaded {
+                Ok(node) => node,
+                Err(error) => {
+                    marker.failed(parent, &error);
+                    continue;
+                }
+            };
+            let width = tree::span(parent.level);
+            for (slot, entry) in (0u64..).zip(node.entries()) {
+                let child = Named {
+                    tree: parent.tree,
+                    entry,
+                    level: parent.level.saturating_sub(1),
+                    start: parent.start + slot * width,
+                    parent_birth: parent.entry.birth(),
+                };
+                match (entry.state(), parent.level) {
+                    (EntryState::Mapped, 0) => marker.block(&child),
+                    (EntryState::Mapped, _) if marker.enter(&child) => self.0.push(child),
+                    (EntryState::Damaged, _) => marker.lost(&child),
+                    _ => {}
+                }
+            }
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_set_holds_what_was_put_in() {
+        let mut set = BlockSet::default();
+        let blocks = [0, 1, 63, 64, 32_767, 32_768, 1 << 39].map(Pba::new);
+        for pba in blocks {
+            assert!(set.insert(pba) && !set.insert(pba) && set.contains(pba));
+        }
+        assert_eq!(set.len(), 7);
+        assert_eq!(set.iter().collect::<Vec<_>>(), blocks);
+        assert!(set.remove(Pba::new(64)) && !set.remove(Pba::new(64)));
+        let mut copy = BlockSet::default();
+        for (index, page) in set.pages() {
+            copy.insert_page(index, page);
+            copy.insert_page(index, page);
+        }
+        assert_eq!((copy.len(), copy.iter().count()), (6, 6));
+    }
+}
