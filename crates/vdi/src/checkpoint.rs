@@ -90,7 +90,9 @@ struct Frozen {
     directory: BTreeMap<u64, Option<DirectoryRecord>>,
     vdis: Vec<FrozenVdi>,
     deleted: BTreeSet<VdiId>,
-    branches: Vec<Rc<Branch>>,
+    /// Each with whether it was the head of a VDI then: a rollback or deletion above the cut must
+    /// not take away what the cut contains.
+    branches: Vec<(Rc<Branch>, bool)>,
     vdi_id_next: u64,
 }
 
@@ -262,10 +264,14 @@ impl Engine {
         let segment = self.log.cut();
         let mut registry = self.registry.borrow_mut();
         let registry = &mut *registry;
-        let branches: Vec<_> = std::mem::take(&mut registry.unsettled).into_values().collect();
-        for branch in &branches {
-            branch.freeze();
-        }
+        let branches = std::mem::take(&mut registry.unsettled).into_values();
+        let branches: Vec<_> = branches
+            .map(|branch| {
+                branch.freeze();
+                let is_head = branch.is_head.get();
+                (branch, is_head)
+            })
+            .collect();
         let directory = std::mem::take(&mut registry.dirty_directory)
             .into_iter()
             .map(|id| (id.get(), registry.directory.get(&id).cloned()))
@@ -288,7 +294,7 @@ impl Engine {
     /// checkpoint merges all but the newest.
     fn restore(&self, frozen: Frozen) {
         let mut registry = self.registry.borrow_mut();
-        for branch in frozen.branches {
+        for (branch, _) in frozen.branches {
             registry.unsettled.insert(branch.serial, branch);
         }
         registry.dirty_directory.extend(frozen.directory.keys().map(|&id| VdiId::new(id)));
@@ -480,8 +486,8 @@ impl Merge {
     async fn run(&mut self, frozen: &mut Frozen) -> Result<Done, Error> {
         let mut branches = Vec::with_capacity(frozen.branches.len());
         // A base is older than what is built on it: its points have their trees in time.
-        for branch in &frozen.branches {
-            let merged = self.merge_branch(branch, frozen.cut).await?;
+        for (branch, is_head) in &frozen.branches {
+            let merged = self.merge_branch(branch, *is_head, frozen.cut).await?;
             branches.push(merged);
         }
         let mut roots = self.engine.roots.get();
@@ -496,7 +502,12 @@ impl Merge {
     }
 
     /// Merges one branch: a tree for each point that somebody wants, and one for the head.
-    async fn merge_branch(&mut self, branch: &Rc<Branch>, cut: Lsn) -> Result<MergedBranch, Error> {
+    async fn merge_branch(
+        &mut self,
+        branch: &Rc<Branch>,
+        is_head: bool,
+        cut: Lsn,
+    ) -> Result<MergedBranch, Error> {
         let (mut root, label, shared_up_to) = self.start_of(branch)?;
         let passed: Vec<Rc<Point>> = {
             let points = branch.points.borrow();
@@ -510,7 +521,7 @@ impl Merge {
         let last = intervals.len() - 1;
         let mut births = Births { label, shared_up_to };
         for (index, changes) in intervals.into_iter().enumerate() {
-            if index == last && !branch.is_head.get() {
+            if index == last && !is_head {
                 // Nothing reads the head of a branch that a rollback or deletion has left.
                 self.dead.extend(changes.iter().filter_map(mapped));
                 break;
