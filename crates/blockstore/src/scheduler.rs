@@ -304,6 +304,15 @@ impl WriteScheduler {
                 Some(error) => Err(error),
             };
             self.0.flush_count.set(self.0.flush_count.get() + 1);
+            let mut joined = joined;
+            if base::mutant::active("flush_joins_one_under_way") {
+                joined.append(&mut self.0.flush.borrow_mut().queued);
+            }
+            let covered = if base::mutant::active("durable_runs_ahead") {
+                self.0.watermarks.completed()
+            } else {
+                covered
+            };
             match outcome {
                 Ok(()) => {
                     let durable = &self.0.watermarks.0.durable;

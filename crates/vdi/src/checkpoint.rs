@@ -15,7 +15,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::rc::Rc;
 
-use base::{BLOCK_SIZE, BirthLabel, Epoch, ErrorKind, Lsn, Pba, VdiId};
+use base::{BLOCK_SIZE, BirthLabel, Epoch, ErrorKind, ExtentIndex, Lsn, Pba, VdiId};
 use blockstore::allocator::{Space, Window};
 use blockstore::scheduler::Batch;
 use blockstore::table;
@@ -141,6 +141,10 @@ struct Merge {
     dead: Vec<Pba>,
     points: HashMap<*const Point, (RootRef, BirthLabel)>,
     nodes_written: u64,
+    /// Extents whose records it stores.
+    extents: Vec<ExtentIndex>,
+    /// Retired blocks that it stores, if there are more than before.
+    bad_known: Option<usize>,
 }
 
 impl Engine {
@@ -331,6 +335,9 @@ impl Engine {
             vdi.snapshot_table.set(table);
         }
         self.roots.set(done.roots);
+        if let Some(known) = merge.bad_known {
+            self.checkpoints.bad_known.set(known);
+        }
         let nodes: usize =
             shed.iter().map(|generation| generation.overlay.borrow().node_count()).sum();
         self.changed_nodes.set(self.changed_nodes.get().saturating_sub(as_u64(nodes)));
@@ -480,6 +487,8 @@ impl Merge {
             dead: Vec::new(),
             points: HashMap::new(),
             nodes_written: 0,
+            extents: Vec::new(),
+            bad_known: None,
         }
     }
 
@@ -495,8 +504,14 @@ impl Merge {
         roots.vdis = self.store(roots.vdis, &vdis).await?;
         roots.directory = self.store(roots.directory, &frozen.directory).await?;
         roots.bad_blocks = self.store_bad_blocks(roots.bad_blocks).await?;
-        let extents = self.extent_records();
-        roots.extents = self.store(roots.extents, &extents).await?;
+        // The table's own blocks may take an extent, which belongs into it too.
+        loop {
+            let extents = self.extent_records();
+            if extents.is_empty() {
+                break;
+            }
+            roots.extents = self.store(roots.extents, &extents).await?;
+        }
         roots.bitmaps = self.store_bitmaps(roots.bitmaps).await?;
         Ok(Done { branches, snapshot_tables, roots })
     }
@@ -697,10 +712,11 @@ impl Merge {
         })
     }
 
-    fn extent_records(&self) -> BTreeMap<u64, Option<ExtentRecord>> {
+    fn extent_records(&mut self) -> BTreeMap<u64, Option<ExtentRecord>> {
         let (owner, epoch) = (self.engine.host, self.engine.epoch());
         let record = |kind| ExtentRecord { kind, owner, epoch };
         let dirty = self.engine.allocator.take_dirty_extents();
+        self.extents.extend(dirty.iter().map(|(index, _)| *index));
         dirty.into_iter().map(|(index, kind)| (u64::from(index.get()), kind.map(record))).collect()
     }
 
@@ -755,7 +771,7 @@ impl Merge {
         }
         let (root, outcome) = self.store_pages(root, pages.into_iter().collect()).await?;
         self.account(outcome);
-        self.engine.checkpoints.bad_known.set(bad.len());
+        self.bad_known = Some(bad.len());
         Ok(root)
     }
 
@@ -821,6 +837,9 @@ impl Merge {
         };
         if let Err(error) = undo() {
             tracing::error!(%error, "a failed checkpoint could not be undone");
+        }
+        for &index in &self.extents {
+            allocator.mark_extent_dirty(index);
         }
         for pba in self.allocated.take() {
             self.engine.nodes.cache().remove(pba);

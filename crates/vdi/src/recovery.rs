@@ -274,7 +274,6 @@ impl Engine {
             for (byte_index, byte) in (0u64..).zip(page.block().0) {
                 for bit in (0..8u64).filter(|bit| byte & (1 << bit) != 0) {
                     let pba = Pba::new(index * bits + byte_index * 8 + bit);
-                    self.allocator.mark_busy(pba, 1, Space::Data)?;
                     self.allocator.retire(pba)?;
                     count += 1;
                 }
@@ -435,6 +434,10 @@ impl Engine {
         let mut dropped: BTreeSet<VdiId> = BTreeSet::new();
         for read in reads {
             let (record, data) = read.await;
+            if base::mutant::active("recovery_stops_at_bad_data") && !incomplete.is_empty() {
+                report.records_dropped += 1;
+                continue;
+            }
             let counts = match (&record.body, data) {
                 (RecordBody::Write { pba, hashes, .. }, Ok(None)) => {
                     incomplete.insert(record.vdi);

@@ -386,3 +386,43 @@ fn a_broken_log_is_named_and_cut() {
     assert!(report.repairs[0].contains("are lost"), "{report:?}");
     assert_sound(&ram, 0);
 }
+
+/// A node write failed; its block was retired, and no later open could load the list of such
+/// blocks, because it took all of them for data.
+#[test]
+fn a_retired_metadata_block_does_not_keep_a_store_from_opening() {
+    let ram = small_store(true);
+    let anatomy = Anatomy::of(&ram);
+    let nodes = anatomy.geometry.extent_of(anatomy.slot().roots.vdis.entry.pba());
+    let start = anatomy.geometry.extent_start(nodes);
+    let blocks = (0..anatomy.geometry.extent_blocks).map(|offset| start.plus(offset));
+    let is_zero = |at: &Pba| ram.block(*at).0.iter().all(|&byte| byte == 0);
+    let unused: Vec<Pba> = blocks.filter(is_zero).collect();
+    let (first, later) = unused.split_at(3);
+    for &at in first {
+        ram.spoil(at);
+    }
+    assert!(!later.is_empty());
+    let device = ram.clone();
+    run(5, |runtime| async move {
+        let (store, _) = open(&device, &runtime).await;
+        let head = disk(&store, "web01").await;
+        store.resize("web01", 1 << 30).await.unwrap();
+        for round in 0..300u64 {
+            write(&head, round << 20, &[7; 4096]).await;
+        }
+        let mut failures = 0;
+        while store.checkpoint().await.is_err() {
+            failures += 1;
+            assert!(failures < 10);
+        }
+        assert!(failures > 0, "a spoiled block was written");
+    });
+    assert_sound(&ram, 0);
+    assert!(checked(&ram, OPTIONS).counts.bad_blocks > 0);
+    run(6, |runtime| async move {
+        let (store, report) = open(&ram, &runtime).await;
+        assert!(report.alarms.iter().any(|alarm| alarm.contains("retired")), "{report:?}");
+        store.close().await.unwrap();
+    });
+}

@@ -1,17 +1,17 @@
 //! A faultless device in memory, and a runtime to run on. Faults are the simulator's business.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 use std::sync::Arc;
 
 use base::{Block, Pba};
-use device::{Backend, Device, Operation};
+use device::{Backend, Cause, Device, DeviceError, Operation};
 use runtime::{Clock, Options, Order, Runtime, Time};
 
 /// Contents outlive the runtime that uses them, as a disk outlives a daemon.
 #[derive(Clone, Default)]
-pub(crate) struct Ram(Rc<RefCell<HashMap<u64, Block>>>);
+pub(crate) struct Ram(Rc<RefCell<HashMap<u64, Block>>>, Rc<RefCell<HashSet<u64>>>);
 
 struct RamBackend {
     ram: Ram,
@@ -33,9 +33,14 @@ impl Ram {
         self.0.borrow_mut().insert(at.get(), block.clone());
     }
 
+    /// Makes every write of this block fail from now on.
+    pub(crate) fn spoil(&self, at: Pba) {
+        self.1.borrow_mut().insert(at.get());
+    }
+
     /// A device with the same contents of its own.
     pub(crate) fn copy(&self) -> Self {
-        Self(Rc::new(RefCell::new(self.0.borrow().clone())))
+        Self(Rc::new(RefCell::new(self.0.borrow().clone())), Rc::default())
     }
 
     /// Flips one bit of a block.
@@ -58,6 +63,12 @@ impl Backend for RamBackend {
             }
             Operation::Write { at, blocks: slices, done } => {
                 let new = slices.iter().flat_map(|slice| slice.blocks());
+                let count = new.clone().count() as u64;
+                let spoiled = self.ram.1.borrow();
+                if (at.get()..at.get() + count).any(|index| spoiled.contains(&index)) {
+                    done.send(Err(DeviceError::new(Cause::Errno(5), at)));
+                    return;
+                }
                 for (index, block) in (at.get()..).zip(new) {
                     blocks.insert(index, block.clone());
                 }
