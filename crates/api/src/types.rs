@@ -118,7 +118,7 @@ pub struct ChangeVdi {
 pub struct Space {
     /// Bytes of data that are mapped.
     pub mapped_bytes: u64,
-    /// Those that nothing else names: what deleting it would give back.
+    /// Those that nothing else names.
     pub exclusive_bytes: u64,
     /// Those that a snapshot or clone may share.
     pub shared_bytes: u64,

@@ -1,5 +1,7 @@
 //! The command line: every command, option and help text. Shell completion, man pages and
 //! docs/operations/cli.md are made from these definitions, so that they cannot disagree.
+//!
+//! To people a VDI is a disk: help texts and messages use the word that they know.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -18,7 +20,6 @@ use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
     name = "parallax",
     version,
     max_term_width = 100,
-    propagate_version = true,
     subcommand_required = true,
     arg_required_else_help = true,
     after_long_help = EXIT_CODES
@@ -105,8 +106,9 @@ pub(crate) enum Command {
         /// What to clone; without @SNAP the disk as it is now, even if it is in use
         #[arg(value_name = "SRC[@SNAP]", value_parser = NonEmptyStringValueParser::new())]
         source: String,
-        #[command(flatten)]
-        name: NewName,
+        /// Name of the new disk
+        #[arg(value_name = "NEW", value_parser = NonEmptyStringValueParser::new())]
+        new: String,
     },
 
     /// Take a snapshot of a disk, even while it is in use; prints its handle
@@ -152,7 +154,7 @@ pub(crate) enum Command {
         name: Name,
         /// Its new name
         #[arg(value_name = "NEW", value_parser = NonEmptyStringValueParser::new())]
-        new_name: String,
+        new: String,
     },
 
     /// Change the size of a disk

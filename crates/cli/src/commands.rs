@@ -1,7 +1,6 @@
 //! One module per family of commands; [`run`] is the table.
 
 mod diff;
-mod disks;
 mod docs;
 mod format;
 mod qemu_img;
@@ -11,6 +10,7 @@ mod snapshots;
 mod stats;
 mod transfer;
 mod tree;
+mod vdis;
 
 use api::{Client, Error};
 
@@ -45,17 +45,17 @@ pub(crate) fn run(cli: Cli) -> Result<(), Error> {
 /// Carries out a command that talks to the daemon.
 async fn ask(context: Context, command: Command) -> Result<(), Error> {
     match command {
-        Command::Create { name, size } => disks::create(&context, name.name, size).await,
-        Command::Clone { source, name } => disks::clone(&context, source, name.name).await,
-        Command::Ls => disks::ls(&context).await,
+        Command::Create { name, size } => vdis::create(&context, name.name, size).await,
+        Command::Clone { source, new } => vdis::clone(&context, source, new).await,
+        Command::Ls => vdis::ls(&context).await,
         Command::Info { target: t } => {
-            disks::info(&context, &t.target.0, t.target.1.as_deref()).await
+            vdis::info(&context, &t.target.0, t.target.1.as_deref()).await
         }
-        Command::Rename { name, new_name } => disks::rename(&context, &name.name, new_name).await,
+        Command::Rename { name, new } => vdis::rename(&context, &name.name, new).await,
         Command::Resize { name, size, shrink } => {
-            disks::resize(&context, &name.name, size, shrink).await
+            vdis::resize(&context, &name.name, size, shrink).await
         }
-        Command::Rm { target: t } => disks::rm(&context, &t.target.0, t.target.1.as_deref()).await,
+        Command::Rm { target: t } => vdis::rm(&context, &t.target.0, t.target.1.as_deref()).await,
         Command::Snapshot { name, label } => {
             snapshots::take(&context, &name.name, label.as_deref()).await
         }

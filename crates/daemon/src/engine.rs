@@ -61,6 +61,18 @@ pub(crate) struct Engine {
     pub(crate) ended: remote::Receiver<Result<(), Error>>,
 }
 
+/// A failed assertion ends the process, as it does in release builds: what an engine that
+/// unwound would leave behind must not meet the one that is started next.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            std::process::abort();
+        }
+    }
+}
+
 /// Calls the engine from other threads.
 #[derive(Clone, Debug)]
 pub(crate) struct EngineHandle {
@@ -74,6 +86,7 @@ impl Engine {
         let (ready, readiness) = std::sync::mpsc::channel();
         let (end, ended) = remote::channel();
         let run = move || {
+            let _guard = AbortOnPanic;
             // Whoever started the thread waits for one of the two.
             let _ = end.send(run(plan, ready));
         };

@@ -45,6 +45,14 @@ mod tests {
              to write it anew:\n`PARALLAX_UPDATE_DOCS=1 cargo test -p parallax cli_md`.\n",
         );
         section(&mut text, &mut root, "##");
+        text.push_str("\nEvery command also takes `--help` and the global options above.\n");
+        for command in root.get_subcommands().filter(|command| command.get_name() != "help") {
+            let mut command = command.clone();
+            for option in ["help", "socket", "json"] {
+                command = command.mut_arg(option, |option| option.hide(true));
+            }
+            section(&mut text, &mut command, "###");
+        }
         text
     }
 
@@ -54,9 +62,6 @@ mod tests {
         let lines: Vec<&str> = help.lines().map(str::trim_end).collect();
         write!(text, "\n{heading} {name}\n\n```text\n{}\n```\n", lines.join("\n").trim_end())
             .unwrap();
-        for sub in command.get_subcommands_mut().filter(|sub| sub.get_name() != "help") {
-            section(text, sub, "###");
-        }
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! `parallax tree`: which disk was cloned from which snapshot of which disk.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use api::{Error, Kind, Snapshot, Vdi};
 use serde::Serialize;
@@ -10,6 +10,10 @@ use crate::output::{self, bytes, count, time};
 
 /// Snapshots without clones that are drawn per disk before the rest is only counted.
 const PLAIN_SNAPSHOTS_MAX: usize = 5;
+
+/// Clones of clones that are drawn under each other; what lies deeper starts again at the left.
+/// Keeps lines readable, and the stack small however deep a family is.
+const DEPTH_MAX: usize = 32;
 
 /// A disk with everything that descends from it.
 #[derive(Debug, Serialize)]
@@ -48,52 +52,78 @@ pub(super) async fn run(context: &Context, all: bool) -> Result<(), Error> {
     }
     let mut lines = Vec::new();
     for root in &roots {
-        lines.push(vdi_line(&root.vdi));
+        lines.push(root_line(&root.vdi));
         draw(root, "", all, &mut lines);
     }
     output::print(&lines.join("\n"))
 }
 
-/// Puts every disk under what it was cloned from; those whose parent is gone become roots.
-fn grow(vdis: Vec<Vdi>, mut snapshots: BTreeMap<u64, Vec<Snapshot>>) -> Vec<Node> {
+/// Puts every disk under what it was cloned from; those whose parent is gone, or too deep, become
+/// roots.
+fn grow(vdis: Vec<Vdi>, snapshots: BTreeMap<u64, Vec<Snapshot>>) -> Vec<Node> {
     let known: BTreeSet<u64> = vdis.iter().map(|vdi| vdi.id).collect();
     let mut children: BTreeMap<Option<u64>, Vec<Vdi>> = BTreeMap::new();
     for vdi in vdis {
         let parent = vdi.parent.as_ref().map(|parent| parent.id);
         children.entry(parent.filter(|id| known.contains(id))).or_default().push(vdi);
     }
-    let roots = children.remove(&None).unwrap_or_default();
-    roots.into_iter().map(|vdi| node(vdi, &mut children, &mut snapshots)).collect()
+    let mut waiting = VecDeque::from(children.remove(&None).unwrap_or_default());
+    let mut family = Family { children, snapshots, deeper: Vec::new() };
+    let mut roots = Vec::new();
+    while let Some(vdi) = waiting.pop_front() {
+        roots.push(family.node(vdi, 0));
+        for vdi in family.deeper.drain(..).rev() {
+            waiting.push_front(vdi);
+        }
+    }
+    roots
 }
 
-/// Clones are younger than what they were cloned from, so this ends; each disk is taken once.
-fn node(
-    vdi: Vdi,
-    children: &mut BTreeMap<Option<u64>, Vec<Vdi>>,
-    snapshots: &mut BTreeMap<u64, Vec<Snapshot>>,
-) -> Node {
-    let mut by_snapshot: BTreeMap<u64, Vec<Node>> = BTreeMap::new();
-    for child in children.remove(&Some(vdi.id)).unwrap_or_default() {
-        let number = child.parent.as_ref().map_or(0, |parent| parent.snapshot);
-        by_snapshot.entry(number).or_default().push(node(child, children, snapshots));
+/// What is not in the tree yet.
+struct Family {
+    children: BTreeMap<Option<u64>, Vec<Vdi>>,
+    snapshots: BTreeMap<u64, Vec<Snapshot>>,
+    /// Clones below `DEPTH_MAX`.
+    deeper: Vec<Vdi>,
+}
+
+impl Family {
+    /// Clones are younger than what they were cloned from, so this ends; each disk is taken once.
+    fn node(&mut self, vdi: Vdi, depth: usize) -> Node {
+        let mut by_snapshot: BTreeMap<u64, Vec<Node>> = BTreeMap::new();
+        for child in self.children.remove(&Some(vdi.id)).unwrap_or_default() {
+            if depth == DEPTH_MAX {
+                self.deeper.push(child);
+                continue;
+            }
+            let number = child.parent.as_ref().map_or(0, |parent| parent.snapshot);
+            by_snapshot.entry(number).or_default().push(self.node(child, depth + 1));
+        }
+        let own = self.snapshots.remove(&vdi.id).unwrap_or_default();
+        let snapshots = own
+            .into_iter()
+            .map(|snapshot| {
+                let clones = by_snapshot.remove(&snapshot.number).unwrap_or_default();
+                SnapshotNode { snapshot, clones }
+            })
+            .collect();
+        Node { vdi, snapshots, clones: by_snapshot.into_values().flatten().collect() }
     }
-    let own = snapshots.remove(&vdi.id).unwrap_or_default();
-    let snapshots = own
-        .into_iter()
-        .map(|snapshot| {
-            let clones = by_snapshot.remove(&snapshot.number).unwrap_or_default();
-            SnapshotNode { snapshot, clones }
-        })
-        .collect();
-    Node { vdi, snapshots, clones: by_snapshot.into_values().flatten().collect() }
 }
 
 fn vdi_line(vdi: &Vdi) -> String {
-    let origin = match &vdi.parent {
-        Some(parent) if parent.name.is_none() => ", cloned from a disk that was deleted",
-        _ => "",
-    };
-    format!("{} ({}{origin})", vdi.name, bytes(vdi.size_bytes))
+    format!("{} ({})", vdi.name, bytes(vdi.size_bytes))
+}
+
+/// A disk at the left, with what it was cloned from if that is not drawn above it.
+fn root_line(vdi: &Vdi) -> String {
+    match &vdi.parent {
+        None => vdi_line(vdi),
+        Some(parent) => {
+            let origin = parent.name.as_deref().unwrap_or("a disk that was deleted");
+            format!("{} ({}, cloned from {origin})", vdi.name, bytes(vdi.size_bytes))
+        }
+    }
 }
 
 /// What hangs under a disk, in the order in which it is drawn.
@@ -194,7 +224,7 @@ mod tests {
     fn drawn(roots: &[Node], all: bool) -> Vec<String> {
         let mut lines = Vec::new();
         for root in roots {
-            lines.push(vdi_line(&root.vdi));
+            lines.push(root_line(&root.vdi));
             draw(root, "", all, &mut lines);
         }
         lines
@@ -220,6 +250,20 @@ mod tests {
                 "orphan (1 GiB, cloned from a disk that was deleted)",
             ]
         );
+    }
+
+    #[test]
+    fn families_of_any_depth_are_drawn() {
+        let depth = 100_000;
+        let mut vdis = vec![vdi(1, "d1", None)];
+        vdis.extend((2..=depth).map(|id| {
+            let parent = format!("d{}", id - 1);
+            vdi(id, &format!("d{id}"), Some((id - 1, Some(&parent), 0)))
+        }));
+        let lines = drawn(&grow(vdis, BTreeMap::new()), false);
+        assert_eq!(lines.len(), 100_000);
+        assert_eq!(lines[33], "d34 (1 GiB, cloned from d33)", "starts again at the left");
+        assert!(lines.iter().all(|line| line.chars().count() < 200));
     }
 
     #[test]

@@ -4,7 +4,6 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
-mod disks;
 mod docs;
 mod errors;
 mod failure;
@@ -17,3 +16,4 @@ mod quickstart;
 mod snapshots;
 mod stats;
 mod transfer;
+mod vdis;

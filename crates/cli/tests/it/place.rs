@@ -1,6 +1,6 @@
 //! A directory with a store in it, the commands that run there, and the daemon that serves it.
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -206,6 +206,13 @@ impl Drop for Served {
         // It may have ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
+        if std::thread::panicking()
+            && let Some(mut stderr) = self.child.stderr.take()
+        {
+            let mut said = String::new();
+            let _ = stderr.read_to_string(&mut said);
+            let _ = writeln!(std::io::stderr(), "the daemon said:\n{said}");
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! Commands on disks: create, clone, ls, info, rename, resize, rm.
+//! Commands on VDIs: create, clone, ls, info, rename, resize, rm.
 
 use api::{ChangeVdi, CreateVdi, Error, Snapshot, Space, Vdi};
 use serde::Serialize;
