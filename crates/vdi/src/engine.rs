@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use base::{BirthLabel, BlockSlice, ErrorKind, HostId, Lsn, Pba, VdiId};
 use blockstore::allocator::{Allocator, Run, Space};
-use blockstore::log::Log;
+use blockstore::log::{Admission, Log};
 use blockstore::slots::SlotWriter;
 use blockstore::tree::Change;
 use blockstore::{Geometry, NodeStore, ReadEpochs, WriteScheduler, table};
@@ -123,13 +123,19 @@ impl Engine {
         self.opened_store_ns.saturating_add(u64::try_from(since).unwrap_or(u64::MAX))
     }
 
+    /// Waits for room in the log for one record.
+    pub(crate) async fn room(&self) -> Result<Admission, Error> {
+        Ok(self.log.admit().await.map_err(blockstore::Error::from)?)
+    }
+
     /// Appends a record of `vdi`. The caller applies it in the same breath.
     pub(crate) fn append(
         &self,
+        room: Admission,
         vdi: &Vdi,
         body: RecordBody,
     ) -> (Lsn, OneshotReceiver<Result<(), DeviceError>>) {
-        self.log.append(&Record { vdi: vdi.id, claim: vdi.claim, body })
+        self.log.append_admitted(room, &Record { vdi: vdi.id, claim: vdi.claim, body })
     }
 
     /// Waits until a record without data is on the device and durable.

@@ -28,6 +28,7 @@ impl Engine {
     /// Creates an empty VDI. Durable on return.
     pub(crate) async fn create(self: &Rc<Self>, name: &str, size: u64) -> Result<VdiId, Error> {
         let _request = self.begin()?;
+        let room = self.room().await?;
         let block_count = blocks_of(size)?;
         check_name(name)?;
         let one = self.management.acquire(1).await;
@@ -35,7 +36,8 @@ impl Engine {
         let id = self.next_id();
         let wall_ns = self.runtime.wall_ns();
         let body = RecordBody::Create { block_count, wall_ns, name: name.to_owned() };
-        let appended = self.log.append(&Record { vdi: id, claim: FIRST_CLAIM, body });
+        let appended =
+            self.log.append_admitted(room, &Record { vdi: id, claim: FIRST_CLAIM, body });
         self.apply_create(id, block_count, wall_ns, name, None, Base::Root(RootRef::empty(1)));
         drop(one);
         self.settle(appended).await?;
@@ -49,6 +51,7 @@ impl Engine {
         name: &str,
     ) -> Result<VdiId, Error> {
         let _request = self.begin()?;
+        let room = self.room().await?;
         check_name(name)?;
         let one = self.management.acquire(1).await;
         self.refuse_taken(name)?;
@@ -62,7 +65,8 @@ impl Engine {
         let number = snapshot.as_ref().map_or(SnapshotNumber::new(0), |snapshot| snapshot.number);
         let body =
             RecordBody::Clone { source: vdi.id, snapshot: number, wall_ns, name: name.to_owned() };
-        let appended = self.log.append(&Record { vdi: id, claim: FIRST_CLAIM, body });
+        let appended =
+            self.log.append_admitted(room, &Record { vdi: id, claim: FIRST_CLAIM, body });
         self.apply_clone(id, &vdi, snapshot.as_deref(), appended.0, wall_ns, name);
         drop(one);
         self.settle(appended).await?;
@@ -76,6 +80,7 @@ impl Engine {
         label: Option<&str>,
     ) -> Result<SnapshotNumber, Error> {
         let _request = self.begin()?;
+        let room = self.room().await?;
         let label = label.unwrap_or_default();
         check_label(label)?;
         let vdi = self.find(name).await?;
@@ -89,7 +94,7 @@ impl Engine {
         let number = vdi.snapshot_next.get();
         let (wall_ns, store_ns) = (self.runtime.wall_ns(), self.store_ns());
         let body = RecordBody::Snapshot { number, wall_ns, store_ns, label: label.to_owned() };
-        let appended = self.append(&vdi, body);
+        let appended = self.append(room, &vdi, body);
         self.apply_snapshot(&vdi, number, appended.0, (wall_ns, store_ns), label);
         // Guests go on; what they wrote before is waited for (design rule 30).
         self.settle(appended).await?;
@@ -100,6 +105,7 @@ impl Engine {
     /// Gives a VDI another name. Durable on return.
     pub(crate) async fn rename(self: &Rc<Self>, name: &str, new: &str) -> Result<(), Error> {
         let _request = self.begin()?;
+        let room = self.room().await?;
         check_name(new)?;
         let one = self.management.acquire(1).await;
         let vdi = self.find(name).await?;
@@ -107,7 +113,7 @@ impl Engine {
             return Ok(());
         }
         self.refuse_taken(new)?;
-        let appended = self.append(&vdi, RecordBody::Rename { name: new.to_owned() });
+        let appended = self.append(room, &vdi, RecordBody::Rename { name: new.to_owned() });
         self.apply_rename(vdi.id, new);
         drop(one);
         self.settle(appended).await
@@ -116,6 +122,7 @@ impl Engine {
     /// Changes the size. Shrinking severs open handles. Durable on return.
     pub(crate) async fn resize(self: &Rc<Self>, name: &str, size: u64) -> Result<(), Error> {
         let _request = self.begin()?;
+        let room = self.room().await?;
         let block_count = blocks_of(size)?;
         let _one = self.management.acquire(1).await;
         let vdi = self.find(name).await?;
@@ -125,7 +132,7 @@ impl Engine {
         }
         // Nothing is on its way while the size changes.
         let _all = vdi.ranges.lock(0..u64::MAX).await;
-        let appended = self.append(&vdi, RecordBody::Resize { block_count });
+        let appended = self.append(room, &vdi, RecordBody::Resize { block_count });
         self.apply_resize(&vdi, block_count, appended.0);
         self.settle(appended).await
     }
@@ -133,20 +140,21 @@ impl Engine {
     /// Deletes a VDI with its snapshots, or one snapshot. Durable on return.
     pub(crate) async fn remove(self: &Rc<Self>, target: &Target) -> Result<(), Error> {
         let _request = self.begin()?;
+        let room = self.room().await?;
         let one = self.management.acquire(1).await;
         let vdi = self.find(&target.vdi).await?;
         let appended = match &target.snapshot {
             Some(label) => {
                 let snapshot = find_snapshot(&vdi, &target.vdi, label)?;
                 let number = snapshot.number;
-                let appended = self.append(&vdi, RecordBody::DeleteSnapshot { number });
+                let appended = self.append(room, &vdi, RecordBody::DeleteSnapshot { number });
                 self.apply_delete_snapshot(&vdi, number);
                 appended
             }
             None => {
                 vdi.sever();
                 let _all = vdi.ranges.lock(0..u64::MAX).await;
-                let appended = self.append(&vdi, RecordBody::Delete);
+                let appended = self.append(room, &vdi, RecordBody::Delete);
                 self.apply_delete(&vdi);
                 appended
             }
@@ -158,12 +166,13 @@ impl Engine {
     /// Makes a VDI what a snapshot of it was. Severs open handles. Durable on return.
     pub(crate) async fn rollback(self: &Rc<Self>, name: &str, label: &str) -> Result<(), Error> {
         let _request = self.begin()?;
+        let room = self.room().await?;
         let one = self.management.acquire(1).await;
         let vdi = self.find(name).await?;
         let snapshot = find_snapshot(&vdi, name, label)?;
         vdi.sever();
         let all = vdi.ranges.lock(0..u64::MAX).await;
-        let appended = self.append(&vdi, RecordBody::Rollback { number: snapshot.number });
+        let appended = self.append(room, &vdi, RecordBody::Rollback { number: snapshot.number });
         self.apply_rollback(&vdi, &snapshot);
         drop(all);
         drop(one);

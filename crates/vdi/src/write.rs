@@ -190,7 +190,7 @@ impl Engine {
         offset: u64,
         data: &Rc<Buffer>,
     ) -> Result<PendingRun, Error> {
-        let admission = self.log.admit().await.map_err(blockstore::Error::from)?;
+        let room = self.room().await?;
         let run = self.allocate_data(vdi, count).await?;
         let offset = usize::try_from(offset).unwrap_or(0);
         let length = usize::try_from(run.count).unwrap_or(0);
@@ -199,8 +199,7 @@ impl Engine {
             slice.blocks().iter().map(|block| self.checksums.block(&block.0)).collect();
         let written = self.write_data(run.start, slice.clone());
         let body = RecordBody::Write { lba: Lba::new(lba), pba: run.start, hashes: hashes.clone() };
-        let record = Record { vdi: vdi.id, claim: vdi.claim, body };
-        let (lsn, logged) = self.log.append_admitted(admission, &record);
+        let (lsn, logged) = self.append(room, vdi, body);
         let pending = self.pending(vdi, lsn);
         self.nudge(run.count * BLOCK_SIZE_U64);
         Ok(PendingRun { pending, logged, written, lba, run, slice, hashes })
@@ -275,7 +274,7 @@ impl Engine {
             let written = self.write_data(run.start, slice.clone());
             let body =
                 RecordBody::Write { lba: Lba::new(lba), pba: run.start, hashes: hashes.clone() };
-            let (lsn, logged) = self.append(vdi, body);
+            let (lsn, logged) = self.append_reserved(vdi, body);
             let pending = self.pending(vdi, lsn);
             let written = wait(written, run.start).await;
             wait(logged, run.start).await?;
@@ -293,9 +292,18 @@ impl Engine {
         Err(error)
     }
 
+    /// Appends a record out of the log's reserve: it completes one that was admitted.
+    fn append_reserved(
+        &self,
+        vdi: &Vdi,
+        body: RecordBody,
+    ) -> (Lsn, OneshotReceiver<Result<(), DeviceError>>) {
+        self.log.append(&Record { vdi: vdi.id, claim: vdi.claim, body })
+    }
+
     /// Declares that a record does not count.
     async fn void(&self, vdi: &Vdi, lsn: Lsn) -> Result<(), Error> {
-        let (void, appended) = self.append(vdi, RecordBody::Void { lsn });
+        let (void, appended) = self.append_reserved(vdi, RecordBody::Void { lsn });
         wait(appended, Pba::new(0)).await?;
         self.log.complete(lsn);
         self.log.complete(void);
@@ -313,10 +321,9 @@ impl Engine {
     ) -> Result<(), Error> {
         let _range = vdi.ranges.lock(first..first + count).await;
         refuse_severed(vdi, incarnation)?;
-        let admission = self.log.admit().await.map_err(blockstore::Error::from)?;
+        let room = self.room().await?;
         let body = RecordBody::Range { lba: Lba::new(first), count, state };
-        let record = Record { vdi: vdi.id, claim: vdi.claim, body };
-        let (lsn, logged) = self.log.append_admitted(admission, &record);
+        let (lsn, logged) = self.append(room, vdi, body);
         let pending = self.pending(vdi, lsn);
         let level_max = Self::level_max(vdi.block_count.get());
         wait(logged, Pba::new(0)).await?;
