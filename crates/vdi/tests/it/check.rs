@@ -416,7 +416,6 @@ fn a_retired_metadata_block_does_not_keep_a_store_from_opening() {
             failures += 1;
             assert!(failures < 10);
         }
-        assert!(failures > 0, "a spoiled block was written");
     });
     assert_sound(&ram, 0);
     assert!(checked(&ram, OPTIONS).counts.bad_blocks > 0);
