@@ -27,7 +27,7 @@ impl Control {
     pub(crate) fn connect(socket: &Path) -> Result<Self> {
         let stream = UnixStream::connect(socket)
             .with_context(|| format!("connect to {}", socket.display()))?;
-        stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+        stream.set_read_timeout(Some(Duration::from_secs(20)))?;
         Ok(Self { stream: BufReader::new(stream) })
     }
 
@@ -59,12 +59,20 @@ impl Control {
         handle.map(str::to_owned).context("a snapshot without a handle")
     }
 
-    /// One of the daemon's counters or gauges.
+    /// The daemon's counters and gauges.
+    ///
+    /// # Errors
+    /// If it does not answer.
+    pub(crate) fn stats(&mut self) -> Result<Value> {
+        self.ask("GET", "/v1/stats", None)
+    }
+
+    /// One of them.
     ///
     /// # Errors
     /// If there is none of that name.
     pub(crate) fn stat(&mut self, name: &str) -> Result<u64> {
-        let stats = self.ask("GET", "/v1/stats", None)?;
+        let stats = self.stats()?;
         let value = stats.get(name).and_then(Value::as_u64);
         value.with_context(|| format!("the daemon has no counter '{name}'"))
     }

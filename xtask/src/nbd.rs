@@ -26,6 +26,9 @@ const REPLY_INFO: u32 = 3;
 const REPLY_IS_ERROR: u32 = 1 << 31;
 const INFO_EXPORT: u16 = 0;
 
+/// NBD's number for a full store.
+pub(crate) const ENOSPC: u32 = 28;
+
 /// Longest option reply that is taken: an error message, or a description of an export.
 const OPTION_REPLY_BYTES_MAX: u32 = 64 << 10;
 
@@ -38,6 +41,8 @@ pub(crate) enum Command {
     Write,
     /// Make durable what was answered before.
     Flush,
+    /// Give back the space of bytes.
+    Trim,
     /// Make bytes read as zeroes.
     WriteZeroes,
 }
@@ -48,6 +53,7 @@ impl Command {
             Self::Read => 0,
             Self::Write => 1,
             Self::Flush => 3,
+            Self::Trim => 4,
             Self::WriteZeroes => 6,
         }
     }
@@ -173,7 +179,8 @@ impl Client {
     /// # Errors
     /// If the connection is gone, the server talks nonsense, or nothing comes for a minute.
     pub(crate) fn receive(&mut self) -> Result<Reply> {
-        ensure!(self.read_u32()? == MAGIC_REPLY, "bad magic in a reply");
+        let magic = self.read_u32().context("wait for an answer")?;
+        ensure!(magic == MAGIC_REPLY, "bad magic in a reply");
         let error = self.read_u32()?;
         let cookie = self.read_u64()?;
         let mut data = Vec::new();
@@ -196,6 +203,17 @@ impl Client {
         ensure!(reply.cookie == cookie, "answer to another request");
         ensure!(reply.error == 0, "{command:?} at {offset}: NBD error {}", reply.error);
         Ok(reply.data)
+    }
+
+    /// Sends a write and waits for it; nothing else may be in flight. Returns NBD's error number.
+    ///
+    /// # Errors
+    /// As [`receive`](Self::receive).
+    pub(crate) fn write(&mut self, offset: u64, data: &[u8]) -> Result<u32> {
+        let cookie = self.send(Command::Write, offset, u32::try_from(data.len())?, data)?;
+        let reply = self.receive()?;
+        ensure!(reply.cookie == cookie, "answer to another request");
+        Ok(reply.error)
     }
 
     fn read_u16(&mut self) -> Result<u16> {

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::clock;
 use crate::control::Control;
 use crate::nbd;
-use crate::process::{Run, Running, tail};
+use crate::process::{Run, Running};
 
 /// Name of the disk that is served.
 pub(crate) const EXPORT: &str = "d";
@@ -22,6 +22,8 @@ pub(crate) const EXPORT: &str = "d";
 const START_LIMIT: Duration = Duration::from_secs(60);
 /// Longest that one may take to stop: it may have dirty state to write.
 const STOP_LIMIT: Duration = Duration::from_secs(60);
+/// Lines of a server's log that go into an error.
+const LOG_LINES: usize = 15;
 
 /// Which program serves.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -206,8 +208,8 @@ impl Server {
         match last {
             Some(Ok(value)) => Ok(value),
             Some(Err(error)) => {
-                let log = std::fs::read_to_string(self.log()).unwrap_or_default();
-                Err(error).with_context(|| format!("the server did not {what}:\n{}", tail(&log)))
+                let post_mortem = self.post_mortem();
+                Err(error).with_context(|| format!("the server did not {what}: {post_mortem}"))
             }
             None => bail!("the server was not asked"),
         }
@@ -227,6 +229,45 @@ impl Server {
     /// If it takes too long, or had ended before.
     pub(crate) fn stop(&mut self) -> Result<ExitStatus> {
         self.running.take().context("the server is not running")?.stop(STOP_LIMIT)
+    }
+
+    /// Adds to an error how the server fares, and starts it again if it has ended, so that what
+    /// is tested next does not fail for the same reason.
+    ///
+    /// # Errors
+    /// The error given, or that of the start.
+    pub(crate) fn explain<T>(&mut self, result: Result<T>) -> Result<T> {
+        let Err(error) = result else { return result };
+        let error = error.context(self.post_mortem());
+        if !self.running.as_mut().is_some_and(Running::is_alive) {
+            self.running = None;
+            self.start().context("start the server again")?;
+        }
+        Err(error)
+    }
+
+    /// Whether it still runs, how it ended if it does not, and the end of what it printed.
+    fn post_mortem(&mut self) -> String {
+        let ended = self.running.as_mut().and_then(Running::ended);
+        let state = match ended {
+            Some(status) => format!("the server ended by itself: {status}"),
+            None if self.running.is_some() => format!("the server is running{}", self.counters()),
+            None => "the server was stopped or killed".to_owned(),
+        };
+        let log = std::fs::read_to_string(self.log()).unwrap_or_default();
+        let lines: Vec<&str> = log.lines().collect();
+        let last = lines.get(lines.len().saturating_sub(LOG_LINES)..).unwrap_or_default();
+        format!("{state}; its log ends:\n{}", last.join("\n"))
+    }
+
+    /// What our daemon counts, if it still answers.
+    fn counters(&self) -> String {
+        let Kind::Parallax(_) = &self.kind else { return String::new() };
+        let stats = Control::connect(&self.control_socket()).and_then(|mut c| c.stats());
+        match stats {
+            Ok(stats) => format!(" and counts {stats}"),
+            Err(error) => format!(" and does not answer: {error:#}"),
+        }
     }
 
     /// Which program this is.

@@ -13,13 +13,13 @@ use anyhow::{Context, Result, ensure};
 use crate::clock;
 use crate::console;
 use crate::control::Control;
-use crate::nbd::{Client, Command};
+use crate::nbd::{Client, Command, ENOSPC, Reply};
 use crate::process::Run;
 use crate::random::Random;
-use crate::server::{EXPORT, Server};
+use crate::server::{EXPORT, Options, Server};
 
 use super::Bed;
-use super::ledger::{self, InFlight, Ledger, SECTOR, SECTORS_PER_BLOCK};
+use super::ledger::{self, InFlight, Ledger, Number, SECTOR, SECTORS_PER_BLOCK};
 
 /// Small, so that things collide: half of it is rewritten in every storm.
 const DISK_BYTES: usize = 32 << 20;
@@ -28,8 +28,24 @@ const DEPTH: usize = 16;
 /// Longest that recovery may take on a disk this small.
 const RECOVERY_LIMIT: Duration = Duration::from_secs(5);
 
+/// A disk that lives through storms.
+struct Sea {
+    server: Server,
+    ledger: Ledger,
+    random: Random,
+    takes_snapshots: bool,
+    /// Whether the store is small enough to run full, and how many writes it has refused for that.
+    may_fill: bool,
+    refused: u64,
+    snapshots: Vec<Snapshot>,
+    /// What the next write writes.
+    next_number: Number,
+    slowest_open: Duration,
+}
+
 /// A storm on its connection.
-struct Storm {
+struct Storm<'a> {
+    sea: &'a mut Sea,
     client: Client,
     in_flight: HashMap<u64, Request>,
 }
@@ -54,80 +70,115 @@ struct Snapshot {
 /// If the server does not start.
 pub(crate) fn run(bed: &mut Bed) -> Result<()> {
     let rounds = if bed.quick { 12 } else { 200 };
-    let mut server = bed.server(DISK_BYTES as u64)?;
-    let mut ledger = Ledger::new(DISK_BYTES);
-    let mut snapshots: Vec<Snapshot> = Vec::new();
-    let mut next_number = 1;
-    let mut slowest = Duration::ZERO;
-    let takes_snapshots = bed.parallax().is_some();
-    let mut random = Random::new(bed.random.next());
-    let mut changes = 0;
+    // Snapshots keep what they share: room for one in each storm.
+    let store_bytes = (DISK_BYTES as u64) * (rounds + 20);
+    storms(bed, rounds, &Options { store_bytes, ..Options::disk(DISK_BYTES as u64) })
+}
+
+/// Storms on a store that is soon full: writes may then be refused, and nothing else changes.
+///
+/// # Errors
+/// If the server does not start.
+pub(crate) fn full(bed: &mut Bed) -> Result<()> {
+    let rounds = if bed.quick { 15 } else { 60 };
+    let store_bytes = if bed.parallax().is_some() { 256 << 20 } else { 0 };
+    storms(bed, rounds, &Options { store_bytes, ..Options::disk(DISK_BYTES as u64) })
+}
+
+fn storms(bed: &mut Bed, rounds: u64, options: &Options) -> Result<()> {
+    let mut sea = Sea {
+        server: bed.server_with(options)?,
+        may_fill: options.store_bytes < DISK_BYTES as u64 * rounds,
+        refused: 0,
+        ledger: Ledger::new(DISK_BYTES),
+        random: Random::new(bed.random.next()),
+        takes_snapshots: bed.parallax().is_some(),
+        snapshots: Vec::new(),
+        next_number: 1,
+        slowest_open: Duration::ZERO,
+    };
     bed.check(&format!("{rounds} storms, each ended by kill -9"), || {
         for round in 1..=rounds {
-            let storm = Storm { client: connect(&server)?, in_flight: HashMap::new() };
-            let taken = takes_snapshots && random.below(3) == 0;
-            let before = next_number;
-            let (in_flight, snapshot) =
-                storm.rage(&mut server, &mut ledger, &mut random, &mut next_number, taken)?;
-            changes += next_number - before;
-            let recovery = server.start().with_context(|| format!("round {round}"))?;
-            ensure!(recovery < RECOVERY_LIMIT, "round {round}: open took {recovery:.2?}");
-            slowest = slowest.max(recovery);
-            let bytes = read_all(&server, EXPORT)?;
-            let checked = ledger.check_crashed(&bytes, &in_flight);
-            checked.with_context(|| format!("round {round}: the disk after the crash"))?;
-            snapshots.extend(snapshot);
-            check_snapshots(&server, &mut snapshots, &mut random)
-                .with_context(|| format!("round {round}"))?;
+            let survived = sea.survive_storm();
+            sea.server.explain(survived).with_context(|| format!("storm {round}"))?;
         }
         Ok(())
     });
     console::say(&format!(
-        "  {changes} writes and zeroings, {} snapshots; slowest open {slowest:.2?}",
-        snapshots.len()
+        "  {} writes, {} refused, {} snapshots; slowest open {:.2?}",
+        sea.next_number - 1,
+        sea.refused,
+        sea.snapshots.len(),
+        sea.slowest_open
     ));
     bed.check("clean stop and restart lose nothing", || {
-        server.stop()?;
-        server.start()?;
-        ledger.check_settled(0, &read_all(&server, EXPORT)?)?;
-        server.stop().map(drop)
+        sea.server.stop()?;
+        sea.server.start()?;
+        sea.ledger.check_settled(0, &read_all(&sea.server, EXPORT)?)?;
+        sea.server.stop().map(drop)
     });
     if let Some(binary) = bed.parallax().map(ToOwned::to_owned) {
         bed.check("parallax check", || {
-            Run::new(binary).arg("check").arg(server.file()).read().map(drop)
+            Run::new(binary).arg("check").arg(sea.server.file()).read().map(drop)
         });
     }
     Ok(())
 }
 
-impl Storm {
+impl Sea {
+    /// One storm, the kill in its middle, recovery, and a look at everything.
+    fn survive_storm(&mut self) -> Result<()> {
+        let client = Client::connect(&self.server.nbd_socket(), EXPORT)?;
+        let storm = Storm { sea: self, client, in_flight: HashMap::new() };
+        let in_flight = storm.rage()?;
+        let open = self.server.start()?;
+        ensure!(open < RECOVERY_LIMIT, "open took {open:.2?}");
+        self.slowest_open = self.slowest_open.max(open);
+        let bytes = read_all(&self.server, EXPORT)?;
+        self.ledger.check_crashed(&bytes, &in_flight).context("the disk after the crash")?;
+        self.check_snapshots()
+    }
+
+    /// Reads the newest snapshot and one of the others.
+    fn check_snapshots(&mut self) -> Result<()> {
+        let Some((newest, others)) = self.snapshots.split_last_mut() else { return Ok(()) };
+        newest.check(&self.server)?;
+        if !others.is_empty() {
+            let any = usize::try_from(self.random.below(others.len() as u64))?;
+            if let Some(other) = others.get_mut(any) {
+                other.check(&self.server)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Storm<'_> {
     /// Sends requests until a random moment, kills the server then, and returns what was not
-    /// answered, and the snapshot if one was taken on the way.
-    fn rage(
-        mut self,
-        server: &mut Server,
-        ledger: &mut Ledger,
-        random: &mut Random,
-        next_number: &mut u64,
-        take_snapshot: bool,
-    ) -> Result<(Vec<InFlight>, Option<Snapshot>)> {
-        let requests = 100 + random.below(3000);
-        let snapshot_at = random.below(requests);
-        let mut snapshot = None;
+    /// answered.
+    fn rage(mut self) -> Result<Vec<InFlight>> {
+        let requests = 100 + self.sea.random.below(3000);
+        let snapshot_at = self.sea.random.below(requests);
+        let takes_snapshot = self.sea.takes_snapshots && self.sea.random.below(3) == 0;
         for sent in 0..requests {
-            if take_snapshot && sent == snapshot_at {
-                snapshot = Some(self.snapshot(server, ledger)?);
+            if takes_snapshot && sent == snapshot_at {
+                self.snapshot()?;
             }
             if self.in_flight.len() >= DEPTH {
-                self.answer(ledger)?;
+                self.answer()?;
             }
-            self.send(ledger.sectors(), random, next_number)?;
+            self.send()?;
         }
         // The server works on while nobody reads: the kill meets it anywhere.
-        clock::sleep(Duration::from_micros(random.below(3000)));
-        server.kill()?;
-        while !self.in_flight.is_empty() && self.answer(ledger).is_ok() {}
-        Ok((self.changes(), snapshot))
+        clock::sleep(Duration::from_micros(self.sea.random.below(3000)));
+        self.sea.server.kill()?;
+        loop {
+            match self.client.receive() {
+                Ok(reply) => self.judge(&reply)?,
+                // The socket is empty: the rest was never answered.
+                Err(_) => return Ok(self.changes()),
+            }
+        }
     }
 
     fn changes(&self) -> Vec<InFlight> {
@@ -139,34 +190,50 @@ impl Storm {
     }
 
     /// What was acknowledged before is in it; what is in flight may be.
-    fn snapshot(&self, server: &Server, ledger: &Ledger) -> Result<Snapshot> {
-        let export = Control::connect(&server.control_socket())?.snapshot(EXPORT)?;
-        Ok(Snapshot { export, ledger: ledger.clone(), in_flight: self.changes() })
+    fn snapshot(&mut self) -> Result<()> {
+        let mut control = Control::connect(&self.sea.server.control_socket())?;
+        let export = match control.snapshot(EXPORT) {
+            Ok(export) => export,
+            Err(error) if self.sea.may_fill && error.to_string().contains("space") => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        let (ledger, in_flight) = (self.sea.ledger.clone(), self.changes());
+        self.sea.snapshots.push(Snapshot { export, ledger, in_flight });
+        Ok(())
     }
 
-    /// Takes the next answer.
-    fn answer(&mut self, ledger: &mut Ledger) -> Result<()> {
+    /// Takes the next answer and judges it.
+    fn answer(&mut self) -> Result<()> {
         let reply = self.client.receive()?;
+        self.judge(&reply)
+    }
+
+    fn judge(&mut self, reply: &Reply) -> Result<()> {
         let request = self.in_flight.remove(&reply.cookie).context("answer to no request")?;
+        if let (ENOSPC, true, Request::Change(change)) = (reply.error, self.sea.may_fill, request) {
+            self.sea.refused += 1;
+            self.sea.ledger.doubt(change);
+            return Ok(());
+        }
         ensure!(reply.error == 0, "{request:?} failed with NBD error {}", reply.error);
         match request {
-            Request::Change(change) => ledger.settle(change),
-            Request::Read(start) => ledger.check_settled(start, &reply.data)?,
+            Request::Change(change) => self.sea.ledger.settle(change),
+            Request::Read(start) => self.sea.ledger.check_settled(start, &reply.data)?,
             Request::Flush => {}
         }
         Ok(())
     }
 
     /// Sends one request of a random kind and shape that meets nothing in flight.
-    fn send(&mut self, sectors: usize, random: &mut Random, next_number: &mut u64) -> Result<()> {
-        let kind = random.below(100);
+    fn send(&mut self) -> Result<()> {
+        let kind = self.sea.random.below(100);
         if kind < 4 {
             let cookie = self.client.send(Command::Flush, 0, 0, &[])?;
             self.in_flight.insert(cookie, Request::Flush);
             return Ok(());
         }
         let (start, count) = loop {
-            let (start, count) = range(sectors, kind, random)?;
+            let (start, count) = range(self.sea.ledger.sectors(), kind, &mut self.sea.random)?;
             if !self.in_flight.values().any(|request| request.meets(start, count)) {
                 break (start, count);
             }
@@ -183,8 +250,8 @@ impl Storm {
                 (cookie, Request::Read(start))
             }
             _ => {
-                let number = *next_number;
-                *next_number += 1;
+                let number = self.sea.next_number;
+                self.sea.next_number += 1;
                 let data = ledger::contents(start, count, number);
                 let cookie = self.client.send(Command::Write, offset, length, &data)?;
                 (cookie, Request::Change(InFlight { start, count, number }))
@@ -219,10 +286,6 @@ fn range(sectors: usize, kind: u64, random: &mut Random) -> Result<(usize, usize
     Ok((unit * usize::try_from(random.below(places))?, count))
 }
 
-fn connect(server: &Server) -> Result<Client> {
-    Client::connect(&server.nbd_socket(), EXPORT)
-}
-
 fn read_all(server: &Server, export: &str) -> Result<Vec<u8>> {
     const PIECE: u32 = 1 << 20;
     let mut client = Client::connect(&server.nbd_socket(), export)?;
@@ -231,19 +294,6 @@ fn read_all(server: &Server, export: &str) -> Result<Vec<u8>> {
         bytes.extend(client.ask(Command::Read, bytes.len() as u64, PIECE)?);
     }
     Ok(bytes)
-}
-
-/// Reads the newest snapshot and one of the others.
-fn check_snapshots(server: &Server, snapshots: &mut [Snapshot], random: &mut Random) -> Result<()> {
-    let Some((newest, others)) = snapshots.split_last_mut() else { return Ok(()) };
-    newest.check(server)?;
-    if !others.is_empty() {
-        let any = usize::try_from(random.below(others.len() as u64))?;
-        if let Some(other) = others.get_mut(any) {
-            other.check(server)?;
-        }
-    }
-    Ok(())
 }
 
 impl Snapshot {

@@ -109,15 +109,18 @@ fn run(bed: &mut Bed, file_system: &FileSystem) -> Result<()> {
     for cycle in 1..=CYCLES {
         let name = file_system.name;
         bed.check(&format!("{name}, cycle {cycle}: writing while the daemon is killed"), || {
-            story.fill(cycle, takes_snapshots)
+            let filled = story.fill(cycle, takes_snapshots);
+            story.server.explain(filled)
         });
         bed.check(&format!("{name}, cycle {cycle}: everything is there, fsck is clean"), || {
             let files = story.files.clone();
-            story.check(EXPORT, &files)
+            let checked = story.check(EXPORT, &files);
+            story.server.explain(checked)
         });
         for (export, files) in std::mem::take(&mut story.clones) {
             bed.check(&format!("{name}, cycle {cycle}: snapshot, as {export}"), || {
-                story.check(&export, &files)
+                let checked = story.check(&export, &files);
+                story.server.explain(checked)
             });
         }
     }

@@ -5,6 +5,8 @@
 //! the right one. A sector may hold the newest acknowledged write, or one that was in flight at
 //! the crash and covers it; a block that such a write covers holds all of its part or none.
 
+use std::collections::HashMap;
+
 use anyhow::{Result, ensure};
 
 pub(crate) const SECTOR: usize = 512;
@@ -39,12 +41,14 @@ impl InFlight {
 #[derive(Clone, Debug)]
 pub(crate) struct Ledger {
     settled: Vec<Number>,
+    /// What sectors may hold instead, because a write of it was refused.
+    doubts: HashMap<usize, Vec<Number>>,
 }
 
 impl Ledger {
     /// A disk that reads as zeroes.
     pub(crate) fn new(bytes: usize) -> Self {
-        Self { settled: vec![0; bytes / SECTOR] }
+        Self { settled: vec![0; bytes / SECTOR], doubts: HashMap::new() }
     }
 
     /// Number of sectors.
@@ -57,6 +61,21 @@ impl Ledger {
         for slot in self.settled.iter_mut().skip(done.start).take(done.count) {
             *slot = done.number;
         }
+        for sector in done.start..done.start + done.count {
+            self.doubts.remove(&sector);
+        }
+    }
+
+    /// A request was refused: these sectors hold what they held, or this.
+    pub(crate) fn doubt(&mut self, refused: InFlight) {
+        for sector in refused.start..refused.start + refused.count {
+            self.doubts.entry(sector).or_default().push(refused.number);
+        }
+    }
+
+    fn is_doubt(&self, sector: usize, number: Option<Number>) -> bool {
+        let doubts = self.doubts.get(&sector);
+        number.is_some_and(|number| doubts.is_some_and(|doubts| doubts.contains(&number)))
     }
 
     /// Checks bytes that were read at `start` while nothing was in flight there.
@@ -69,7 +88,7 @@ impl Ledger {
         {
             let number = number_in(sector, found);
             ensure!(
-                number == Some(*expected),
+                number == Some(*expected) || self.is_doubt(sector, number),
                 "sector {sector} holds {}, not write {expected}",
                 describe(number)
             );
@@ -90,7 +109,7 @@ impl Ledger {
             let number = number_in(sector, bytes);
             let arrived = in_flight.iter().any(|w| w.covers(sector) && Some(w.number) == number);
             ensure!(
-                number == Some(*expected) || arrived,
+                number == Some(*expected) || arrived || self.is_doubt(sector, number),
                 "sector {sector} holds {}, not the acknowledged write {expected}",
                 describe(number)
             );
@@ -100,6 +119,7 @@ impl Ledger {
             check_atomic(&found, &self.settled, write)?;
         }
         self.settled = found;
+        self.doubts.clear();
         Ok(())
     }
 }
@@ -208,6 +228,18 @@ mod tests {
         ledger.check_crashed(&bytes, &in_flight).unwrap();
         assert!(ledger.check_crashed(&disk(&[(0, 2 * BLOCK, 7)]), &[]).is_err());
         ledger.check_settled(BLOCK, &bytes[BLOCK * SECTOR..]).unwrap();
+    }
+
+    #[test]
+    fn a_refused_write_may_have_arrived_until_the_next_one() {
+        let mut ledger = settled();
+        let refused = InFlight { start: 0, count: BLOCK, number: 8 };
+        ledger.doubt(refused);
+        let (old, new) = (contents(0, BLOCK, 7), contents(0, BLOCK, 8));
+        assert!(ledger.check_settled(0, &old).is_ok() && ledger.check_settled(0, &new).is_ok());
+        assert!(ledger.check_settled(0, &contents(0, BLOCK, 9)).is_err());
+        ledger.settle(InFlight { start: 0, count: BLOCK, number: 7 });
+        assert!(ledger.check_settled(0, &new).is_err());
     }
 
     #[test]
