@@ -158,14 +158,24 @@ impl Engine {
         count: u64,
         data: Rc<Buffer>,
     ) -> Result<(), Error> {
-        let mut under_way = Vec::with_capacity(1);
+        let run = self.start_run(vdi, first, count, 0, &data).await?;
+        let mut done = run.run.count;
+        if done == count {
+            return self.finish_run(vdi, run).await;
+        }
+        // Each is finished by itself: the next may wait for a checkpoint, which waits for all
+        // records before it.
+        let finish = |run: PendingRun| {
+            let (engine, vdi) = (Rc::clone(self), Rc::clone(vdi));
+            self.runtime.spawn(async move { engine.finish_run(&vdi, run).await })
+        };
+        let mut under_way = vec![finish(run)];
         let mut failure = None;
-        let mut done = 0;
         while done < count {
             match self.start_run(vdi, first + done, count - done, done, &data).await {
                 Ok(run) => {
                     done += run.run.count;
-                    under_way.push(run);
+                    under_way.push(finish(run));
                 }
                 Err(error) => {
                     failure = Some(error);
@@ -174,7 +184,7 @@ impl Engine {
             }
         }
         for run in under_way {
-            if let Err(error) = self.finish_run(vdi, run).await {
+            if let Err(error) = run.await {
                 failure = failure.or(Some(error));
             }
         }

@@ -7,6 +7,7 @@
 )]
 
 mod check;
+mod gc;
 mod model;
 mod ram;
 
