@@ -29,6 +29,7 @@ pub async fn read(device: &Device, runtime: &Runtime, writable: bool) -> Result<
     let mut intact: Option<Superblock> = None;
     let mut damaged = Vec::new();
     let mut worst = DecodeError::Magic;
+    let mut absent = false;
     for at in SUPERBLOCK_COPIES {
         match read_copy(device, runtime, at).await {
             Ok(superblock) => match &intact {
@@ -37,8 +38,9 @@ pub async fn read(device: &Device, runtime: &Runtime, writable: bool) -> Result<
                 None => intact = Some(superblock),
             },
             Err(error) => {
-                if error != DecodeError::Magic {
-                    worst = error;
+                match error {
+                    DecodeError::Magic => absent = true,
+                    _ => worst = error,
                 }
                 damaged.push(at);
             }
@@ -50,6 +52,16 @@ pub async fn read(device: &Device, runtime: &Runtime, writable: bool) -> Result<
                 ErrorKind::NotFound,
                 format!(
                     "{} holds no Parallax store; make one with: parallax format",
+                    device.describe()
+                ),
+            ),
+            // The primary is written last (rule 44): without it, a torn secondary is what a format
+            // that was cut short leaves.
+            DecodeError::Checksum if absent => Error::refused(
+                ErrorKind::NotFound,
+                format!(
+                    "{} holds no whole Parallax store: formatting it was cut short, or both \
+                     superblocks were destroyed",
                     device.describe()
                 ),
             ),
