@@ -23,11 +23,13 @@
 //! status of its kind. Sizes are in bytes, times in RFC 3339. Fields may be added; a client
 //! ignores those that it does not know. Requests with unknown fields are refused.
 
+mod check;
 mod client;
 mod error;
 mod types;
 mod url;
 
+pub use check::{CheckCounts, CheckReport, Finding, FindingKind};
 pub use client::Client;
 pub use error::{Error, Kind};
 pub use types::{

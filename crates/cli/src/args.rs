@@ -233,6 +233,12 @@ pub(crate) enum Command {
         force: bool,
     },
 
+    /// Look for damage in a store that no daemon serves, and repair it
+    ///
+    /// Reads everything that the store's disks and snapshots use, and verifies it. Writes nothing
+    /// without --repair. Ends with exit code 4 if something is wrong.
+    Check(Check),
+
     /// Show what the daemon does: space, requests, cache, log
     Stats {
         /// Refresh until Ctrl-C, with rates
@@ -313,6 +319,25 @@ pub(crate) enum Preallocate {
     Off,
     /// All of it, now
     Full,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Check {
+    /// The store
+    #[arg(value_name = "PATH", value_hint = ValueHint::FilePath)]
+    pub(crate) path: PathBuf,
+    /// Repair what can be repaired, then check again
+    ///
+    /// Superblock copies, tables and bitmaps are written afresh from what is intact. Blocks of
+    /// disks that are damaged stay so: they give I/O errors until they are written again.
+    #[arg(long)]
+    pub(crate) repair: bool,
+    /// Check metadata only, not the data of disks: takes seconds instead of minutes
+    #[arg(long)]
+    pub(crate) quick: bool,
+    /// Use the page cache: only for file systems without direct I/O
+    #[arg(long)]
+    pub(crate) buffered: bool,
 }
 
 #[derive(Args, Debug)]

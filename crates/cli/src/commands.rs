@@ -1,8 +1,10 @@
 //! One module per family of commands; [`run`] is the table.
 
+mod check;
 mod diff;
 mod docs;
 mod format;
+mod progress;
 mod qemu_img;
 mod quickstart;
 mod serve;
@@ -32,6 +34,7 @@ pub(crate) fn run(cli: Cli) -> Result<(), Error> {
     match command {
         Command::Quickstart { dir, buffered } => return quickstart::run(&dir, buffered, global),
         Command::Format(format) => return format::run(&format, global.json),
+        Command::Check(check) => return check::run(&check, global.json),
         Command::Serve(serve) => return serve::run(serve, global),
         Command::Completion { shell } => return docs::completion(shell),
         Command::Man { dir } => return docs::man(&dir, global.json),
@@ -75,6 +78,7 @@ async fn ask(context: Context, command: Command) -> Result<(), Error> {
         }
         Command::Quickstart { .. }
         | Command::Format(_)
+        | Command::Check(_)
         | Command::Serve(_)
         | Command::Completion { .. }
         | Command::Man { .. } => Ok(()),

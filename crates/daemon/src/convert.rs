@@ -86,6 +86,48 @@ pub(crate) fn stats(stats: &vdi::Stats, nbd_connections: u64) -> api::Stats {
     }
 }
 
+pub(crate) fn check_report(report: vdi::check::CheckReport) -> api::CheckReport {
+    let counts = report.counts;
+    api::CheckReport {
+        clean: report.is_clean(),
+        closed_cleanly: report.closed_cleanly,
+        errors: report.errors.into_iter().map(finding).collect(),
+        errors_omitted: report.errors_omitted,
+        warnings: report.warnings.into_iter().map(finding).collect(),
+        warnings_omitted: report.warnings_omitted,
+        repairs: report.repairs,
+        counts: api::CheckCounts {
+            vdis: counts.vdis,
+            snapshots: counts.snapshots,
+            metadata_blocks: counts.metadata_blocks,
+            data_blocks: counts.data_blocks,
+            data_blocks_verified: counts.data_blocks_verified,
+            leaked_blocks: counts.leaked_blocks,
+            bad_blocks: counts.bad_blocks,
+            lost_entries: counts.lost_entries,
+            log_records: counts.log_records,
+            log_records_doubtful: counts.log_records_doubtful,
+        },
+    }
+}
+
+fn finding(finding: vdi::check::Finding) -> api::Finding {
+    use vdi::check::FindingKind as From;
+    let kind = match finding.kind {
+        From::Superblock => api::FindingKind::Superblock,
+        From::HostSlot => api::FindingKind::HostSlot,
+        From::Log => api::FindingKind::Log,
+        From::Metadata => api::FindingKind::Metadata,
+        From::Data => api::FindingKind::Data,
+        From::ReachedButFree => api::FindingKind::ReachedButFree,
+        From::BitmapBlockLive => api::FindingKind::BitmapBlockLive,
+        From::WrongExtent => api::FindingKind::WrongExtent,
+        From::NamedTwice => api::FindingKind::NamedTwice,
+        From::Record => api::FindingKind::Record,
+    };
+    api::Finding { kind, block: finding.at.map(base::Pba::get), message: finding.message }
+}
+
 /// Nanoseconds since 1970 in 64 bits reach to 2554, well within a timestamp's range.
 fn time(ns: u64) -> Timestamp {
     Timestamp::from_nanosecond(i128::from(ns)).unwrap_or(Timestamp::MAX)

@@ -34,7 +34,12 @@ pub(crate) fn device(io: &Io, path: &Path, options: DeviceOptions) -> Result<Dev
 
 /// Options for opening a store in a new epoch.
 pub(crate) fn options(cache_bytes: usize) -> Result<OpenOptions, Error> {
-    Ok(OpenOptions { cache_bytes, boot_id: boot_id()?, nonce: u64::from_le_bytes(random()?) })
+    Ok(OpenOptions { cache_bytes, boot_id: boot_id()?, nonce: nonce()? })
+}
+
+/// A random number for a new epoch.
+pub(crate) fn nonce() -> Result<u64, Error> {
+    random().map(u64::from_le_bytes)
 }
 
 /// Secure random bytes.
@@ -48,7 +53,7 @@ pub(crate) fn random<const N: usize>() -> Result<[u8; N], Error> {
 }
 
 /// Identity of this boot of this machine, all zeroes if the kernel does not tell.
-fn boot_id() -> Result<[u8; 16], Error> {
+pub(crate) fn boot_id() -> Result<[u8; 16], Error> {
     let path = "/proc/sys/kernel/random/boot_id";
     let text =
         std::fs::read_to_string(path).map_err(|e| Error::system(&format!("read {path}"), &e))?;

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use api::{Error, Kind};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::ProgressBar;
 use serde::Deserialize;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -90,7 +90,7 @@ pub(super) async fn convert(
         .stderr(Stdio::piped())
         .spawn()
         .map_err(|e| not_started(&e))?;
-    let bar = progress_bar(title);
+    let bar = super::progress::bar(title, 10_000);
     let progress = child.stdout.take();
     let messages = child.stderr.take();
     let watched = bar.clone();
@@ -109,17 +109,6 @@ pub(super) async fn convert(
     let status = child.wait().map_err(|e| Error::system("wait for qemu-img", &e))?;
     let messages = listen.await.unwrap_or_default();
     if status.success() { Ok(()) } else { Err(failure(&messages)) }
-}
-
-fn progress_bar(title: &str) -> ProgressBar {
-    // Draws nothing unless stderr is a terminal.
-    let bar = ProgressBar::with_draw_target(Some(10_000), ProgressDrawTarget::stderr());
-    let style = ProgressStyle::with_template("{msg} [{wide_bar:.cyan}] {percent:>3}% {eta:>4}");
-    if let Ok(style) = style {
-        bar.set_style(style.progress_chars("=> "));
-    }
-    bar.set_message(title.to_owned());
-    bar
 }
 
 /// Reads `    (12.34/100%)\r` until the end.

@@ -24,7 +24,7 @@ fn every_command_has_a_man_page() {
     let page =
         |name: &str| std::fs::read_to_string(place.path(&format!("pages/man1/{name}.1"))).unwrap();
     assert!(page("parallax").contains("Exit codes"));
-    for name in ["serve", "format", "import", "rollback", "stats"] {
+    for name in ["serve", "format", "import", "check", "rollback", "stats"] {
         let text = page(&format!("parallax-{name}"));
         assert!(text.contains(".SH SYNOPSIS"), "{name}");
     }

@@ -77,7 +77,7 @@ fn a_clone_is_a_disk_of_its_own() {
 
 #[test]
 fn listings_longer_than_a_page_are_whole() {
-    let place = Place::with_store("8G");
+    let place = Place::with_store("1G");
     let _served = place.serve(&[]);
     // Through HTTP, as the command would take a process per disk.
     for number in 0..1_200 {
