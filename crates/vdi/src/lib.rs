@@ -21,6 +21,7 @@ mod branch;
 pub mod check;
 mod checkpoint;
 mod compare;
+pub mod dump;
 mod engine;
 mod error;
 mod handle;

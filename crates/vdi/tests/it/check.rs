@@ -5,6 +5,7 @@ use blockstore::slots::{SlotPair, read_slots};
 use blockstore::{Geometry, superblock};
 use ondisk::{Checksums, Entry, EntryState, HostSlot, LogBlock, Node, RootRef};
 use parallax_vdi::check::{CheckOptions, CheckReport, FindingKind, check};
+use parallax_vdi::dump::Dump;
 use parallax_vdi::{Store, Target};
 use runtime::Runtime;
 
@@ -424,4 +425,47 @@ fn a_retired_metadata_block_does_not_keep_a_store_from_opening() {
         assert!(report.alarms.iter().any(|alarm| alarm.contains("retired")), "{report:?}");
         store.close().await.unwrap();
     });
+}
+
+#[test]
+fn a_dump_shows_what_stands_on_a_store() {
+    let ram = small_store(false);
+    let damaged = Anatomy::of(&ram);
+    let path = damaged.path(&damaged.vdi(2).root);
+    ram.rot(path[path.len() - 2].pba());
+    let lines = run(7, |runtime| async move {
+        let device = ram.device(STORE_BLOCKS);
+        let dump = Dump::open(&device, &runtime).await.unwrap();
+        let mut lines: Vec<String> = Vec::new();
+        let line: &mut dyn FnMut(String) = &mut |line| lines.push(line);
+        dump.superblock(line);
+        dump.slots(line).await.unwrap();
+        dump.log(line).await.unwrap();
+        dump.vdis(line).await.unwrap();
+        dump.extents(line).await.unwrap();
+        dump.bitmaps(line).await.unwrap();
+        for target in ["web01", "web01@first", "web01@1", "clone"] {
+            dump.tree(&Target::parse(target), line).await.unwrap();
+        }
+        let error = dump.tree(&Target::parse("web01@nowhere"), line).await.unwrap_err();
+        assert_eq!(error.kind(), base::ErrorKind::NotFound);
+        lines
+    });
+    let text = lines.join("\n");
+    for expected in [
+        "superblock copy at block 2048: intact",
+        "uuid 07070707-0707-",
+        "running, or left by a crash",
+        "snapshot 2 \"\"",
+        "write 2 blocks at 256 to block",
+        "VDI 2 \"clone\": parent 1@1",
+        "@1 \"first\": position",
+        ": Metadata, of host 0",
+        "bitmap page 0 at block",
+        "web01@first: height 2",
+        "damaged metadata block",
+    ] {
+        assert!(text.contains(expected), "{expected:?} is missing in\n{text}");
+    }
+    assert!(!text.contains("0909090909"), "the checksum key is a secret");
 }
