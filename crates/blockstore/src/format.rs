@@ -47,10 +47,12 @@ pub async fn format(device: &Device, runtime: &Runtime, options: &Options) -> Re
         refuse_used(device, runtime).await?;
     }
     let zero = BlockSlice::whole(Rc::new(Buffer::zeroed(1)));
-    for at in SUPERBLOCK_COPIES {
+    // One after the other, the primary last: of a format that is cut short here the old store is
+    // left, or a primary that is torn and no secondary.
+    for at in SUPERBLOCK_COPIES.into_iter().rev() {
         device.write(at, vec![zero.clone()]).await?;
+        device.flush().await?;
     }
-    device.flush().await?;
 
     let superblock = Superblock {
         uuid: options.uuid,

@@ -14,21 +14,21 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use base::{
-    BirthLabel, BlockSlice, Epoch, ErrorKind, ExtentIndex, HostId, Lba, Lsn, Pba,
-    REQUEST_BLOCKS_MAX, StoreUuid, VdiId,
+    BirthLabel, BlockSlice, Epoch, ErrorKind, ExtentIndex, HostId, Lsn, Pba, REQUEST_BLOCKS_MAX,
+    StoreUuid, VdiId,
 };
-use blockstore::allocator::{Allocator, Space};
+use blockstore::allocator::{Allocator, Run, Space};
 use blockstore::log::{Log, LogConfig, Replayed, replay};
 use blockstore::scheduler::Batch;
 use blockstore::slots::{SlotPair, SlotWriter, check_vouched, read_slots};
 use blockstore::{Geometry, NodeStore, ReadEpochs, WriteScheduler, superblock, table, tree};
-use device::Device;
+use device::{Device, DeviceError};
 use ondisk::{
     Checksums, DirectoryRecord, Entry, EntryState, ExtentRecord, Heartbeat, HostSlot,
     LOG_SEGMENTS_MAX, Record, RecordBody, RootRef, SUPERBLOCK_COPIES, SlotState,
 };
 use runtime::Runtime;
-use runtime::sync::{Semaphore, Signal};
+use runtime::sync::{OneshotReceiver, Semaphore, Signal};
 
 use crate::Error;
 use crate::branch::Base;
@@ -78,7 +78,7 @@ pub(crate) async fn open(
         .filter(|(lsn, _)| *lsn > pair.newest.cut)
         .partition(|(lsn, _)| *lsn <= replayed.durable);
     for (lsn, record) in settled {
-        engine.apply(lsn, &record, None).await?;
+        engine.apply(lsn, &record).await?;
         report.records_replayed += 1;
     }
     let doubtful = engine.verify(doubtful, &mut report).await?;
@@ -335,13 +335,8 @@ impl Engine {
         })
     }
 
-    /// Applies a record. `moved` is where the data of a write stands now, if not where it says.
-    async fn apply(
-        self: &Rc<Self>,
-        lsn: Lsn,
-        record: &Record,
-        moved: Option<Pba>,
-    ) -> Result<(), Error> {
+    /// Applies a record.
+    async fn apply(self: &Rc<Self>, lsn: Lsn, record: &Record) -> Result<(), Error> {
         match &record.body {
             RecordBody::Create { block_count, wall_ns, name } => {
                 let base = Base::Root(RootRef::empty(1));
@@ -368,7 +363,6 @@ impl Engine {
                 self.touch(&vdi);
                 let branch = Rc::clone(&vdi.branch.borrow());
                 let generation = branch.active();
-                let pba = moved.unwrap_or(*pba);
                 for (index, &hash) in (0u64..).zip(hashes) {
                     let entry = Entry::mapped(pba.plus(index), hash, BirthLabel::default());
                     let start = lba.get() + index;
@@ -514,9 +508,18 @@ impl Engine {
             report.alarms.push("a damaged copy of the superblock was repaired".into());
         }
         let segment = self.log.cut();
+        // All together, so that they share log blocks: there is only the reserve to write to.
+        let mut rewritten = Vec::with_capacity(doubtful.len());
         for (record, data) in doubtful {
-            self.rewrite(record, data).await?;
+            self.rewrite(record, data, &mut rewritten).await?;
             report.records_replayed += 1;
+        }
+        for rewrite in rewritten {
+            if let Some(written) = rewrite.written {
+                crate::engine::wait(written, Pba::new(0)).await?;
+            }
+            crate::engine::wait(rewrite.appended, Pba::new(0)).await?;
+            self.log.complete(rewrite.lsn);
         }
         self.log.durable(self.log.last_lsn()).await.map_err(blockstore::Error::from)?;
         let mut segments = self.segments.borrow().clone();
@@ -566,60 +569,56 @@ impl Engine {
         Ok(())
     }
 
-    /// Writes a record that counts to the new log, and its data to new blocks.
+    /// Writes a record that counts to the new log, and its data to new blocks, and applies it.
     async fn rewrite(
         self: &Rc<Self>,
         record: Record,
         data: Option<BlockSlice>,
+        rewritten: &mut Vec<Rewritten>,
     ) -> Result<(), Error> {
         let (RecordBody::Write { lba, pba, hashes }, Some(data)) = (&record.body, data) else {
             let (lsn, appended) = self.log.append(&record);
-            crate::engine::wait(appended, Pba::new(0)).await?;
-            self.apply(lsn, &record, None).await?;
-            self.log.complete(lsn);
-            return Ok(());
+            rewritten.push(Rewritten { lsn, appended, written: None });
+            return self.apply(lsn, &record).await;
         };
         let vdi = self.vdi(record.vdi).await?;
-        let count = as_u64(hashes.len());
         let mut done = 0;
-        while done < count {
+        while done < hashes.len() {
             let run = {
                 let mut window = vdi.window.borrow_mut();
-                self.allocator.allocate(Space::Data, &mut window, count - done)
+                let left = as_u64(hashes.len() - done);
+                self.allocator.allocate(Space::Data, &mut window, left)
             };
-            let run = run.ok_or_else(|| {
-                Error::refused(
-                    ErrorKind::NoSpace,
-                    "the store is too full to recover its last writes",
-                )
-            })?;
-            let range = usize::try_from(done).unwrap_or(0)..;
-            let hashes: Vec<u64> = hashes
-                .get(range)
-                .unwrap_or_default()
-                .iter()
-                .copied()
-                .take(usize::try_from(run.count).unwrap_or(0))
-                .collect();
-            let first = data.first_block() + usize::try_from(done).unwrap_or(0);
-            let slice = BlockSlice::new(Rc::clone(data.buffer()), first, hashes.len());
-            let written = self.write_data(run.start, slice);
-            let part = Record {
-                body: RecordBody::Write { lba: Lba::new(lba.get() + done), pba: run.start, hashes },
-                ..record
-            };
+            // A full store keeps the data where it was verified; the flush before covers it,
+            // unless the device failed one and forgot that it did.
+            let stays = Run { start: pba.plus(as_u64(done)), count: 1 };
+            let moves = run.is_some();
+            let run = run.unwrap_or(stays);
+            let count = usize::try_from(run.count).unwrap_or(0);
+            let hashes = hashes.iter().skip(done).take(count).copied().collect();
+            let slice = BlockSlice::new(Rc::clone(data.buffer()), data.first_block() + done, count);
+            let written = moves.then(|| self.write_data(run.start, slice));
+            if moves {
+                let old = as_u64(done)..as_u64(done + count);
+                self.replaced_by_recovery(old.map(|index| pba.plus(index)));
+            }
+            let lba = lba.plus(as_u64(done));
+            let body = RecordBody::Write { lba, pba: run.start, hashes };
+            let part = Record { body, ..record };
             let (lsn, appended) = self.log.append(&part);
-            crate::engine::wait(written, run.start).await?;
-            crate::engine::wait(appended, run.start).await?;
-            self.apply(lsn, &part, None).await?;
-            self.log.complete(lsn);
-            done += run.count;
+            rewritten.push(Rewritten { lsn, appended, written });
+            self.apply(lsn, &part).await?;
+            done += count;
         }
-        // The old blocks are free as soon as the new epoch is published; a checkpoint releases
-        // them with whatever else it replaces.
-        self.replaced_by_recovery((0..count).map(|index| pba.plus(index)));
         Ok(())
     }
+}
+
+/// A record of the old log on its way into the new one.
+struct Rewritten {
+    lsn: Lsn,
+    appended: OneshotReceiver<Result<(), DeviceError>>,
+    written: Option<OneshotReceiver<Result<(), DeviceError>>>,
 }
 
 /// The identity of a new store.
