@@ -3,6 +3,7 @@
 use std::rc::Rc;
 use std::time::Duration;
 
+use base::ErrorKind;
 use disk::MemDisk;
 use nbd::Config;
 use nbd::protocol::request::{Command, flag};
@@ -171,7 +172,7 @@ fn a_disk_that_dies_ends_the_session_after_saying_so() {
         client
     });
     harness.settle();
-    gate.sever();
+    gate.failure.set(Some(ErrorKind::Fenced));
     gate.release_all();
     harness.run(async move {
         let mut client = client;
