@@ -253,6 +253,22 @@ fn nonsense_instead_of_a_request_ends_the_session() {
     }
 }
 
+#[test]
+fn half_a_request_is_a_failure_and_none_is_not() {
+    for (sent, failures) in [(0, 0), (1, 1), (27, 1)] {
+        let (_gate, harness, mut client) = held(Framing::Structured, Config::default());
+        harness.run(async move {
+            let mut request = 0x2560_9513u32.to_be_bytes().to_vec();
+            request.resize(28, 0);
+            client.send(request[..sent].to_vec()).await;
+            client.close();
+        });
+        harness.settle();
+        assert_eq!(harness.server.metrics().connections_open, 0);
+        assert_eq!(harness.server.metrics().sessions_failed, failures, "{sent}");
+    }
+}
+
 /// Where in a connection the nonsense begins.
 const STAGES: usize = 6;
 

@@ -110,22 +110,30 @@ fn a_snapshot_cannot_be_written() {
 }
 
 #[test]
-fn payloads_of_32_mib_in_pieces() {
-    let max = PAYLOAD_BYTES_MAX as usize;
+fn payloads_larger_than_a_disk_takes_at_once() {
+    let harness = Harness::new(TestCatalog::memory(5 * MIB));
     for framing in FRAMINGS {
-        let harness = Harness::new(TestCatalog::memory(max + MIB));
         let socket = harness.connect(1 << 20);
         harness.run(async move {
             let mut client = Client::attach(socket, "d", framing).await;
-            let data = pattern(max, 1);
+            let data = pattern(4 * MIB - 1, framing as u8);
             assert_eq!(client.write(5, &data, 0).await.error, 0);
-            let answer = client.read(5, max).await;
-            assert!(answer.data == data);
-            assert_eq!(client.write(0, &pattern(max + 1, 0), 0).await.error, error::EINVAL);
-            assert_eq!(client.read(0, max + 1).await.error, error::EINVAL);
-            assert!(client.read(5, 4096).await.data == data[..4096], "nothing was written");
+            assert!(client.read(5, data.len()).await.data == data);
         });
     }
+}
+
+#[test]
+fn payloads_above_the_maximum_are_refused() {
+    let max = PAYLOAD_BYTES_MAX as usize;
+    let harness = Harness::new(TestCatalog::memory(max + MIB));
+    let socket = harness.connect(1 << 20);
+    harness.run(async move {
+        let mut client = Client::attach(socket, "d", Framing::Structured).await;
+        assert_eq!(client.write(0, &vec![1; max + 1], 0).await.error, error::EINVAL);
+        assert_eq!(client.read(0, max + 1).await.error, error::EINVAL);
+        assert_eq!(client.read(0, 4096).await.data, [0; 4096], "nothing was written");
+    });
 }
 
 #[test]
