@@ -239,6 +239,12 @@ pub(crate) enum Command {
     /// without --repair. Ends with exit code 4 if something is wrong.
     Check(Check),
 
+    /// Show what stands on a store that no daemon serves: superblock, log, trees
+    ///
+    /// Reads only. For people who look for the cause of damage; docs/on-disk-format.md explains
+    /// the terms. The text may change with any version.
+    Dump(Dump),
+
     /// Show what the daemon does: space, requests, cache, log
     Stats {
         /// Refresh until Ctrl-C, with rates
@@ -338,6 +344,38 @@ pub(crate) struct Check {
     /// Use the page cache: only for file systems without direct I/O
     #[arg(long)]
     pub(crate) buffered: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Dump {
+    /// The store
+    #[arg(value_name = "PATH", value_hint = ValueHint::FilePath)]
+    pub(crate) path: PathBuf,
+    /// What to show [default: superblock slots disks]
+    #[arg(value_enum, value_name = "PART")]
+    pub(crate) parts: Vec<DumpPart>,
+    /// Show the tree of a disk or snapshot: its nodes, and where its blocks lie
+    #[arg(long, value_name = "NAME[@SNAP]", value_parser = NonEmptyStringValueParser::new())]
+    pub(crate) tree: Vec<String>,
+    /// Use the page cache: only for file systems without direct I/O
+    #[arg(long)]
+    pub(crate) buffered: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DumpPart {
+    /// The superblock and the state of its copies
+    Superblock,
+    /// Both copies of the host slot: roots and log segments
+    Slots,
+    /// The log, with every record
+    Log,
+    /// Disks and snapshots, with their roots
+    Disks,
+    /// What each extent is for
+    Extents,
+    /// How full each part of the store is
+    Bitmaps,
 }
 
 #[derive(Args, Debug)]

@@ -3,6 +3,7 @@
 mod check;
 mod diff;
 mod docs;
+mod dump;
 mod format;
 mod progress;
 mod qemu_img;
@@ -35,6 +36,7 @@ pub(crate) fn run(cli: Cli) -> Result<(), Error> {
         Command::Quickstart { dir, buffered } => return quickstart::run(&dir, buffered, global),
         Command::Format(format) => return format::run(&format, global.json),
         Command::Check(check) => return check::run(&check, global.json),
+        Command::Dump(dump) => return dump::run(&dump, global.json),
         Command::Serve(serve) => return serve::run(serve, global),
         Command::Completion { shell } => return docs::completion(shell),
         Command::Man { dir } => return docs::man(&dir, global.json),
@@ -79,6 +81,7 @@ async fn ask(context: Context, command: Command) -> Result<(), Error> {
         Command::Quickstart { .. }
         | Command::Format(_)
         | Command::Check(_)
+        | Command::Dump(_)
         | Command::Serve(_)
         | Command::Completion { .. }
         | Command::Man { .. } => Ok(()),

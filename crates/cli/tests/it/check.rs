@@ -1,4 +1,4 @@
-//! `parallax check`: sound stores, sick ones, ones that are in use.
+//! `parallax check` and `parallax dump`: sound stores, sick ones, ones that are in use.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -103,7 +103,8 @@ fn a_lost_superblock_copy_is_repaired() {
 fn a_store_in_use_is_3_and_no_store_is_2() {
     let place = small_store();
     let served = place.serve(&[]);
-    for arguments in [&["check", "store"][..], &["check", "store", "--repair"]] {
+    let commands = [&["check", "store"][..], &["check", "store", "--repair"], &["dump", "store"]];
+    for arguments in commands {
         let said = place.fails(3, arguments);
         assert!(said.contains("daemon"), "{said}");
     }
@@ -111,4 +112,27 @@ fn a_store_in_use_is_3_and_no_store_is_2() {
     place.fails(2, &["check", "nothing"]);
     std::fs::write(place.path("zeroes"), vec![0; 128 << 20]).unwrap();
     place.fails(2, &["check", "zeroes"]);
+    place.fails(2, &["dump", "zeroes"]);
+    place.fails(2, &["dump", "store", "--tree", "nothing"]);
+}
+
+#[test]
+fn a_dump_shows_what_stands_there() {
+    let place = small_store();
+    let before = std::fs::read(place.path("store")).unwrap();
+    let text = place.ok(&["dump", "store"]);
+    for expected in ["== superblock", "uuid ", "== slots", "closed cleanly", "== disks", "\"a\""] {
+        assert!(text.contains(expected), "{expected}: {text}");
+    }
+    let lines = |arguments: &[&str], part: &str| {
+        let json = place.json(&[&["dump", "store"], arguments].concat());
+        json[part].as_array().unwrap().len()
+    };
+    for part in ["superblock", "slots", "log", "disks", "extents", "bitmaps"] {
+        assert!(lines(&[part], part) > 0, "{part}");
+    }
+    let tree = place.ok(&["dump", "store", "--tree", "a@1"]);
+    assert!(tree.starts_with("== tree of a@1") && tree.contains("level 0"), "{tree}");
+    assert_eq!(lines(&["--tree", "a"], "tree of a"), tree.lines().count() - 1, "nothing changed");
+    assert!(before == std::fs::read(place.path("store")).unwrap(), "it only reads");
 }

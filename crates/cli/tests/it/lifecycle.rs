@@ -155,6 +155,30 @@ fn only_its_user_reaches_it() {
 }
 
 #[test]
+fn other_ways_of_io_serve_too() {
+    let place = Place::with_store("256M");
+    let served = {
+        let mut command = place.command(&["serve", "store", "--json"]);
+        command.env("PARALLAX_IO_ENGINE", "threads");
+        Served::start(command)
+    };
+    let device = served.ready["daemon"]["device"].as_str().unwrap();
+    assert!(device.contains("worker threads"), "{device}");
+    place.ok(&["create", "a", "--size", "64M"]);
+    place.write("a", 1, 0, 1 << 20);
+    served.stop();
+    let served = place.serve(&["--buffered"]);
+    let device = served.ready["daemon"]["device"].as_str().unwrap();
+    assert!(!device.contains("O_DIRECT"), "{device}");
+    assert!(place.holds("a", 1, 0, 1 << 20));
+    place.write("a", 2, 0, 4096);
+    served.stop();
+    let served = place.serve(&[]);
+    assert!(place.holds("a", 2, 0, 4096) && place.holds("a", 1, 4096, (1 << 20) - 4096));
+    served.stop();
+}
+
+#[test]
 fn commands_work_while_clients_write() {
     let place = Place::with_store("1G");
     let served = place.serve(&[]);

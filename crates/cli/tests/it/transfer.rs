@@ -120,9 +120,13 @@ fn without_qemu_img_it_says_so() {
 fn an_import_that_is_interrupted_leaves_nothing() {
     let place = Place::with_store("1G");
     let _served = place.serve(&[]);
-    // A named pipe in place of qemu-img's work would not do: this is a large file, slowly read.
+    // Large enough that the copy is still under way when the disk is seen.
     noise_file(&place.path("large"), 256 << 20);
-    let mut child = place.command(&["import", "large", "a"]).spawn().unwrap();
+    let mut child = place
+        .command(&["import", "large", "a"])
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
     while place.json(&["ls"]).as_array().unwrap().is_empty() {
         crate::place::pause();
     }
