@@ -51,6 +51,7 @@ impl Arguments {
             lives: self.number("--lives")?,
             without: Vec::new(),
             cut_at_write: self.number("--cut-at-write")?,
+            fail_operation: self.number("--fail-operation")?,
         };
         while let Some(name) = self.text("--without")? {
             let Some(kind) = FaultKind::parse(&name) else {

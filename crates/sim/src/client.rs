@@ -3,14 +3,18 @@
 use std::cell::Cell;
 use std::rc::Rc;
 
+use base::{BLOCK_SIZE_U64, ErrorKind};
+use disk::{Disk, DiskError, Request, Response};
 use runtime::sync::Semaphore;
+use vdi::Target;
 
+use crate::content::{self, Tag};
 use crate::management;
 use crate::model::Place;
 use crate::plan::RequestKind;
-use crate::random::{Random, to_usize};
+use crate::random::{Random, to_u64, to_usize};
 use crate::requests::{self, Wish};
-use crate::session::Session;
+use crate::session::{Reach, Session};
 
 /// Lets the clients of a plan work until they have made `requests` requests together, or the store
 /// stops.
@@ -29,6 +33,81 @@ pub async fn work(session: Rc<Session>, requests: u64) {
     for client in clients {
         client.await;
     }
+}
+
+/// Fills a VDI of its own until the store is full, empties it again and shows that the space is
+/// back. Nothing else is under way.
+pub async fn fill(session: Rc<Session>) {
+    let world = &session.world;
+    let outcome = fill_and_empty(&session).await;
+    match outcome {
+        Ok(()) => {}
+        Err(error) => session.excuse("fill", error.kind, &error, Reach::Metadata),
+    }
+    world.progressed();
+}
+
+/// The VDI that fills the store; the model does not know it.
+pub const FILL_NAME: &str = "fill";
+
+/// Bytes of each request that fills the store.
+const FILL_BYTES: usize = 1 << 20;
+
+async fn fill_and_empty(session: &Session) -> Result<(), DiskError> {
+    let world = &session.world;
+    let size = world.plan.device_blocks * BLOCK_SIZE_U64;
+    let target = Target { vdi: FILL_NAME.to_owned(), snapshot: None };
+    let id = session.store.create(&target.vdi, size).await?;
+    world.ids.borrow_mut().insert(id.get());
+    let disk = session.store.open_disk(&target).await?;
+    let tag = Tag::new(u32::MAX, 1);
+    let mut offset = 0;
+    loop {
+        match write_at(session, &disk, tag, offset).await {
+            Ok(()) => offset += to_u64(FILL_BYTES),
+            Err(error) if error.kind == ErrorKind::NoSpace => break,
+            Err(error) => return Err(error),
+        }
+        if offset >= size {
+            world.fail("more was written than the store holds");
+            return Ok(());
+        }
+    }
+    world.probe("fill: full");
+    // Everything but writing goes on.
+    disk.submit(Request::Flush).await?;
+    let read = Request::Read { offset: 0, length: FILL_BYTES };
+    if let Response::Data(segments) = disk.submit(read).await? {
+        let mut bytes = vec![0; FILL_BYTES];
+        disk::copy_segments(&segments, &mut bytes);
+        let mut expected = vec![0; FILL_BYTES];
+        content::fill(tag, 0, &mut expected);
+        if offset > 0 && bytes != expected {
+            world.fail("a full store reads wrong");
+        }
+    }
+    disk.submit(Request::Discard { offset: 0, length: size, fua: true }).await?;
+    session.store.checkpoint().await?;
+    match write_at(session, &disk, tag, 0).await {
+        Ok(()) => world.probe("fill: healed"),
+        Err(error) => world.fail(format!("an emptied store cannot be written: {error}")),
+    }
+    session.store.remove(&target).await?;
+    Ok(())
+}
+
+async fn write_at(
+    session: &Session,
+    disk: &Rc<dyn Disk>,
+    tag: Tag,
+    offset: u64,
+) -> Result<(), DiskError> {
+    let mut data = session.runtime.buffers().take(FILL_BYTES / base::BLOCK_SIZE);
+    content::fill(tag, offset, &mut data.bytes_mut()[..FILL_BYTES]);
+    let request = Request::Write { offset, length: FILL_BYTES, data, fua: false };
+    let answer = disk.submit(request).await;
+    session.world.progressed();
+    answer.map(|_| ())
 }
 
 async fn client(session: Rc<Session>, left: Rc<Cell<u64>>, mut random: Random) {

@@ -33,7 +33,11 @@ const MICROSECOND: u64 = 1_000;
 const MILLISECOND: u64 = 1_000_000;
 const SECOND: u64 = 1_000_000_000;
 
+/// What a device answers that cannot read or write a block.
 const EIO: i32 = 5;
+
+/// What the kernel answers for a device that it cannot reach.
+const ENOLINK: i32 = 67;
 
 /// How long operations take, in nanoseconds: a minimum, and a random addition up to as much.
 #[derive(Clone, Copy, Debug)]
@@ -84,6 +88,8 @@ struct State {
     space: u64,
     /// Whether faults are injected now.
     armed: bool,
+    /// The operation that fails, whatever else is injected.
+    fail_at: Option<u64>,
     counts: Counts,
 }
 
@@ -167,6 +173,7 @@ impl SimDevice {
             allocated: BTreeSet::new(),
             space: block_count,
             armed: false,
+            fail_at: None,
             counts: Counts::default(),
         })))
     }
@@ -178,6 +185,17 @@ impl SimDevice {
         if !armed {
             state.end_trouble();
         }
+    }
+
+    /// Fails the operation with this number, counted from 1 over the whole run.
+    pub fn fail_operation(&self, number: u64) {
+        self.0.borrow_mut().fail_at = Some(number);
+    }
+
+    /// Operations submitted so far.
+    #[must_use]
+    pub fn operations(&self) -> u64 {
+        self.0.borrow().operations
     }
 
     /// When the next operation completes.
@@ -250,7 +268,7 @@ impl SimDevice {
         self.0.borrow().trouble.is_some()
     }
 
-    /// Operations submitted so far.
+    /// Operations submitted so far, by kind.
     #[must_use]
     pub fn counts(&self) -> Counts {
         self.0.borrow().counts
@@ -321,7 +339,10 @@ impl State {
         self.end_trouble_in_time();
         self.start_trouble();
         let (work, code) = self.accept(operation);
-        let fate = self.fate(&work);
+        let fate = match self.fail_at {
+            Some(number) if number == id => Fate::Fails(Cause::Errno(EIO)),
+            _ => self.fate(&work),
+        };
         let due = self.due(&work, fate);
         self.trace.event([code, work.at(), work.block_count(), due.0], || {
             format!("device  #{id} {} at {} x{}", work.name(), work.at(), work.block_count())
@@ -357,7 +378,7 @@ impl State {
     fn fate(&mut self, work: &Work) -> Fate {
         let gone = matches!(self.trouble, Some(Trouble { kind: TroubleKind::Gone { .. }, .. }));
         if gone {
-            return Fate::Fails(Cause::Errno(EIO));
+            return Fate::Fails(Cause::Errno(ENOLINK));
         }
         if let Work::Read { at, block_count, .. } = work
             && self.unreadable.range(*at..*at + to_u64(*block_count)).next().is_some()
@@ -422,10 +443,9 @@ impl State {
 
     /// Carries an operation out and says what to answer.
     fn complete(&mut self, id: u64, queued: Queued) -> Reply {
-        let Queued { work, mut fate } = queued;
+        let Queued { work, fate } = queued;
         if let Some(Trouble { kind: TroubleKind::Gone { told, .. }, .. }) = &mut self.trouble {
-            *told = true;
-            fate = Fate::Fails(Cause::Errno(EIO));
+            *told |= matches!(fate, Fate::Fails(_));
         }
         let failed = u64::from(matches!(fate, Fate::Fails(_)));
         self.trace.event([10, id, failed, self.clock.now().0], || {
@@ -629,6 +649,12 @@ impl State {
             let length = MILLISECOND + self.random.magnitude(longest);
             let until = Time(self.clock.now().0 + length);
             self.trouble = Some(Trouble { kind, until });
+            if matches!(kind, TroubleKind::Gone { .. }) {
+                // What is under way does not come back.
+                for queued in self.queue.values_mut() {
+                    queued.fate = Fate::Fails(Cause::Errno(ENOLINK));
+                }
+            }
             self.atlas.count(what);
             self.trace.note(|| format!("device  injected: {what} for {} ms", length / MILLISECOND));
         }

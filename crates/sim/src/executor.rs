@@ -66,9 +66,16 @@ impl Executor {
         &self.runtime
     }
 
-    /// Says when the crash strikes, in steps from the beginning of the process.
+    /// Says when the crash strikes.
     pub fn strike_at(&self, strike: Strike) {
         self.strike.set(strike);
+    }
+
+    /// Clients begin to work.
+    pub fn begin_work(&self) {
+        if let Strike::WorkSteps(steps) = self.strike.get() {
+            self.strike.set(Strike::Steps(self.steps.get() + steps));
+        }
     }
 
     /// Runs `future` to its end, if nothing strikes first.
@@ -104,7 +111,7 @@ impl Executor {
         match self.strike.get() {
             Strike::Steps(steps) => self.steps.get() >= steps,
             Strike::DeviceWrites(writes) => self.world.device.counts().writes >= writes,
-            Strike::Never => false,
+            Strike::WorkSteps(_) | Strike::Never => false,
         }
     }
 

@@ -160,42 +160,39 @@ pub(crate) fn mutants(arguments: &mut Arguments) -> Result<bool> {
     let wanted = |mutant: &&Mutant| only.as_deref().is_none_or(|only| only == mutant.name);
     let mut survivors = Vec::new();
     for mutant in mutants::ALL.iter().filter(wanted) {
-        let batch = Batch {
-            start: 1,
-            seeds: None,
-            time: Some(Duration::from_secs(seconds)),
-            jobs,
-            keep_going: false,
-            mutant: Some(mutant.name),
-            progress: false,
-        };
-        let outcome = run_batch(&batch)?;
-        let took = outcome.took.as_secs_f64();
-        match outcome.failures.first() {
+        let start = now();
+        let mut seeds = 0;
+        let mut caught = None;
+        let mut first = 1;
+        while caught.is_none() && start.elapsed().as_secs() < seconds {
+            let left = Duration::from_secs(seconds).saturating_sub(start.elapsed());
+            let outcome = run_batch(&hunt(first, left, jobs, mutant.name))?;
+            seeds += outcome.passed;
+            let Some((seed, failure)) = outcome.failures.into_iter().next() else { break };
+            // A seed that fails anyway proves nothing.
+            if run_batch(&single(seed))?.failures.is_empty() {
+                caught = Some((seed, failure));
+            }
+            first = seed + 1;
+        }
+        let took = start.elapsed().as_secs_f64();
+        match caught {
             Some((seed, failure)) => say(&format!(
-                "caught   {:<32} rule {:<6} {took:>5.1} s, seed {seed}: {}\n",
+                "caught   {:<32} rule {:<4} {took:>5.1} s, seed {seed}: {}\n",
                 mutant.name,
                 mutant.rule,
-                first_line(failure)
+                first_line(&failure)
             )),
             None => {
                 survivors.push(mutant.name);
                 say(&format!(
-                    "SURVIVED {:<32} rule {:<6} {took:>5.1} s, {} seeds: {}\n",
-                    mutant.name, mutant.rule, outcome.passed, mutant.breaks
+                    "SURVIVED {:<32} rule {:<4} {took:>5.1} s, {seeds} seeds: {}\n",
+                    mutant.name, mutant.rule, mutant.breaks
                 ));
             }
         }
     }
-    let canary = Batch {
-        start: 1,
-        seeds: None,
-        time: Some(Duration::from_secs(seconds.min(30))),
-        jobs,
-        keep_going: false,
-        mutant: Some("none"),
-        progress: false,
-    };
+    let canary = hunt(1, Duration::from_secs(seconds.min(30)), jobs, NO_MUTANT);
     let canary = run_batch(&canary)?;
     if let Some((seed, failure)) = canary.failures.first() {
         say(&format!("the engine without a mutant fails, too: seed {seed}: {failure}\n"));
@@ -208,6 +205,27 @@ pub(crate) fn mutants(arguments: &mut Arguments) -> Result<bool> {
         canary.failures.len()
     ));
     Ok(survivors.is_empty() && canary.failures.is_empty() && count > 0)
+}
+
+/// A name that no mutant has.
+const NO_MUTANT: &str = "none";
+
+/// Seeds from `start` on until one fails under a mutant.
+fn hunt(start: u64, time: Duration, jobs: u64, mutant: &'static str) -> Batch {
+    Batch {
+        start,
+        seeds: None,
+        time: Some(time),
+        jobs,
+        keep_going: false,
+        mutant: Some(mutant),
+        progress: false,
+    }
+}
+
+/// One seed without a mutant.
+fn single(seed: u64) -> Batch {
+    Batch { seeds: Some(1), ..hunt(seed, SEED_MAX, 1, NO_MUTANT) }
 }
 
 fn first_line(text: &str) -> String {

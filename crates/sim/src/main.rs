@@ -22,10 +22,12 @@ parallax-sim: the engine on a simulated device, clock and executor; one seed, on
   smoke [--seeds 2000] [--start 1] [--jobs 2] [--keep-going]
   long [--minutes 30] [--start R] [--jobs 2] [--keep-going]
   sweep --seed N [--stride 1]          the run of a seed with a power cut at every write
+  sweep --seed N --errors              the same with each operation of the device failing once
   mutants [--seconds 60] [--jobs 2] [--only NAME]
                                        needs a build with RUSTFLAGS='--cfg mutants'
 
-LIMITS narrow a run: --requests N, --clients N, --lives N, --without FAULT, --cut-at-write N
+LIMITS narrow a run: --requests N, --clients N, --lives N, --without FAULT, --cut-at-write N,
+  --fail-operation N
 ";
 
 /// The run that is under way, as arguments: for whoever reads about a panic.
@@ -107,31 +109,39 @@ fn replay(seed: u64, limits: &Limits) -> String {
     )
 }
 
-/// Runs a seed again and again, with a power cut one write later each time.
+/// Runs a seed again and again, with a power cut, or a failing operation, one later each time.
 fn sweep(arguments: &mut Arguments) -> Result<bool> {
     let seed = arguments.number("--seed")?.context("sweep needs --seed N")?;
     let stride = arguments.number("--stride")?.unwrap_or(1).max(1);
+    let errors = arguments.flag("--errors");
     let mut limits = arguments.limits()?;
     arguments.finish()?;
-    limits.cut_at_write = Some(u64::MAX);
+    // The run without either must pass; it says how many there are.
+    limits.cut_at_write = (!errors).then_some(u64::MAX);
     let whole = run_named(seed, &limits, Trace::silent());
     if whole.failure.is_some() {
         say(&describe(&whole, &limits));
         return Ok(false);
     }
-    let mut cuts = 0;
-    let mut write = 1;
-    while write <= whole.device_writes {
-        limits.cut_at_write = Some(write);
+    let last = if errors { whole.device_operations } else { whole.device_writes };
+    let mut count = 0;
+    let mut at = 1;
+    while at <= last {
+        if errors {
+            limits.fail_operation = Some(at);
+        } else {
+            limits.cut_at_write = Some(at);
+        }
         let report = run_named(seed, &limits, Trace::silent());
         if report.failure.is_some() {
             say(&describe(&report, &limits));
             return Ok(false);
         }
-        cuts += 1;
-        write += stride;
+        count += 1;
+        at += stride;
     }
-    say(&format!("sweep of seed {seed}: {cuts} power cuts, all passed\n"));
+    let what = if errors { "failing operations" } else { "power cuts" };
+    say(&format!("sweep of seed {seed}: {count} {what}, all passed\n"));
     Ok(true)
 }
 

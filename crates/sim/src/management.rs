@@ -161,7 +161,7 @@ async fn take_snapshot(session: &Session, vdi: VdiRef, label: Option<String>) {
     let asked = world.model.borrow_mut().ask();
     let source = Source::Running(vdi, asked);
     let number = world.ask(Pending::Snapshot { vdi, label: label.clone(), block_count, source });
-    let before = world.model.borrow().vdi(vdi).snapshot_highest;
+    let before = world.model.borrow().vdi(vdi).snapshot_numbers.last().copied().unwrap_or(0);
     let answer = session.store.snapshot(&name, label.as_deref()).await;
     let what = format!("snapshot of {name}");
     let Some(snapshot) = certain(session, number, &what, answer) else {
@@ -448,7 +448,11 @@ pub async fn list_all(session: &Session, page: usize) -> Option<Vec<vdi::VdiEntr
     loop {
         let after = entries.last().map(|entry| entry.name.clone());
         match session.store.list(after.as_deref(), page).await {
-            Ok(more) if more.is_empty() => return Some(entries),
+            Ok(more) if more.is_empty() => {
+                // What a crash left of filling the store is no business of the model.
+                entries.retain(|entry| entry.name != crate::client::FILL_NAME);
+                return Some(entries);
+            }
             Ok(more) => {
                 let sorted = more.iter().all(|entry| Some(&entry.name) > after.as_ref());
                 if more.len() > page || !sorted {

@@ -68,8 +68,8 @@ pub struct VdiModel {
     pub block_count: u64,
     /// Its snapshots, by number.
     pub snapshots: BTreeMap<u64, SnapshotModel>,
-    /// The highest number that a snapshot of it ever had.
-    pub snapshot_highest: u64,
+    /// Every number that a snapshot of it ever had.
+    pub snapshot_numbers: BTreeSet<u64>,
     /// Whether it was deleted.
     pub deleted: bool,
     /// How often something severed its handles.
@@ -131,6 +131,8 @@ pub struct Model {
     zero: SharedBlock,
     /// Whether damage left something of which it cannot be said what it is.
     pub unknowable: bool,
+    /// How often a reader learned in which order two changes happened.
+    pub rivals: u64,
 }
 
 impl Model {
@@ -144,6 +146,7 @@ impl Model {
             observers: BTreeMap::new(),
             zero: Rc::new(BlockModel::zero()),
             unknowable: false,
+            rivals: 0,
         }
     }
 
@@ -188,7 +191,7 @@ impl Model {
             name: name.to_owned(),
             block_count,
             snapshots: BTreeMap::new(),
-            snapshot_highest: 0,
+            snapshot_numbers: BTreeSet::new(),
             deleted: false,
             severed: 0,
             blocks: contents.blocks,
@@ -413,7 +416,7 @@ impl Model {
         contents: Contents,
     ) {
         let vdi = self.vdi_mut(vdi);
-        vdi.snapshot_highest = vdi.snapshot_highest.max(number);
+        vdi.snapshot_numbers.insert(number);
         let snapshot = SnapshotModel {
             label,
             block_count,
@@ -582,6 +585,7 @@ impl Model {
         let block = Rc::clone(&self.vdi(vdi).blocks[slot]);
         match block.check(&self.ops, lba, from, seen, floor) {
             Ok(explanation) if block.has_rivals(&explanation) => {
+                self.rivals += 1;
                 let Self { ops, vdis, .. } = self;
                 if let Some(vdi) = vdis.get_mut(to_usize(u64::from(vdi.0))) {
                     drop(block);

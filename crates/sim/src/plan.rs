@@ -17,6 +17,8 @@ pub struct Limits {
     pub without: Vec<FaultKind>,
     /// Cut the power when the device has been given so many writes, instead of the drawn crashes.
     pub cut_at_write: Option<u64>,
+    /// Fail the device's operation with this number.
+    pub fail_operation: Option<u64>,
 }
 
 impl Limits {
@@ -29,6 +31,7 @@ impl Limits {
             ("--clients", self.clients),
             ("--lives", self.lives),
             ("--cut-at-write", self.cut_at_write),
+            ("--fail-operation", self.fail_operation),
         ];
         for (name, number) in numbers {
             if let Some(number) = number {
@@ -56,8 +59,10 @@ pub enum Ending {
 /// When a crash strikes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Strike {
-    /// After so many steps of the executor in this life.
+    /// After so many steps of the executor since the process began.
     Steps(u64),
+    /// After so many steps of the executor since clients began to work.
+    WorkSteps(u64),
     /// When the device has been given so many writes over the whole run.
     DeviceWrites(u64),
     /// When the clients are done.
@@ -241,8 +246,8 @@ impl Life {
         };
         let strike = match random.below(10) {
             0 => Strike::Never,
-            1 => Strike::Steps(random.magnitude(300)),
-            _ => Strike::Steps(random.magnitude(requests * 100)),
+            1 => Strike::Steps(random.magnitude(3_000)),
+            _ => Strike::WorkSteps(random.magnitude(requests * 60)),
         };
         let again = if random.chance(500) { Ending::Kill } else { Ending::PowerCut };
         let crash_at_open = random.chance(200).then(|| (again, random.magnitude(400)));
@@ -308,6 +313,7 @@ mod tests {
                 lives: Some(2),
                 without: FaultKind::ALL.map(|(kind, _)| kind).to_vec(),
                 cut_at_write: None,
+                fail_operation: None,
             };
             let plan = Plan::draw(seed, &limits);
             assert!(plan.lives.iter().map(|life| life.requests).sum::<u64>() <= 7);

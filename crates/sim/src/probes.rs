@@ -38,6 +38,7 @@ pub const DECLARED: &[(&str, &str)] = &[
     ("resize: grow", "a VDI was grown"),
     ("remove: busy VDI", "a VDI was deleted under its clients"),
     ("diff: compared", "a diff of two snapshots was compared with the model"),
+    ("check: offline", "the offline check looked at a store"),
     ("fill: full", "the store was filled to the brim"),
     ("fill: healed", "freeing space made it writable again"),
 ];

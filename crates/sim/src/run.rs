@@ -6,6 +6,7 @@ use std::time::Duration;
 use base::ErrorKind;
 use device::Device;
 use runtime::Clock;
+use vdi::check::CheckOptions;
 use vdi::{FormatOptions, OpenOptions, OpenReport, Store};
 
 use crate::client;
@@ -34,6 +35,8 @@ pub struct Report {
     pub changes: u64,
     /// Writes that the device was given.
     pub device_writes: u64,
+    /// Operations that the device was given.
+    pub device_operations: u64,
     /// Simulated time.
     pub simulated: Duration,
     /// Rare paths that were reached.
@@ -52,9 +55,14 @@ pub fn run(seed: u64, limits: &Limits, trace: Trace) -> Report {
         floor: None,
         opened_at: Injected::default(),
         metadata_lost: false,
+        filled: false,
     };
+    if let Some(number) = limits.fail_operation {
+        world.device.fail_operation(number);
+    }
     run.go();
     let mut probes = world.probes.borrow().clone();
+    probes.add("request: concurrent on a block", world.model.borrow().rivals);
     world.device.with_atlas(|atlas| {
         for (what, &count) in atlas.counts() {
             probes.add(&format!("device: {what}"), count);
@@ -66,6 +74,7 @@ pub fn run(seed: u64, limits: &Limits, trace: Trace) -> Report {
         trace_hash: world.trace.hash() ^ world.device.hash(),
         changes: world.model.borrow().ops().len(),
         device_writes: world.device.counts().writes,
+        device_operations: world.device.operations(),
         simulated: Duration::from_nanos(world.clock.now().0),
         probes,
     }
@@ -82,6 +91,8 @@ struct Run {
     opened_at: Injected,
     /// Whether metadata was damaged at a crash: then anything may be lost, but nothing may be wrong.
     metadata_lost: bool,
+    /// Whether the store was filled to the brim once.
+    filled: bool,
 }
 
 /// How a life went on.
@@ -101,6 +112,7 @@ impl Run {
         let lives = self.world.plan.lives.clone();
         let mut openings = 0;
         for life in &lives {
+            self.check_offline(false);
             for attempt in 1.. {
                 openings += 1;
                 if openings > OPENINGS_MAX {
@@ -140,7 +152,10 @@ impl Run {
             match outcome {
                 Driven::Done(Ok(())) => executor.kill(),
                 Driven::Done(Err(error)) => {
-                    world.fail(format!("format: {error}"));
+                    executor.kill();
+                    if !Injected::default().errors_since(&world) {
+                        world.fail(format!("format: {error}"));
+                    }
                     return false;
                 }
                 Driven::Struck => {
@@ -178,7 +193,9 @@ impl Run {
             store.create("left-behind", 1 << 20).await?;
             store.checkpoint().await
         });
-        if let Driven::Done(Err(error)) = outcome {
+        if let Driven::Done(Err(error)) = outcome
+            && !Injected::default().errors_since(&self.world)
+        {
             self.world.fail(format!("use of a new store: {error}"));
         }
         executor.kill();
@@ -192,6 +209,45 @@ impl Run {
             nonce: self.world.random.borrow_mut().number(),
         };
         (Device::new(Rc::new(self.world.device.clone())), options)
+    }
+
+    /// Now and then, asks the offline check what it thinks of the store; it changes nothing.
+    fn check_offline(&mut self, always: bool) {
+        let world = Rc::clone(&self.world);
+        let damaged = world.device.with_atlas(|atlas| atlas.damaged > 0 || atlas.cache_losses > 0);
+        if damaged || !(always || world.random.borrow_mut().chance(200)) {
+            return;
+        }
+        world.device.arm(false);
+        let executor = Executor::new(&world);
+        let (device, opening) = self.opening();
+        let options = CheckOptions {
+            repair: false,
+            read_data: true,
+            boot_id: opening.boot_id,
+            nonce: opening.nonce,
+        };
+        let runtime = executor.runtime().clone();
+        let errors_before = Injected::now(&world);
+        let outcome = executor
+            .run(async move { vdi::check::check(&device, &runtime, options, &|_| {}).await });
+        executor.kill();
+        match outcome {
+            Driven::Done(Ok(report)) => {
+                world.trace.note(|| format!("check    {:?}", report.counts));
+                let mut probes = world.probes.borrow_mut();
+                probes.hit("check: offline");
+                probes.add("check: leaked blocks", report.counts.leaked_blocks);
+                drop(probes);
+                if !report.is_clean() {
+                    world.fail(format!("check: {:?}", report.errors));
+                }
+            }
+            Driven::Done(Err(error)) if !errors_before.errors_since(&world) => {
+                world.fail(format!("check: {error}"));
+            }
+            _ => {}
+        }
     }
 
     /// One life. `None`: the store was not opened, for a reason that was injected.
@@ -260,6 +316,14 @@ impl Run {
             return Next::Over;
         }
         world.device.arm(true);
+        if world.plan.fill && !self.filled {
+            self.filled = true;
+            let fill = client::fill(Rc::clone(session));
+            if self.is_over(&executor.run(fill), "filling") {
+                return self.end(executor, life.ending, session);
+            }
+        }
+        executor.begin_work();
         let work = client::work(Rc::clone(session), life.requests);
         if self.is_over(&executor.run(work), "working") || session.stopped() {
             return self.end(executor, life.ending, session);
@@ -413,7 +477,9 @@ impl Run {
             crash_at_open: None,
         };
         world.device.arm(false);
-        let _ = self.live(&life, 1);
+        if matches!(self.live(&life, 1), Some(Next::Reopen)) {
+            self.check_offline(true);
+        }
     }
 }
 

@@ -221,14 +221,19 @@ impl Session {
         let errors = self.before.errors_since(world);
         let excused = match kind {
             ErrorKind::Io => errors || unreadable,
-            ErrorKind::Corrupt => damaged,
+            // What a lost cache took with it does not verify.
+            ErrorKind::Corrupt => damaged || self.before.cache_lost_since(world),
             ErrorKind::Fenced => errors || damaged,
             ErrorKind::NoSpace => self.is_nearly_full(),
             ErrorKind::ReadOnly => damaged,
             _ => false,
         };
         if !excused {
-            world.fail(format!("{what}: {kind:?} ({error}), which nothing explains"));
+            let stats = self.store.stats();
+            let (free, all) = (stats.free_bytes, stats.capacity_bytes);
+            world.fail(format!(
+                "{what}: {kind:?} ({error}), which nothing explains; {free} of {all} bytes are free"
+            ));
             return;
         }
         match kind {

@@ -199,7 +199,7 @@ async fn reconcile_snapshots(session: &Session, vdi: VdiRef) {
         });
         match pending.and_then(|key| world.answered(key)) {
             Some(Pending::Snapshot { label, block_count, source, .. }) => {
-                if number <= world.model.borrow().vdi(vdi).snapshot_highest {
+                if world.model.borrow().vdi(vdi).snapshot_numbers.contains(&number) {
                     world.fail(format!("{name}: the number of {entry:?} was used before"));
                 }
                 world.probe("snapshot: unsettled at a crash");
