@@ -3,7 +3,7 @@
 use std::rc::Rc;
 
 use base::{BlockSlice, ErrorKind, Pba};
-use device::Device;
+use device::{Device, DeviceError};
 use ondisk::{
     DecodeError, KNOWN_INCOMPATIBLE, KNOWN_READ_ONLY_COMPATIBLE, SUPERBLOCK_COPIES, Superblock,
 };
@@ -30,6 +30,7 @@ pub async fn read(device: &Device, runtime: &Runtime, writable: bool) -> Result<
     let mut damaged = Vec::new();
     let mut worst = DecodeError::Magic;
     let mut absent = false;
+    let mut unreadable = None;
     for at in SUPERBLOCK_COPIES {
         match read_copy(device, runtime, at).await {
             Ok(superblock) => match &intact {
@@ -37,7 +38,11 @@ pub async fn read(device: &Device, runtime: &Runtime, writable: bool) -> Result<
                 Some(_) => {}
                 None => intact = Some(superblock),
             },
-            Err(error) => {
+            Err(Unusable::Read(error)) => {
+                unreadable = Some(error);
+                damaged.push(at);
+            }
+            Err(Unusable::Contents(error)) => {
                 match error {
                     DecodeError::Magic => absent = true,
                     _ => worst = error,
@@ -45,6 +50,9 @@ pub async fn read(device: &Device, runtime: &Runtime, writable: bool) -> Result<
                 damaged.push(at);
             }
         }
+    }
+    if let (None, Some(error)) = (&intact, unreadable) {
+        return Err(error.into());
     }
     let Some(superblock) = intact else {
         return Err(match worst {
@@ -108,10 +116,20 @@ fn judge(superblock: &Superblock, block_count: u64, writable: bool) -> Result<()
     Ok(())
 }
 
-async fn read_copy(device: &Device, runtime: &Runtime, at: Pba) -> Result<Superblock, DecodeError> {
+/// Why a copy is of no use.
+enum Unusable {
+    Read(DeviceError),
+    Contents(DecodeError),
+}
+
+async fn read_copy(device: &Device, runtime: &Runtime, at: Pba) -> Result<Superblock, Unusable> {
     let read = device.read(at, 1, runtime.buffers().take(1)).await;
-    let buffer = read.map_err(|_| DecodeError::Checksum)?;
-    buffer.blocks().first().map_or(Err(DecodeError::Magic), |block| Superblock::decode(block, at))
+    let buffer = read.map_err(Unusable::Read)?;
+    let decoded = buffer
+        .blocks()
+        .first()
+        .map_or(Err(DecodeError::Magic), |block| Superblock::decode(block, at));
+    decoded.map_err(Unusable::Contents)
 }
 
 /// Writes the given copies, each durable before the next (design rule 44), in the given order.

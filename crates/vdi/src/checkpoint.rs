@@ -250,7 +250,9 @@ impl Engine {
             }
             (Err(error), _) => error,
             (Ok(_), Err(error)) => {
-                if error.kind() == ErrorKind::Io {
+                // A store that has stopped reports what stopped it, which may be no block of ours.
+                let ours = merge.allocated.borrow().contains(&error.at);
+                if ours && error.kind() == ErrorKind::Io {
                     merge.forget(error.at);
                     self.allocator.retire(error.at).map_err(Error::from)?;
                 }
