@@ -8,6 +8,7 @@
 
 mod check;
 mod gc;
+mod golden;
 mod model;
 mod ram;
 
