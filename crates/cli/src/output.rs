@@ -1,6 +1,6 @@
 //! What is printed: lines, tables that fit the terminal, JSON.
 //!
-//! Everything goes through [`print`], so that a closed pipe (`parallax ls | head -1`) ends output
+//! Everything goes through [`print()`], so that a closed pipe (`parallax ls | head -1`) ends output
 //! quietly instead of failing the command.
 
 use std::io::{ErrorKind, IsTerminal, Write};
@@ -28,7 +28,7 @@ pub(crate) fn print(text: &str) -> Result<(), Error> {
 /// Prints `value` as indented JSON.
 ///
 /// # Errors
-/// As [`print`].
+/// As [`print()`].
 pub(crate) fn print_json(value: &impl Serialize) -> Result<(), Error> {
     let text = serde_json::to_string_pretty(value)
         .map_err(|e| Error::new(api::Kind::Io, format!("cannot print JSON: {e}")))?;

@@ -1,7 +1,7 @@
-//! What a daemon is told, checked once: [`Config`] is what a person writes, [`Plan`] can be
+//! What a daemon is told, checked once: [`Config`] is what a person writes, `Plan` can be
 //! carried out.
 //!
-//! Invariant: a [`Plan`] listens on nothing but unix sockets, loopback and TLS, unless the
+//! Invariant: a `Plan` listens on nothing but unix sockets, loopback and TLS, unless the
 //! operator asked for plaintext in so many words.
 
 use std::fmt;

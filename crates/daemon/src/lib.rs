@@ -12,7 +12,7 @@
 //! - a daemon that says that it is ready answers on all of its sockets.
 
 mod catalog;
-pub mod config;
+mod config;
 mod control;
 mod convert;
 mod current;
@@ -29,7 +29,7 @@ use std::time::Duration;
 
 use api::{DaemonStatus, Error, Kind};
 use config::Plan;
-pub use config::{Config, NbdAddress, TlsFiles, own_nbd_socket};
+pub use config::{CACHE_BYTES_MIN, Config, NBD_PORT, NbdAddress, TlsFiles, own_nbd_socket};
 use current::Current;
 use engine::Engine;
 use sd_notify::NotifyState;
