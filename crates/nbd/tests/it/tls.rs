@@ -285,6 +285,7 @@ fn plaintext_after_starttls_ends_the_session() {
         client.receive(20).await.unwrap();
         assert!(client.is_closed().await);
     });
+    assert_eq!(harness.runtime.now().0, 0, "at once, not when the handshake takes too long");
 }
 
 #[test]
