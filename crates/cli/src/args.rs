@@ -385,7 +385,7 @@ pub(crate) struct Serve {
     pub(crate) path: PathBuf,
     /// Also serve NBD at unix:/path or tcp:host:port; may be given several times
     ///
-    /// The port is 10809 if none is given. IPv6 addresses go in brackets: tcp:[::1]:10809. TCP on
+    /// The port is 10809 if none is given. IPv6 addresses go in brackets: `tcp:[::1]:10809`. TCP on
     /// anything but loopback needs --tls-dir.
     #[arg(long, value_name = "ADDRESS", value_parser = clap::value_parser!(daemon::NbdAddress))]
     pub(crate) nbd: Vec<daemon::NbdAddress>,
