@@ -10,15 +10,25 @@ use crate::workspace::Workspace;
 /// Seeds of the smoke run that the gate does; each is one whole run of the engine.
 const SMOKE_SEEDS: u32 = 2000;
 
+/// Each of some twenty mutants has a minute; most are caught within a second.
+const MUTANTS_LIMIT: Duration = Duration::from_secs(1500);
+
 /// Hands `arguments` to the simulator, or runs the smoke test if there are none.
 ///
 /// # Errors
 /// If it does not compile, or a seed fails: the simulator prints how to replay it.
 pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<()> {
-    if arguments.is_empty() {
-        return smoke(workspace);
-    }
-    call(workspace, arguments, Duration::from_secs(24 * 3600))
+    let verb = match arguments.first().map(String::as_str) {
+        None => return smoke(workspace),
+        Some("mutants") => return mutants(workspace),
+        // The two that one types most often need no verb.
+        Some("--minutes") => Some("long"),
+        Some("--seed") => Some("run"),
+        Some(_) => None,
+    };
+    let arguments: Vec<String> =
+        verb.map(str::to_owned).into_iter().chain(arguments.iter().cloned()).collect();
+    call(workspace, &arguments, Duration::from_secs(24 * 3600))
 }
 
 /// The smoke test of the gate.
@@ -40,7 +50,7 @@ pub(crate) fn mutants(workspace: &Workspace) -> Result<()> {
     let build = workspace.cargo().words("build --release --locked --package parallax-sim");
     build.env("RUSTFLAGS", "--cfg mutants").env("CARGO_TARGET_DIR", &target).show()?;
     let binary = target.join("release/parallax-sim");
-    Run::new(binary).arg("mutants").limit(Duration::from_secs(1200)).show()
+    Run::new(binary).arg("mutants").limit(MUTANTS_LIMIT).show()
 }
 
 fn call(workspace: &Workspace, arguments: &[String], limit: Duration) -> Result<()> {
