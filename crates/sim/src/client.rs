@@ -90,7 +90,10 @@ async fn fill_and_empty(session: &Session) -> Result<(), DiskError> {
     session.store.checkpoint().await?;
     match write_at(session, &disk, tag, 0).await {
         Ok(()) => world.probe("fill: healed"),
-        Err(error) => world.fail(format!("an emptied store cannot be written: {error}")),
+        Err(error) if error.kind == ErrorKind::NoSpace => {
+            world.fail(format!("an emptied store cannot be written: {error}"));
+        }
+        Err(error) => return Err(error),
     }
     session.store.remove(&target).await?;
     Ok(())

@@ -21,7 +21,8 @@ parallax-sim: the engine on a simulated device, clock and executor; one seed, on
   run --seed N [--trace] [LIMITS]      one run
   smoke [--seeds 2000] [--start 1] [--jobs 2] [--keep-going]
   long [--minutes 30] [--start R] [--jobs 2] [--keep-going]
-  sweep --seed N [--stride 1]          the run of a seed with a power cut at every write
+  sweep --seed N [--stride 1] [--keep-going]
+                                       the run of a seed with a power cut at every write
   sweep --seed N --errors              the same with each operation of the device failing once
   mutants [--seconds 60] [--jobs 2] [--only NAME]
                                        needs a build with RUSTFLAGS='--cfg mutants'
@@ -114,6 +115,7 @@ fn sweep(arguments: &mut Arguments) -> Result<bool> {
     let seed = arguments.number("--seed")?.context("sweep needs --seed N")?;
     let stride = arguments.number("--stride")?.unwrap_or(1).max(1);
     let errors = arguments.flag("--errors");
+    let keep_going = arguments.flag("--keep-going");
     let mut limits = arguments.limits()?;
     arguments.finish()?;
     // The run without either must pass; it says how many there are.
@@ -124,9 +126,9 @@ fn sweep(arguments: &mut Arguments) -> Result<bool> {
         return Ok(false);
     }
     let last = if errors { whole.device_operations } else { whole.device_writes };
-    let mut count = 0;
+    let (mut count, mut failed) = (0, 0);
     let mut at = 1;
-    while at <= last {
+    while at <= last && (failed == 0 || keep_going) {
         if errors {
             limits.fail_operation = Some(at);
         } else {
@@ -135,14 +137,14 @@ fn sweep(arguments: &mut Arguments) -> Result<bool> {
         let report = run_named(seed, &limits, Trace::silent());
         if report.failure.is_some() {
             say(&describe(&report, &limits));
-            return Ok(false);
+            failed += 1;
         }
         count += 1;
         at += stride;
     }
     let what = if errors { "failing operations" } else { "power cuts" };
-    say(&format!("sweep of seed {seed}: {count} {what}, all passed\n"));
-    Ok(true)
+    say(&format!("sweep of seed {seed}: {count} {what}, {failed} runs failed\n"));
+    Ok(failed == 0)
 }
 
 /// A panic in the engine says which run it was.
