@@ -1,12 +1,12 @@
-//! Licences, sources and double versions of everything that we link, from `cargo metadata`.
+//! Licences, sources and double versions of what we compile, from `cargo tree`.
 //!
 //! deny.toml says the same to cargo-deny, which releases run for its advisories; compiling that
-//! takes minutes, so the gate checks by itself what needs no network.
+//! takes minutes, so the gate checks by itself what needs no network. `cargo tree` knows which
+//! optional dependencies are really used; the lock file and `cargo metadata` do not.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use anyhow::{Context, Result, ensure};
-use serde_json::Value;
+use anyhow::{Result, ensure};
 
 use crate::workspace::Workspace;
 
@@ -28,42 +28,78 @@ const ALLOWED: [&str; 14] = [
     "Zlib",
 ];
 
-/// Crates that may be there in two versions, each with the reason.
-const DOUBLES_ALLOWED: [(&str, &str); 0] = [];
+/// A package of the tree.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Package {
+    name: String,
+    version: String,
+    /// Where it comes from, if that is not the registry.
+    place: String,
+    licence: String,
+}
 
-/// Checks every package of the lock file that this platform compiles.
+/// Checks every package that this platform compiles.
 ///
 /// # Errors
 /// Lists every package that breaks a rule.
 pub(crate) fn check(workspace: &Workspace) -> Result<()> {
-    let findings = findings(&workspace.metadata()?)?;
+    let mut findings = Vec::new();
+    for package in tree(workspace, "normal,build,dev")? {
+        findings.extend(package.findings(&workspace.root.display().to_string()));
+    }
+    // What only runs at compile time (macros, build scripts, tests) may be there twice.
+    findings.extend(doubles(&tree(workspace, "normal,no-proc-macro")?));
     ensure!(findings.is_empty(), "dependencies:\n  {}", findings.join("\n  "));
     Ok(())
 }
 
-fn findings(metadata: &Value) -> Result<Vec<String>> {
-    let packages = metadata.get("packages").and_then(Value::as_array);
-    let mut findings = Vec::new();
-    let mut versions: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-    for package in packages.context("cargo metadata without packages")? {
-        let text = |key: &str| package.get(key).and_then(Value::as_str);
-        let name = text("name").context("package without a name")?;
-        versions.entry(name).or_default().push(text("version").unwrap_or_default());
-        let licence = text("license").unwrap_or("none given");
-        if !is_allowed(licence) {
-            findings.push(format!("{name}: licence '{licence}' is not on the list"));
-        }
-        // A path dependency has no source: that is ourselves.
-        if text("source").is_some_and(|source| !source.starts_with("registry+")) {
-            findings.push(format!("{name}: does not come from a registry"));
-        }
+/// The packages that the workspace reaches over edges of these kinds.
+fn tree(workspace: &Workspace, edges: &str) -> Result<BTreeSet<Package>> {
+    let options = "tree --locked --workspace --prefix none --no-dedupe --target \
+                   x86_64-unknown-linux-gnu --format {p}|{l} --edges";
+    let text = workspace.cargo().words(options).arg(edges).read()?;
+    let packages: BTreeSet<Package> = text.lines().filter_map(Package::parse).collect();
+    ensure!(!packages.is_empty(), "cargo tree shows nothing");
+    Ok(packages)
+}
+
+impl Package {
+    /// Reads `name v1.2.3 (place)|licence`; the place is missing for what comes from the registry.
+    fn parse(line: &str) -> Option<Self> {
+        let (package, licence) = line.split_once('|')?;
+        let mut words = package.splitn(3, ' ');
+        Some(Self {
+            name: words.next()?.to_owned(),
+            version: words.next()?.trim_start_matches('v').to_owned(),
+            place: words.next().unwrap_or_default().replace("(proc-macro)", "").trim().to_owned(),
+            licence: licence.trim_end_matches(" (*)").to_owned(),
+        })
     }
-    for (name, versions) in versions.iter().filter(|(_, versions)| versions.len() > 1) {
-        if !DOUBLES_ALLOWED.iter().any(|(allowed, _)| allowed == name) {
-            findings.push(format!("{name}: linked in versions {}", versions.join(" and ")));
+
+    /// Which rules it breaks; `root` is where our own packages lie.
+    fn findings(&self, root: &str) -> Vec<String> {
+        let mut findings = Vec::new();
+        if !is_allowed(&self.licence) {
+            findings.push(format!("{}: licence '{}' is not on the list", self.name, self.licence));
         }
+        if !self.place.is_empty() && !self.place.starts_with(&format!("({root}")) {
+            findings.push(format!("{}: comes from {}, not a registry", self.name, self.place));
+        }
+        findings
     }
-    Ok(findings)
+}
+
+/// Packages that are linked in two versions.
+fn doubles(packages: &BTreeSet<Package>) -> Vec<String> {
+    let mut versions: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+    for package in packages {
+        versions.entry(&package.name).or_default().insert(&package.version);
+    }
+    versions.retain(|_, versions| versions.len() > 1);
+    versions
+        .iter()
+        .map(|(name, versions)| format!("{name}: linked in the versions {versions:?}"))
+        .collect()
 }
 
 /// Evaluates a licence expression: `OR` needs one side allowed, `AND` both; `/` is an old `OR`.
@@ -148,16 +184,27 @@ mod tests {
 
     #[test]
     fn each_rule_finds_its_breach() {
-        let package = |name: &str, version: &str, licence: &str, source: Value| serde_json::json!({ "name": name, "version": version, "license": licence, "source": source });
-        let registry = "registry+https://index";
-        let check = |packages: Vec<Value>, count: usize| {
-            let metadata = serde_json::json!({ "packages": packages });
-            assert_eq!(findings(&metadata).unwrap().len(), count);
+        let check = |line: &str, count: usize| {
+            let package = Package::parse(line).unwrap();
+            assert_eq!(package.findings("/src/parallax").len(), count, "{package:?}");
         };
-        check(vec![package("ours", "1.0.0", "Apache-2.0", Value::Null)], 0);
-        check(vec![package("gpl", "1.0.0", "GPL-2.0", registry.into())], 1);
-        check(vec![package("git", "1.0.0", "MIT", "git+https://host".into())], 1);
-        let twice = |version| package("twice", version, "MIT", registry.into());
-        check(vec![twice("1.0.0"), twice("2.0.0")], 1);
+        check("anyhow v1.0.104|MIT OR Apache-2.0", 0);
+        check("parallax-base v0.1.0 (/src/parallax/crates/base)|Apache-2.0", 0);
+        check("serde_derive v1.0.229 (proc-macro)|MIT", 0);
+        check("viral v1.0.0|GPL-2.0-only", 1);
+        check("nameless v1.0.0|", 1);
+        check("forked v1.0.0 (https://host/forked?rev=1#1234)|MIT", 1);
+        check("elsewhere v1.0.0 (/home/elsewhere)|AGPL-3.0", 2);
+    }
+
+    #[test]
+    fn two_versions_are_found() {
+        let check = |lines: &[&str], count: usize| {
+            let packages = lines.iter().filter_map(|line| Package::parse(line)).collect();
+            assert_eq!(doubles(&packages).len(), count, "{lines:?}");
+        };
+        check(&["a v1.0.0|MIT", "b v2.0.0|MIT"], 0);
+        check(&["a v1.0.0|MIT", "a v2.0.0|MIT"], 1);
+        check(&["a v1.0.0 (proc-macro)|MIT", "a v1.0.0|MIT"], 0);
     }
 }

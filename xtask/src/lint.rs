@@ -78,11 +78,12 @@ pub(crate) fn style(workspace: &Workspace) -> Result<()> {
 /// What is wrong with one source file, each as `: text` or `:line: text`.
 fn style_findings(name: &str, text: &str) -> Vec<String> {
     let mut findings = Vec::new();
-    if !text.starts_with("//!") && !text.starts_with("#![") {
+    let is_test = name.ends_with("/tests.rs") || name.contains("/tests/");
+    if !is_test && !text.starts_with("//!") && !text.starts_with("#![") {
         findings.push(": does not start with a module comment (`//!`)".to_owned());
     }
     let file = Path::new(name).file_name().and_then(|file| file.to_str()).unwrap_or_default();
-    if EMPTY_NAMES.contains(&file) && !name.contains("/tests/") {
+    if EMPTY_NAMES.contains(&file) && !is_test {
         findings.push(format!(": '{file}' says nothing about its contents"));
     }
     for (index, line) in text.lines().enumerate() {
@@ -134,6 +135,7 @@ mod tests {
         };
         check("crates/base/src/lib.rs", "//! Owns sizes.\n", 0);
         check("crates/base/src/lib.rs", "use std::fmt;\n", 1);
+        check("crates/base/src/size/tests.rs", "use super::*;\n", 0);
         check("crates/base/src/utils.rs", "//! Things.\n", 1);
         check("crates/base/src/lib.rs", concat!("//! x\n// TO", "DO: later\n"), 1);
         check("crates/vdi/src/lib.rs", concat!("//! x\nlet y = unsafe ", "{ f() };\n"), 1);
