@@ -506,6 +506,13 @@ impl Allocator {
         self.state.borrow().extents.kind(index.get())
     }
 
+    /// The first page of the live plane, from number `from` on, that has a live block: its number
+    /// and its 512 words.
+    #[must_use]
+    pub fn live_page(&self, from: u64) -> Option<(u64, Box<[u64; BLOCK_SIZE / 8]>)> {
+        self.state.borrow().planes.live_page(from).map(|(index, live)| (index, Box::new(*live)))
+    }
+
     /// Shows every page of the live plane that has a live block, in order: 512 words, least
     /// significant bit first. `visit` must not change the allocator.
     pub fn for_each_live_page(&self, mut visit: impl FnMut(u64, &[u64; BLOCK_SIZE / 8])) {

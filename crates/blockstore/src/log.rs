@@ -89,9 +89,6 @@ struct State {
     /// F as the newest sealed block says it.
     durable_noted: Lsn,
     blocks_written: u64,
-    /// Where the log stood when F last moved.
-    flush_position: RingPosition,
-    durable_seen: Lsn,
 }
 
 struct SealedBlock {
@@ -110,7 +107,8 @@ impl Log {
     /// Starts the log of an epoch.
     #[must_use]
     pub fn start(runtime: Runtime, scheduler: WriteScheduler, config: LogConfig) -> Self {
-        scheduler.watermarks().start_at(Lsn::new(config.first_lsn.get().saturating_sub(1)));
+        let last = Lsn::new(config.first_lsn.get().saturating_sub(1));
+        scheduler.watermarks().start_at(last, config.position);
         let state = State {
             position: config.position,
             lsn_next: config.first_lsn,
@@ -126,8 +124,6 @@ impl Log {
             incomplete: VecDeque::new(),
             durable_noted: Lsn::default(),
             blocks_written: 0,
-            flush_position: config.position,
-            durable_seen: Lsn::default(),
         };
         Self(Rc::new(Inner {
             runtime,
@@ -149,6 +145,14 @@ impl Log {
                 return Err(error);
             }
             let room = self.0.room.changed();
+            let unflushed = {
+                let state = self.0.state.borrow();
+                self.unflushed_blocks(&state) + state.reserved
+            };
+            if unflushed >= self.0.config.geometry.ring_blocks * 3 / 16 {
+                self.0.scheduler.flush().await?;
+                continue;
+            }
             {
                 let mut state = self.0.state.borrow_mut();
                 if self.used_blocks(&state) + state.reserved < self.high_water() {
@@ -311,22 +315,22 @@ impl Log {
         (self.used_blocks(&state), self.0.config.geometry.ring_blocks)
     }
 
-    /// Whether so much of the ring is not covered by a flush that recovering it would not fit into
-    /// the reserve: what stands above F is written again then.
+    /// Whether so much of the ring is not covered by a flush that one should be issued.
     #[must_use]
     pub fn is_long_unflushed(&self) -> bool {
-        let mut state = self.0.state.borrow_mut();
-        let durable = self.0.scheduler.watermarks().durable();
-        if state.durable_seen != durable {
-            state.durable_seen = durable;
-            state.flush_position = state.position;
-        }
-        let unflushed = state.position.distance_from(state.flush_position);
-        if unflushed < self.0.config.geometry.ring_blocks / 8 {
-            return false;
-        }
-        state.flush_position = state.position;
-        true
+        self.unflushed_blocks(&self.0.state.borrow()) >= self.0.config.geometry.ring_blocks / 8
+    }
+
+    /// Whether another record can be appended at all.
+    #[must_use]
+    pub fn has_reserve(&self) -> bool {
+        self.used_blocks(&self.0.state.borrow()) + 2 < self.0.config.geometry.ring_blocks
+    }
+
+    /// Blocks written since the last successful flush was issued: what recovery may have to write
+    /// again, into the reserve.
+    fn unflushed_blocks(&self, state: &State) -> u64 {
+        state.position.distance_from(self.0.scheduler.watermarks().durable_position())
     }
 
     /// Log blocks written so far.
@@ -402,6 +406,7 @@ impl Log {
             };
             state.previous = state.open.seal(&config.checksums, &seal, &mut buffer);
             state.position = position.plus(1);
+            self.0.scheduler.watermarks().advance_position(state.position);
             state.durable_noted = durable;
             state.blocks_written += 1;
             let waiters = std::mem::take(&mut state.open_waiters);

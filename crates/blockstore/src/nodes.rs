@@ -4,15 +4,22 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
+use std::time::Duration;
 
 use base::{BlockSlice, Buffer, Pba};
-use device::Device;
+use device::{Device, DeviceError};
 use ondisk::{Checksums, Entry, Node};
 use runtime::Runtime;
 
 use crate::Error;
 use crate::cache::NodeCache;
 use crate::scheduler::{Batch, WriteScheduler};
+
+/// How often a failed read of a metadata block is repeated.
+const READ_RETRIES: u32 = 3;
+
+/// Pause before it is.
+const RETRY_AFTER: Duration = Duration::from_millis(20);
 
 /// Loads and writes metadata blocks. Clones share it.
 #[derive(Clone)]
@@ -81,7 +88,7 @@ impl NodeStore {
             return Ok(node);
         }
         let at = entry.pba();
-        let buffer = self.0.device.read(at, 1, self.0.runtime.buffers().take_to_keep(1)).await?;
+        let buffer = self.read_again(at).await?;
         let node = Node::from_verified(Rc::new(buffer));
         let hash = self.0.checksums.block(&node.block().0);
         if !entry.matches(hash) && !base::mutant::active("ignore_metadata_checksum") {
@@ -90,6 +97,21 @@ impl NodeStore {
         }
         self.0.cache.insert(at, hash, node.clone());
         Ok(node)
+    }
+
+    /// Reads a block; a medium that fails it is asked again before its word is taken.
+    async fn read_again(&self, at: Pba) -> Result<Buffer, DeviceError> {
+        let mut attempts = 0;
+        loop {
+            let buffer = self.0.runtime.buffers().take_to_keep(1);
+            match self.0.device.read(at, 1, buffer).await {
+                Err(_) if attempts < READ_RETRIES => {
+                    attempts += 1;
+                    self.0.runtime.sleep(RETRY_AFTER).await;
+                }
+                outcome => return outcome,
+            }
+        }
     }
 
     /// Loads several blocks at once; the answers are in order.

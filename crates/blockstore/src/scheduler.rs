@@ -16,7 +16,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::rc::Rc;
 
-use base::{BlockSlice, Lsn, Pba, REQUEST_BLOCKS_MAX};
+use base::{BlockSlice, Lsn, Pba, REQUEST_BLOCKS_MAX, RingPosition};
 use device::{Cause, Device, DeviceError};
 use runtime::Runtime;
 use runtime::sync::{OneshotReceiver, OneshotSender, Signal, oneshot};
@@ -63,6 +63,9 @@ pub struct Watermarks(Rc<WatermarkCells>);
 struct WatermarkCells {
     completed: Cell<Lsn>,
     durable: Cell<Lsn>,
+    /// Where the log stands, and where it stood when the last successful flush was issued.
+    position: Cell<RingPosition>,
+    durable_position: Cell<RingPosition>,
 }
 
 impl Watermarks {
@@ -83,9 +86,19 @@ impl Watermarks {
         self.0.completed.set(to);
     }
 
-    pub(crate) fn start_at(&self, lsn: Lsn) {
+    pub(crate) fn start_at(&self, lsn: Lsn, position: RingPosition) {
         self.0.completed.set(lsn);
         self.0.durable.set(lsn);
+        self.0.position.set(position);
+        self.0.durable_position.set(position);
+    }
+
+    pub(crate) fn advance_position(&self, to: RingPosition) {
+        self.0.position.set(to);
+    }
+
+    pub(crate) fn durable_position(&self) -> RingPosition {
+        self.0.durable_position.get()
     }
 }
 
@@ -159,6 +172,12 @@ impl WriteScheduler {
     #[must_use]
     pub fn flush_count(&self) -> u64 {
         self.0.flush_count.get()
+    }
+
+    /// Whether a device flush is under way.
+    #[must_use]
+    pub fn is_flushing(&self) -> bool {
+        self.0.flush.borrow().in_flight
     }
 
     /// Why nothing is written any more, if so.
@@ -299,6 +318,7 @@ impl WriteScheduler {
             }
             // Taken before the flush is issued: what completes later is not covered.
             let covered = self.0.watermarks.completed();
+            let position = self.0.watermarks.0.position.get();
             let outcome = match self.failure() {
                 None => self.0.device.flush().await,
                 Some(error) => Err(error),
@@ -317,6 +337,7 @@ impl WriteScheduler {
                 Ok(()) => {
                     let durable = &self.0.watermarks.0.durable;
                     durable.set(durable.get().max(covered));
+                    self.0.watermarks.0.durable_position.set(position);
                 }
                 Err(error) => self.fail(error),
             }

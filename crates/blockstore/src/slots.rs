@@ -40,6 +40,7 @@ pub async fn read_slots(
 ) -> Result<SlotPair, Error> {
     let mut found: [Result<HostSlot, DecodeError>; 2] =
         [Err(DecodeError::Magic), Err(DecodeError::Magic)];
+    let mut unreadable = None;
     for (copy, slot) in (0u64..).zip(&mut found) {
         let at = geometry.host_slot(host, copy);
         // A copy that cannot be read is as good as a damaged one: the other may do.
@@ -48,8 +49,14 @@ pub async fn read_slots(
                 Some(block) => HostSlot::decode(block, checksums, at),
                 None => Err(DecodeError::Magic),
             },
-            Err(_) => Err(DecodeError::Checksum),
+            Err(error) => {
+                unreadable = Some(error);
+                Err(DecodeError::Checksum)
+            }
         };
+    }
+    if let ([Err(_), Err(_)], Some(error)) = (&found, unreadable) {
+        return Err(error.into());
     }
     let at = geometry.host_slot(host, 0);
     match found {

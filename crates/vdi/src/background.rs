@@ -57,6 +57,7 @@ async fn tick(engine: Rc<Engine>) {
         if engine.checkpoint_is_due() {
             engine.request_checkpoint();
         }
+        engine.collect_if_due();
     }
 }
 
@@ -79,7 +80,8 @@ impl Engine {
     pub(crate) fn nudge(self: &Rc<Self>, bytes: u64) {
         let unflushed = self.unflushed.get() + bytes;
         self.unflushed.set(unflushed);
-        if unflushed >= UNFLUSHED_BYTES_MAX || self.log.is_long_unflushed() {
+        let due = unflushed >= UNFLUSHED_BYTES_MAX || self.log.is_long_unflushed();
+        if due && !self.scheduler.is_flushing() {
             self.unflushed.set(0);
             let engine = Rc::clone(self);
             drop(self.runtime.spawn(async move {

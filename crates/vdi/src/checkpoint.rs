@@ -25,7 +25,7 @@ use ondisk::{
     VdiRecord,
 };
 use runtime::Time;
-use runtime::sync::{OneshotSender, Semaphore, Signal, oneshot};
+use runtime::sync::{OneshotSender, Permits, Semaphore, Signal, oneshot};
 
 use crate::Error;
 use crate::branch::{Base, Branch, Point};
@@ -141,6 +141,10 @@ struct Merge {
     dead: Vec<Pba>,
     points: HashMap<*const Point, (RootRef, BirthLabel)>,
     nodes_written: u64,
+    /// What garbage collection found; among `replaced` too.
+    garbage: Vec<Pba>,
+    /// See [`Outcome::left`].
+    left: u64,
     /// Extents whose records it stores.
     extents: Vec<ExtentIndex>,
     /// Retired blocks that it stores, if there are more than before.
@@ -148,6 +152,12 @@ struct Merge {
 }
 
 impl Engine {
+    /// Waits until no checkpoint is being merged, and keeps the next one from it: meanwhile
+    /// [`Engine::roots`] and the live plane are those of one checkpoint.
+    pub(crate) async fn between_merges(&self) -> Permits {
+        self.checkpoints.preparing.acquire(1).await
+    }
+
     /// Asks for a checkpoint soon.
     pub(crate) fn request_checkpoint(&self) {
         self.checkpoints.wanted.notify();
@@ -337,6 +347,7 @@ impl Engine {
             vdi.snapshot_table.set(table);
         }
         self.roots.set(done.roots);
+        self.collector.suspect(merge.left);
         if let Some(known) = merge.bad_known {
             self.checkpoints.bad_known.set(known);
         }
@@ -489,12 +500,17 @@ impl Merge {
             dead: Vec::new(),
             points: HashMap::new(),
             nodes_written: 0,
+            garbage: Vec::new(),
+            left: 0,
             extents: Vec::new(),
             bad_known: None,
         }
     }
 
     async fn run(&mut self, frozen: &mut Frozen) -> Result<Done, Error> {
+        // What nothing reaches goes the way of what was replaced.
+        self.garbage = self.engine.collector.take_garbage();
+        self.replaced.extend(&self.garbage);
         let mut branches = Vec::with_capacity(frozen.branches.len());
         // A base is older than what is built on it: its points have their trees in time.
         for (branch, is_head) in &frozen.branches {
@@ -508,6 +524,7 @@ impl Merge {
         roots.bad_blocks = self.store_bad_blocks(roots.bad_blocks).await?;
         // The table's own blocks may take an extent, which belongs into it too.
         loop {
+            self.engine.allocator.reclaim_empty_extents();
             let extents = self.extent_records();
             if extents.is_empty() {
                 break;
@@ -813,6 +830,7 @@ impl Merge {
         self.added.extend(outcome.added);
         self.replaced.extend(outcome.replaced);
         self.dead.extend(outcome.overruled);
+        self.left += outcome.left;
         self.nodes_written += outcome.nodes_written;
     }
 
@@ -843,6 +861,7 @@ impl Merge {
         for &index in &self.extents {
             allocator.mark_extent_dirty(index);
         }
+        self.engine.collector.put_garbage(self.garbage);
         for pba in self.allocated.take() {
             self.engine.nodes.cache().remove(pba);
             allocator.free_now(blockstore::allocator::Run { start: pba, count: 1 });

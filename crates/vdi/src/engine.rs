@@ -19,8 +19,12 @@ use runtime::sync::{OneshotReceiver, Semaphore, Signal};
 
 use crate::branch::{Base, Branch, Generation, Point};
 use crate::checkpoint::Checkpoints;
+use crate::gc::Collector;
 use crate::vdi::{Snapshot, Vdi};
 use crate::{Error, Stats};
+
+/// Blocks that are released between two breaths of the thread.
+const BLOCKS_PER_TURN: usize = 4096;
 
 /// Nodes that a checkpoint may need beyond those of changed leaves: tables, bitmaps, paths.
 const NODES_MARGIN: u64 = 256;
@@ -45,6 +49,7 @@ pub(crate) struct Engine {
     pub(crate) segments: RefCell<Vec<LogSegment>>,
     pub(crate) registry: RefCell<Registry>,
     pub(crate) checkpoints: Checkpoints,
+    pub(crate) collector: Collector,
     /// Requests under way, and who waits for their end.
     pub(crate) active: Cell<u64>,
     pub(crate) idle: Signal,
@@ -174,8 +179,8 @@ impl Engine {
 
     /// The VDI with this id, loaded from its table if it is not in use yet.
     pub(crate) async fn vdi(&self, id: VdiId) -> Result<Rc<Vdi>, Error> {
-        if let Some(vdi) = self.registry.borrow().loaded.get(&id) {
-            return Ok(Rc::clone(vdi));
+        if let Some(vdi) = self.loaded(id)? {
+            return Ok(vdi);
         }
         let _reader = self.epochs.enter();
         let roots = self.roots.get();
@@ -189,13 +194,22 @@ impl Engine {
             true
         })
         .await?;
-        // Somebody else may have loaded it meanwhile.
-        if let Some(vdi) = self.registry.borrow().loaded.get(&id) {
-            return Ok(Rc::clone(vdi));
+        // Somebody else may have loaded it meanwhile, or deleted it.
+        if let Some(vdi) = self.loaded(id)? {
+            return Ok(vdi);
         }
         let vdi = self.adopt(&record, snapshots);
         self.registry.borrow_mut().loaded.insert(id, Rc::clone(&vdi));
         Ok(vdi)
+    }
+
+    /// A VDI that exists, if it is in use.
+    fn loaded(&self, id: VdiId) -> Result<Option<Rc<Vdi>>, Error> {
+        let registry = self.registry.borrow();
+        if !registry.directory.contains_key(&id) {
+            return Err(Error::refused(ErrorKind::NotFound, format!("VDI {id} was deleted")));
+        }
+        Ok(registry.loaded.get(&id).map(Rc::clone))
     }
 
     fn adopt(&self, record: &VdiRecord, snapshots: Vec<SnapshotRecord>) -> Rc<Vdi> {
@@ -224,7 +238,7 @@ impl Engine {
     }
 
     /// Takes free data blocks: as many adjacent ones as there are, up to `count`. Waits for
-    /// checkpoints that may free some.
+    /// checkpoints, and for garbage collection, that may free some.
     ///
     /// # Errors
     /// `NoSpace` when even those gave nothing.
@@ -258,10 +272,34 @@ impl Engine {
         {
             return Ok(run);
         }
+        if self.collect_for_space().await
+            && self.metadata_suffices()
+            && let Some(run) =
+                self.allocator.allocate(Space::Data, &mut vdi.window.borrow_mut(), count)
+        {
+            return Ok(run);
+        }
         self.full.set(true);
         Err(Error::refused(
             ErrorKind::NoSpace,
             "the store is full: discard, delete VDIs or snapshots, or grow it",
+        ))
+    }
+
+    /// Waits until there is room for the nodes that one more change may need.
+    ///
+    /// # Errors
+    /// `NoSpace` when checkpoints gave none.
+    pub(crate) async fn reserve_metadata(self: &Rc<Self>) -> Result<(), Error> {
+        if !self.metadata_suffices() {
+            self.checkpoint_twice().await?;
+        }
+        if self.metadata_suffices() {
+            return Ok(());
+        }
+        Err(Error::refused(
+            ErrorKind::NoSpace,
+            "no room is left for metadata: delete VDIs or snapshots",
         ))
     }
 
@@ -292,10 +330,15 @@ impl Engine {
         if !base::mutant::active("release_ignores_readers") {
             self.epochs.quiesce().await;
         }
-        for pba in &blocks {
-            self.nodes.cache().remove(*pba);
+        // Garbage collection may still be reading trees that name them.
+        let blocks = self.collector.hold(blocks);
+        for part in blocks.chunks(BLOCKS_PER_TURN) {
+            for pba in part {
+                self.nodes.cache().remove(*pba);
+            }
+            self.allocator.release(part.iter().copied());
+            self.runtime.yield_now().await;
         }
-        self.allocator.release(blocks);
         self.full.set(false);
     }
 

@@ -138,6 +138,10 @@ async fn execute(
         | Request::WriteZeroes { length: 0, .. } => Ok(Response::Done),
         Request::Read { offset, length } => {
             let data = engine.read(vdi.id, &vdi.head(), offset, length).await?;
+            if vdi.incarnation.get() != incarnation {
+                // A rollback or deletion came between: what was looked up may be of neither state.
+                return Err(SEVERED);
+            }
             let mut stats = engine.stats.borrow_mut();
             stats.reads += 1;
             stats.read_bytes += as_u64(length);

@@ -24,6 +24,7 @@ mod compare;
 pub mod dump;
 mod engine;
 mod error;
+mod gc;
 mod handle;
 mod manage;
 mod mark;
@@ -37,6 +38,7 @@ mod vdi;
 mod write;
 
 pub use error::Error;
+pub use gc::GcReport;
 pub use store::Store;
 pub use types::{
     DiffExtent, FormatOptions, OpenOptions, OpenReport, SnapshotEntry, Stats, Target, VdiEntry,

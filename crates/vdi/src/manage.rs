@@ -80,6 +80,7 @@ impl Engine {
         label: Option<&str>,
     ) -> Result<SnapshotNumber, Error> {
         let _request = self.begin()?;
+        self.reserve_metadata().await?;
         let room = self.room().await?;
         let label = label.unwrap_or_default();
         check_label(label)?;
@@ -308,6 +309,7 @@ impl Engine {
     pub(crate) fn apply_delete_snapshot(&self, vdi: &Vdi, number: SnapshotNumber) {
         if let Some(snapshot) = vdi.snapshots.borrow_mut().remove(&number) {
             snapshot.deleted.set(true);
+            self.collector.dropped();
             vdi.snapshots_dirty.borrow_mut().insert(number, false);
         }
         self.touch(vdi);
@@ -338,6 +340,7 @@ impl Engine {
 
     pub(crate) fn apply_delete(&self, vdi: &Rc<Vdi>) {
         vdi.deleted.set(true);
+        self.collector.dropped();
         vdi.branch.borrow().is_head.set(false);
         for snapshot in vdi.snapshots.borrow().values() {
             snapshot.deleted.set(true);
@@ -358,6 +361,7 @@ impl Engine {
     pub(crate) fn apply_rollback(&self, vdi: &Vdi, snapshot: &Snapshot) {
         let old = Rc::clone(&vdi.branch.borrow());
         self.touch(vdi);
+        self.collector.dropped();
         old.is_head.set(false);
         let base = Base::Point(Rc::clone(&snapshot.branch), Rc::clone(&snapshot.point));
         // Above every label that the old branch may still give (design rule 33): its next merge

@@ -71,6 +71,18 @@ impl BlockSet {
         }
     }
 
+    /// Takes out the first page that is left.
+    pub(crate) fn pop_page(&mut self) -> Option<(u64, Box<[u64; PAGE_WORDS]>)> {
+        let (index, page) = self.pages.pop_first()?;
+        self.count -= page.iter().map(|word| u64::from(word.count_ones())).sum::<u64>();
+        Some((index, page))
+    }
+
+    /// A page, if there is one.
+    pub(crate) fn page(&self, index: u64) -> Option<&[u64; PAGE_WORDS]> {
+        self.pages.get(&index).map(|page| &**page)
+    }
+
     /// The pages, in order.
     pub(crate) fn pages(&self) -> impl Iterator<Item = (u64, &[u64; PAGE_WORDS])> {
         self.pages.iter().map(|(&index, page)| (index, &**page))

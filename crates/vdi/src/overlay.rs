@@ -19,9 +19,17 @@ use ondisk::{Entry, EntryState, HEIGHT_MAX};
 /// Changes by the tree node that they belong to: (level, number of the node at that level).
 #[derive(Debug, Default)]
 pub(crate) struct Overlay {
-    nodes: BTreeMap<(u8, u64), Vec<Version>>,
+    nodes: BTreeMap<(u8, u64), Changes>,
     level_max: u8,
     node_count: usize,
+}
+
+/// The changes of one node.
+#[derive(Debug, Default)]
+struct Changes {
+    /// LSN of the newest.
+    newest: Lsn,
+    versions: Vec<Version>,
 }
 
 /// One version of one slot of a node. Kept ordered by slot, then LSN.
@@ -45,10 +53,16 @@ impl Overlay {
         let slot = u8::try_from(slot(change.start, change.level)).unwrap_or(u8::MAX);
         self.level_max = self.level_max.max(change.level);
         let node_count = &mut self.node_count;
-        let versions = self.nodes.entry((change.level, node)).or_insert_with(|| {
+        let changes = self.nodes.entry((change.level, node)).or_insert_with(|| {
             *node_count += 1;
-            Vec::new()
+            Changes { newest: change.lsn, versions: Vec::new() }
         });
+        // A merge writes the node once for each interval in which it changed.
+        if separated(changes.newest.min(change.lsn), changes.newest.max(change.lsn)) {
+            *node_count += 1;
+        }
+        changes.newest = changes.newest.max(change.lsn);
+        let versions = &mut changes.versions;
         let version = Version { slot, lsn: change.lsn, entry: change.entry };
         let at = versions.partition_point(|other| (other.slot, other.lsn) < (slot, change.lsn));
         let replaced = at.checked_sub(1).and_then(|before| versions.get_mut(before));
@@ -83,7 +97,7 @@ impl Overlay {
     }
 
     fn lookup_level(&self, level: u8, index: u64, before: Lsn) -> Option<(Lsn, Entry)> {
-        let versions = self.nodes.get(&(level, index / (span(level) * 256)))?;
+        let versions = &self.nodes.get(&(level, index / (span(level) * 256)))?.versions;
         let slot = u8::try_from(slot(index, level)).unwrap_or(u8::MAX);
         let at = versions.partition_point(|other| (other.slot, other.lsn) < (slot, before));
         let version = versions.get(at.checked_sub(1)?)?;
@@ -96,8 +110,9 @@ impl Overlay {
         for level in 0..=self.level_max {
             let width = span(level);
             let first = (level, index / (width * 256));
-            for (&(_, node), versions) in self.nodes.range(first..=(level, u64::MAX)) {
-                let starts = versions
+            for (&(_, node), changes) in self.nodes.range(first..=(level, u64::MAX)) {
+                let starts = changes
+                    .versions
                     .iter()
                     .map(|version| node * width * 256 + u64::from(version.slot) * width);
                 // A subtree that began earlier still covers the block if it reaches it.
@@ -122,9 +137,9 @@ impl Overlay {
         use std::ops::Bound::{Excluded, Unbounded};
         let from = after.map_or(Unbounded, Excluded);
         let mut last = None;
-        for (&(level, node), versions) in self.nodes.range((from, Unbounded)).take(node_max) {
+        for (&(level, node), changes) in self.nodes.range((from, Unbounded)).take(node_max) {
             let width = span(level);
-            into.extend(versions.iter().map(|version| Change {
+            into.extend(changes.versions.iter().map(|version| Change {
                 level,
                 start: node * width * 256 + u64::from(version.slot) * width,
                 lsn: version.lsn,

@@ -9,13 +9,13 @@
 //! No tree node is read: replay fills overlays, whatever the size of the store (rule 16).
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeSet, HashSet};
+use std::collections::HashSet;
 use std::rc::Rc;
 use std::time::Duration;
 
 use base::{
     BirthLabel, BlockSlice, Epoch, ErrorKind, ExtentIndex, HostId, Lsn, Pba, REQUEST_BLOCKS_MAX,
-    StoreUuid, VdiId,
+    SnapshotNumber, StoreUuid, VdiId,
 };
 use blockstore::allocator::{Allocator, Run, Space};
 use blockstore::log::{Log, LogConfig, Replayed, replay};
@@ -34,6 +34,7 @@ use crate::Error;
 use crate::branch::Base;
 use crate::checkpoint::Checkpoints;
 use crate::engine::{Engine, Registry, as_u64};
+use crate::gc::Collector;
 use crate::types::{OpenOptions, OpenReport};
 
 /// The one host that runs today.
@@ -170,7 +171,7 @@ fn build(
         tail: first.map_or(replayed.end, |segment| segment.start),
         slot_sequence: slot.sequence,
     };
-    if replayed.end.distance_from(config.tail) >= geometry.ring_blocks {
+    if replayed.end.distance_from(config.tail) > geometry.ring_blocks {
         return Err(Error::refused(ErrorKind::Corrupt, "the log is longer than its ring"));
     }
     let log = Log::start(runtime.clone(), scheduler.clone(), config);
@@ -206,6 +207,7 @@ fn build(
         segments: RefCell::new(if live { slot.segments.clone() } else { Vec::new() }),
         registry: RefCell::new(Registry { id_next: slot.vdi_id_next, ..Registry::default() }),
         checkpoints: Checkpoints::new(),
+        collector: Collector::new(opened_at),
         active: Cell::new(0),
         idle: Signal::default(),
         closing: Cell::new(false),
@@ -353,6 +355,10 @@ impl Engine {
             RecordBody::Void { .. } | RecordBody::Time { .. } => return Ok(()),
             _ => {}
         }
+        if !self.registry.borrow().directory.contains_key(&record.vdi) {
+            // Deleted by an earlier record: what was on its way then has no home.
+            return Ok(());
+        }
         let vdi = self.vdi(record.vdi).await?;
         if vdi.claim != record.claim {
             // Of an earlier claim: the tree has it (design rule 48).
@@ -423,67 +429,51 @@ impl Engine {
             }));
         }
         let mut counted = Vec::with_capacity(reads.len());
-        // A snapshot or clone must not hold a later write without an earlier one (rule 31).
-        let mut incomplete: HashSet<VdiId> = HashSet::new();
-        let mut dropped: BTreeSet<VdiId> = BTreeSet::new();
+        let mut dropped = Dropped::default();
         for read in reads {
             let (record, data) = read.await;
-            if base::mutant::active("recovery_stops_at_bad_data") && !incomplete.is_empty() {
-                report.records_dropped += 1;
-                continue;
-            }
-            let counts = match (&record.body, data) {
-                (RecordBody::Write { pba, hashes, .. }, Ok(None)) => {
-                    incomplete.insert(record.vdi);
-                    let blocks = (0..as_u64(hashes.len())).map(|index| pba.plus(index));
-                    self.replaced_by_recovery(blocks);
-                    false
-                }
-                (RecordBody::Snapshot { .. }, _) => !incomplete.contains(&record.vdi),
-                (RecordBody::Clone { source, .. }, _) => {
-                    let counts = !incomplete.contains(source);
-                    if !counts {
-                        dropped.insert(record.vdi);
-                    }
-                    counts
-                }
-                (_, Err(error)) => return Err(error),
-                (_, Ok(data)) => {
-                    if !dropped.contains(&record.vdi) {
-                        counted.push((record, data));
-                    } else {
-                        report.records_dropped += 1;
-                    }
-                    continue;
-                }
+            let stop = base::mutant::active("recovery_stops_at_bad_data");
+            let data = match data? {
+                _ if stop && !dropped.incomplete.is_empty() => None,
+                Data::Missing => None,
+                Data::Verified(data) => Some(Some(data)),
+                Data::Unreadable | Data::NotAWrite => Some(None),
             };
-            if counts && !dropped.contains(&record.vdi) {
-                counted.push((record, None));
-            } else {
-                report.records_dropped += 1;
+            match data {
+                Some(data) if dropped.may_count(&record) => counted.push((record, data)),
+                _ => {
+                    report.records_dropped += 1;
+                    if let RecordBody::Write { pba, hashes, .. } = &record.body {
+                        let blocks = (0..as_u64(hashes.len())).map(|index| pba.plus(index));
+                        self.replaced_by_recovery(blocks);
+                    }
+                    dropped.note(&record);
+                }
             }
         }
         Ok(counted)
     }
 
-    /// The data of a write, if it is all there.
-    async fn verified_data(&self, record: &Record) -> Result<Option<BlockSlice>, Error> {
-        let RecordBody::Write { pba, hashes, .. } = &record.body else { return Ok(None) };
+    /// What stands where a write says that its data is.
+    async fn verified_data(&self, record: &Record) -> Result<Data, Error> {
+        let RecordBody::Write { pba, hashes, .. } = &record.body else {
+            return Ok(Data::NotAWrite);
+        };
         let count = hashes.len();
         let buffer = self.runtime.buffers().take(count);
-        let read = self.device.read(*pba, count, buffer).await;
-        let buffer = match read {
+        let buffer = match self.device.read(*pba, count, buffer).await {
             Ok(buffer) => buffer,
-            // Data that cannot be read is not data that was promised: F had not passed it.
-            Err(error) if error.kind() == ErrorKind::Io => return Ok(None),
+            Err(error) if error.kind() == ErrorKind::Io => return Ok(Data::Unreadable),
             Err(error) => return Err(blockstore::Error::from(error).into()),
         };
         let verified = hashes
             .iter()
             .zip(buffer.blocks())
             .all(|(&hash, block)| self.checksums.block(&block.0) == hash);
-        let skip = base::mutant::active("recovery_trusts_data");
-        Ok((verified || skip).then(|| BlockSlice::new(Rc::new(buffer), 0, count)))
+        if verified || base::mutant::active("recovery_trusts_data") {
+            return Ok(Data::Verified(BlockSlice::new(Rc::new(buffer), 0, count)));
+        }
+        Ok(Data::Missing)
     }
 
     /// Publishes the new epoch, writes again what counts above F, and seals the old log.
@@ -522,6 +512,8 @@ impl Engine {
             self.log.complete(rewrite.lsn);
         }
         self.log.durable(self.log.last_lsn()).await.map_err(blockstore::Error::from)?;
+        // The next crash should find that these need no second look.
+        self.log.mark_durable();
         let mut segments = self.segments.borrow().clone();
         if let Some(last) = segments.last_mut()
             && last.last_lsn == Lsn::default()
@@ -569,6 +561,13 @@ impl Engine {
         Ok(())
     }
 
+    fn refuse_full_log(&self) -> Result<(), Error> {
+        if self.log.has_reserve() {
+            return Ok(());
+        }
+        Err(Error::refused(ErrorKind::NoSpace, "the log has no room left to recover its end"))
+    }
+
     /// Writes a record that counts to the new log, and its data to new blocks, and applies it.
     async fn rewrite(
         self: &Rc<Self>,
@@ -577,13 +576,19 @@ impl Engine {
         rewritten: &mut Vec<Rewritten>,
     ) -> Result<(), Error> {
         let (RecordBody::Write { lba, pba, hashes }, Some(data)) = (&record.body, data) else {
+            self.refuse_full_log()?;
             let (lsn, appended) = self.log.append(&record);
             rewritten.push(Rewritten { lsn, appended, written: None });
             return self.apply(lsn, &record).await;
         };
+        if !self.registry.borrow().directory.contains_key(&record.vdi) {
+            self.replaced_by_recovery((0..as_u64(hashes.len())).map(|index| pba.plus(index)));
+            return Ok(());
+        }
         let vdi = self.vdi(record.vdi).await?;
         let mut done = 0;
         while done < hashes.len() {
+            self.refuse_full_log()?;
             let run = {
                 let mut window = vdi.window.borrow_mut();
                 let left = as_u64(hashes.len() - done);
@@ -611,6 +616,68 @@ impl Engine {
             done += count;
         }
         Ok(())
+    }
+}
+
+/// What a read of a write's blocks gave.
+enum Data {
+    /// There is no data to a record of this kind.
+    NotAWrite,
+    /// All blocks are what was written.
+    Verified(BlockSlice),
+    /// Something else is there: the write had not completed.
+    Missing,
+    /// The device fails the read. The write may have been acknowledged, so it counts where it
+    /// stands: what cannot be read later is an error then, and never another content.
+    Unreadable,
+}
+
+/// What recovery drops, and what cannot count without it (design rule 31).
+#[derive(Default)]
+struct Dropped {
+    /// VDIs of which a write is missing.
+    incomplete: HashSet<VdiId>,
+    snapshots: HashSet<(VdiId, SnapshotNumber)>,
+    vdis: HashSet<VdiId>,
+}
+
+impl Dropped {
+    /// Whether nothing that `record` builds on was dropped. A snapshot or clone must not hold a
+    /// later write without an earlier one.
+    fn may_count(&self, record: &Record) -> bool {
+        if self.vdis.contains(&record.vdi) {
+            return false;
+        }
+        match &record.body {
+            RecordBody::Snapshot { .. } => !self.incomplete.contains(&record.vdi),
+            RecordBody::Clone { source, snapshot, .. } => {
+                let whole = snapshot.get() != 0 || !self.incomplete.contains(source);
+                whole
+                    && !self.vdis.contains(source)
+                    && !self.snapshots.contains(&(*source, *snapshot))
+            }
+            RecordBody::Rollback { number } => !self.snapshots.contains(&(record.vdi, *number)),
+            _ => true,
+        }
+    }
+
+    fn note(&mut self, record: &Record) {
+        match &record.body {
+            RecordBody::Write { .. } => {
+                self.incomplete.insert(record.vdi);
+            }
+            RecordBody::Snapshot { number, .. } => {
+                self.snapshots.insert((record.vdi, *number));
+            }
+            RecordBody::Create { .. } | RecordBody::Clone { .. } => {
+                self.vdis.insert(record.vdi);
+            }
+            RecordBody::Rollback { .. } => {
+                // What follows was made on another base.
+                self.incomplete.insert(record.vdi);
+            }
+            _ => {}
+        }
     }
 }
 

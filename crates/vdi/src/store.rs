@@ -12,7 +12,7 @@ use crate::engine::{Engine, as_u64};
 use crate::handle::{SnapshotHandle, VdiHandle};
 use crate::manage::{find_snapshot, not_found};
 use crate::vdi::Snapshot;
-use crate::{background, recovery};
+use crate::{GcReport, background, recovery};
 
 use crate::Error;
 use crate::types::{
@@ -209,6 +209,18 @@ impl Store {
     /// If the device fails.
     pub async fn checkpoint(&self) -> Result<(), Error> {
         self.0.checkpoint_twice().await
+    }
+
+    /// Frees every block that no VDI and no snapshot reaches: what they held alone that were
+    /// deleted before. Guests go on meanwhile. The freed blocks are allocatable on return. Runs by
+    /// itself when it is needed.
+    ///
+    /// # Errors
+    /// `Corrupt` or `Io` if a node could not be read: nothing is freed then, as what it names is
+    /// not known. `Fenced` if the store was closed meanwhile.
+    pub async fn collect_garbage(&self) -> Result<GcReport, Error> {
+        let _request = self.0.begin()?;
+        self.0.collect_garbage().await
     }
 
     /// Current counters.

@@ -167,6 +167,10 @@ pub struct Stats {
     pub checkpoints: u64,
     /// Tree nodes written by checkpoints.
     pub nodes_written: u64,
+    /// Cycles of garbage collection completed.
+    pub collections: u64,
+    /// Blocks that they freed.
+    pub collected_blocks: u64,
     /// Node cache hits.
     pub cache_hits: u64,
     /// Node cache misses.

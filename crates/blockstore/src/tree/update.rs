@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 
 use base::{BirthLabel, Lsn, Pba};
+use device::Cause;
 use ondisk::{Entry, EntryState, FANOUT, Node, RootRef};
 
 use super::{slot, span};
@@ -49,6 +50,9 @@ pub struct Outcome {
     pub replaced: Vec<Pba>,
     /// Blocks of changes that a newer subtree change overruled: they never were in a tree.
     pub overruled: Vec<Pba>,
+    /// How often something that may be shared was left to garbage collection, alone or with a
+    /// subtree below it.
+    pub left: u64,
     /// Nodes written.
     pub nodes_written: u64,
 }
@@ -68,6 +72,9 @@ pub struct TreeWriter<'a> {
 /// Most nodes that one update reads to free what a dropped subtree held. Beyond it, blocks are
 /// left to garbage collection, so that discarding 16 TiB does not stop the checkpoint (rule 29).
 const DROPPED_NODES_MAX: u32 = 1024;
+
+/// The errno of a block that the medium fails.
+const EIO: i32 = 5;
 
 /// Nodes built between two breaths of the thread.
 const NODES_PER_TURN: u64 = 32;
@@ -111,6 +118,11 @@ fn usable(entry: Entry, loaded: Result<Node, Error>) -> Result<(Entry, Option<No
     match loaded {
         Ok(node) => Ok((entry, Some(node))),
         Err(Error::Damaged { .. }) => Ok((Entry::DAMAGED, None)),
+        // A latent sector error, after repeated reads: as lost as a damaged one.
+        Err(Error::Device(error)) if error.cause == Cause::Errno(EIO) => {
+            tracing::error!(%error, "a metadata block cannot be read");
+            Ok((Entry::DAMAGED, None))
+        }
         Err(error) => Err(error),
     }
 }
@@ -268,8 +280,13 @@ impl Updater<'_, '_> {
     }
 
     fn replace(&mut self, old: Entry) {
-        if old.state() == EntryState::Mapped && self.births.is_private(old) {
+        if old.state() != EntryState::Mapped {
+            return;
+        }
+        if self.births.is_private(old) {
             self.writer.outcome.replaced.push(old.pba());
+        } else {
+            self.writer.outcome.left += 1;
         }
     }
 
@@ -279,10 +296,12 @@ impl Updater<'_, '_> {
             // Children are never younger than the node that names them: a shared node has
             // nothing private below it.
             if entry.state() != EntryState::Mapped || !self.births.is_private(entry) {
+                self.replace(entry);
                 return Ok(());
             }
             if level > 0 {
                 if self.dropped_nodes_left == 0 {
+                    self.writer.outcome.left += 1;
                     return Ok(());
                 }
                 self.dropped_nodes_left -= 1;

@@ -130,6 +130,13 @@ impl Anatomy {
     }
 }
 
+/// Where the first leaf of a VDI stands.
+pub(crate) fn leaf_of(ram: &Ram, vdi: u64) -> Pba {
+    let anatomy = Anatomy::of(ram);
+    let path = anatomy.path(&anatomy.vdi(vdi).root);
+    path[path.len() - 2].pba()
+}
+
 fn kinds(report: &CheckReport) -> Vec<FindingKind> {
     let mut kinds: Vec<_> = report.errors.iter().map(|finding| finding.kind).collect();
     kinds.dedup();

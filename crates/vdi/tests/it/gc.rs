@@ -6,9 +6,13 @@ use std::time::Duration;
 
 use base::{Buffer, ErrorKind};
 use disk::Request;
+use parallax_vdi::check::CheckOptions;
+use parallax_vdi::{Store, Target};
 use runtime::Runtime;
 
-use crate::{disk, read, with_store, write};
+use crate::check::{assert_sound, checked};
+use crate::ram::run;
+use crate::{disk, open, read, with_store, write};
 
 /// Fails instead of hanging if `work` takes longer than a minute of the runtime's time.
 async fn in_time<T: 'static>(runtime: &Runtime, work: impl Future<Output = T> + 'static) -> T {
@@ -46,4 +50,215 @@ fn a_write_that_fills_the_store_ends() {
         })
         .await;
     });
+}
+
+const OPTIONS: CheckOptions =
+    CheckOptions { repair: false, read_data: true, boot_id: [1; 16], nonce: 5 };
+
+/// Blocks that are in use beyond the data of VDIs.
+fn used(store: &Store) -> u64 {
+    let stats = store.stats();
+    (stats.capacity_bytes - stats.free_bytes) / 4096
+}
+
+#[test]
+fn whatever_is_deleted_in_any_order_comes_back() {
+    for order in 0..6 {
+        let (ram, ()) = with_store(move |_, store| async move {
+            store.create("web01", 64 << 20).await.unwrap();
+            let head = disk(&store, "web01").await;
+            for round in 1..=3u8 {
+                for index in 0..40u64 {
+                    write(&head, index << 18, &vec![round; 40_960]).await;
+                }
+                store.snapshot("web01", Some(&format!("s{round}"))).await.unwrap();
+                if round == 2 {
+                    store.checkpoint().await.unwrap();
+                }
+            }
+            store.clone_vdi(&Target::parse("web01@s2"), "clone").await.unwrap();
+            write(&disk(&store, "clone").await, 0, &vec![9; 1 << 20]).await;
+            store.rollback("web01", "s1").await.unwrap();
+            store.checkpoint().await.unwrap();
+            let before = used(&store);
+            let mut victims = vec!["web01@s1", "web01@s2", "web01@s3", "clone"];
+            victims.rotate_left(order % 4);
+            if order % 2 == 1 {
+                victims.reverse();
+            }
+            for victim in victims {
+                store.remove(&Target::parse(victim)).await.unwrap();
+                if order > 3 {
+                    store.collect_garbage().await.unwrap();
+                }
+                for block in [0u64, 9, 39 * 64] {
+                    let bytes = read(&disk(&store, "web01").await, block << 12, 4096).await;
+                    assert_eq!(bytes, [1; 4096], "order {order}, without {victim}");
+                }
+            }
+            store.collect_garbage().await.unwrap();
+            // The data of web01, its tree and the tables, and half-used windows.
+            assert!(used(&store) < 400 + 40 + 150, "{} of {before} blocks", used(&store));
+            store.remove(&Target::parse("web01")).await.unwrap();
+            let report = store.collect_garbage().await.unwrap();
+            assert!(report.freed_blocks >= 400, "{report:?}");
+            assert!(used(&store) < 150, "{} blocks are in use", used(&store));
+            assert_eq!(store.collect_garbage().await.unwrap().freed_blocks, 0);
+        });
+        let report = checked(&ram, OPTIONS);
+        assert!(report.is_clean(), "{report:?}");
+        assert_eq!(report.counts.leaked_blocks, 0);
+    }
+}
+
+#[test]
+fn a_full_store_heals_by_itself_when_a_snapshot_goes() {
+    with_store(|runtime, store| async move {
+        store.create("big", 1 << 30).await.unwrap();
+        let disk = disk(&store, "big").await;
+        for index in 0..40 {
+            write(&disk, index << 20, &vec![1; 1 << 20]).await;
+        }
+        store.snapshot("big", Some("held")).await.unwrap();
+        let (store, disk) = (store.clone(), Rc::clone(&disk));
+        in_time(&runtime, async move {
+            let mut refused = 0;
+            for index in 0..80u64 {
+                let data = Buffer::from_bytes(&vec![2; 1 << 20]);
+                let offset = (index % 40) << 20;
+                let request = Request::Write { offset, length: 1 << 20, data, fua: false };
+                let Err(error) = disk.submit(request).await else { continue };
+                assert_eq!(error.kind, ErrorKind::NoSpace);
+                refused += 1;
+                if refused == 3 {
+                    store.remove(&Target::parse("big@held")).await.unwrap();
+                }
+                assert!(refused <= 3, "write {index} was refused");
+            }
+            assert!(refused == 3, "the store was never full");
+            assert!(store.stats().collected_blocks > 5000);
+        })
+        .await;
+    });
+}
+
+#[test]
+fn guests_go_on_while_garbage_is_collected() {
+    let (ram, ()) = with_store(|runtime, store| async move {
+        store.create("web01", 64 << 20).await.unwrap();
+        store.create("quiet", 64 << 20).await.unwrap();
+        write(&disk(&store, "quiet").await, 0, &vec![77; 1 << 20]).await;
+        let stop = Rc::new(Cell::new(false));
+        let writers: Vec<_> = (0..4u64)
+            .map(|writer| {
+                let (store, stop) = (store.clone(), Rc::clone(&stop));
+                runtime.spawn(async move {
+                    let mut round = 0u8;
+                    while !stop.get() {
+                        round = round.wrapping_add(1).max(1);
+                        let disk = disk(&store, "web01").await;
+                        for index in 0..16 {
+                            let offset = (writer * 16 + index) << 16;
+                            write(&disk, offset, &[round; 12_288]).await;
+                        }
+                        for index in 0..16 {
+                            let offset = (writer * 16 + index) << 16;
+                            assert_eq!(read(&disk, offset, 12_288).await, [round; 12_288]);
+                        }
+                    }
+                    round
+                })
+            })
+            .collect();
+        for _ in 0..12 {
+            let number = store.snapshot("web01", None).await.unwrap();
+            let label = number.to_string();
+            let frozen = read(&disk(&store, &format!("web01@{label}")).await, 0, 1 << 20).await;
+            store.collect_garbage().await.unwrap();
+            let again = read(&disk(&store, &format!("web01@{label}")).await, 0, 1 << 20).await;
+            assert!(frozen == again, "snapshot {label} changed");
+            store.clone_vdi(&Target::parse(&format!("web01@{label}")), "copy").await.unwrap();
+            store.remove(&Target::parse(&format!("web01@{label}"))).await.unwrap();
+            store.collect_garbage().await.unwrap();
+            let copied = read(&disk(&store, "copy").await, 0, 1 << 20).await;
+            assert!(copied == frozen, "the copy of {label} changed");
+            store.remove(&Target::parse("copy")).await.unwrap();
+        }
+        stop.set(true);
+        for (writer, task) in (0u64..).zip(writers) {
+            let round = task.await;
+            let bytes = read(&disk(&store, "web01").await, writer << 20, 12_288).await;
+            assert_eq!(bytes, [round; 12_288]);
+        }
+        assert_eq!(read(&disk(&store, "quiet").await, 0, 1 << 20).await, vec![77; 1 << 20]);
+        store.collect_garbage().await.unwrap();
+        store.close().await.unwrap();
+    });
+    assert_sound(&ram, 0);
+    assert_eq!(checked(&ram, OPTIONS).counts.leaked_blocks, 0);
+}
+
+#[test]
+fn a_crash_in_the_middle_loses_nothing() {
+    for breaths in (0..600).step_by(7) {
+        let (ram, ()) = with_store(move |runtime, store| async move {
+            store.create("web01", 64 << 20).await.unwrap();
+            let head = disk(&store, "web01").await;
+            write(&head, 0, &vec![1; 1 << 20]).await;
+            store.snapshot("web01", Some("gone")).await.unwrap();
+            write(&head, 0, &vec![2; 1 << 20]).await;
+            store.snapshot("web01", Some("kept")).await.unwrap();
+            write(&head, 0, &vec![3; 1 << 20]).await;
+            store.checkpoint().await.unwrap();
+            store.remove(&Target::parse("web01@gone")).await.unwrap();
+            let collecting = store.clone();
+            drop(runtime.spawn(async move { drop(collecting.collect_garbage().await) }));
+            for _ in 0..breaths {
+                runtime.yield_now().await;
+            }
+            write(&head, 0, &vec![4; 4096]).await;
+        });
+        let report = checked(&ram, OPTIONS);
+        assert!(report.is_clean(), "after {breaths} breaths: {:?}", report.errors);
+        let device = ram.clone();
+        run(2, |runtime| async move {
+            let (store, _) = open(&device, &runtime).await;
+            let head = read(&disk(&store, "web01").await, 0, 1 << 20).await;
+            assert!(head[..4096] == [4; 4096] && head[4096..].iter().all(|&byte| byte == 3));
+            store.collect_garbage().await.unwrap();
+            let kept = read(&disk(&store, "web01@kept").await, 0, 1 << 20).await;
+            assert!(kept.iter().all(|&byte| byte == 2), "after {breaths} breaths");
+        });
+        assert_sound(&ram, breaths);
+        assert_eq!(checked(&ram, OPTIONS).counts.leaked_blocks, 0, "after {breaths} breaths");
+    }
+}
+
+/// Blocks below a node that cannot be read are not known: nothing is freed.
+#[test]
+fn a_damaged_node_stops_the_collection_and_nothing_else() {
+    let (ram, ()) = with_store(|_, store| async move {
+        store.create("web01", 64 << 20).await.unwrap();
+        store.create("doomed", 64 << 20).await.unwrap();
+        write(&disk(&store, "web01").await, 0, &vec![1; 1 << 20]).await;
+        write(&disk(&store, "doomed").await, 0, &vec![2; 1 << 20]).await;
+        store.close().await.unwrap();
+    });
+    let leaf = crate::check::leaf_of(&ram, 1);
+    ram.rot(leaf);
+    let device = ram.clone();
+    run(2, |runtime| async move {
+        let (store, _) = open(&device, &runtime).await;
+        store.remove(&Target::parse("doomed")).await.unwrap();
+        let error = store.collect_garbage().await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
+        let disk = disk(&store, "web01").await;
+        write(&disk, 1 << 21, &[3; 4096]).await;
+        assert_eq!(read(&disk, 1 << 21, 4096).await, [3; 4096]);
+        // Without the damaged VDI there is nothing in the way.
+        store.remove(&Target::parse("web01")).await.unwrap();
+        assert!(store.collect_garbage().await.unwrap().freed_blocks > 500);
+        store.close().await.unwrap();
+    });
+    assert_sound(&ram, 0);
 }

@@ -119,6 +119,7 @@ async fn one_step(
             }
         }
         14 => store.checkpoint().await.unwrap(),
+        15 => drop(store.collect_garbage().await.unwrap()),
         _ => {
             let name = &names[random.below(names.len())];
             let bytes = read(&disk(store, name).await, start as u64, length).await;

@@ -1,0 +1,406 @@
+//! Garbage collection: frees blocks that nothing reaches. Checkpoints free what was private to one
+//! tree when it is replaced; what a snapshot or clone may have shared is left to this.
+//!
+//! One cycle, while guests go on:
+//! 1. *Cut*: a checkpoint publishes what was deleted. Between two merges, the roots `R` and the
+//!    live plane `C` of one checkpoint are taken: `C` are the candidates.
+//! 2. *Mark*: everything that `R` reaches is marked, each shared subtree once. Blocks that
+//!    checkpoints release meanwhile are held back, so that no node is rewritten under the walk.
+//! 3. *Sweep*: `C` without the marked blocks goes to the next checkpoints as replaced blocks, and
+//!    is released as those are: when both slots are past it (design rules 17, 18).
+//!
+//! Why no block is freed that anything can reach (rules 35, 36). Let `g` be swept: live at the
+//! cut, and not reached by `R`.
+//! - *Nothing allocates it meanwhile*: live blocks are busy, until the sweep's own release.
+//! - *No later tree names it.* A tree names new blocks, which were not live at the cut, and
+//!   blocks that the tree it continues names. By induction it is enough to look at what the first
+//!   trees after the cut continue: bases of branches. A branch with changes above the cut
+//!   continues, directly or over points that have no tree yet,
+//!   - its own tree as of the cut: the head of a VDI that existed then, even if it was deleted or
+//!     rolled back since, for that is a record above the cut: `R` reaches it;
+//!   - a point with a tree: of a snapshot that was there when the branch began. Nobody can clone,
+//!     roll back to or open a deleted one, so its deletion is a record above the cut too: `R`
+//!     reaches it. The origin of a clone of a running VDI is passed by the same checkpoint as the
+//!     clone: from then on the clone has a root of its own;
+//!   - nothing: a new VDI.
+//! - *No reader sees it*: handles of deleted snapshots are severed, and a read that began before
+//!   holds the release back (rule 19).
+//! - *After a crash* the same holds: recovery starts from a published checkpoint, whose bitmaps
+//!   hold `g` until one without it is published, and replays records above its cut.
+//!
+//! If a node cannot be read, nothing is freed: what is below it is not known.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::time::Duration;
+
+use base::{ErrorKind, Pba};
+use blockstore::NodeStore;
+use blockstore::allocator::BITMAP_PAGE_BLOCKS;
+use ondisk::{Entry, RootRef, Roots, SlotState, SnapshotRecord, TableRecord, VdiRecord};
+use runtime::Time;
+use runtime::sync::Semaphore;
+
+use crate::Error;
+use crate::engine::{Engine, as_u64};
+use crate::mark::{BlockSet, Marker, Named, Walk};
+
+/// Blocks that one checkpoint sweeps.
+const SWEEP_BLOCKS: usize = 64 << 10;
+
+/// Pages of bits copied between two breaths of the thread.
+const PAGES_PER_TURN: u64 = 64;
+
+/// How long after opening a store the first cycle may start by itself.
+const QUIET_AFTER_OPEN: Duration = Duration::from_secs(60);
+
+/// Shortest time between two cycles that start by themselves.
+const PAUSE_MIN: Duration = Duration::from_secs(10);
+
+/// After a cycle, the next one that starts by itself waits so many times as long as it took.
+const PAUSE_FACTOR: u32 = 4;
+
+/// What one cycle did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GcReport {
+    /// Blocks that were reached.
+    pub reached_blocks: u64,
+    /// Blocks that were not, and are free now.
+    pub freed_blocks: u64,
+}
+
+/// State of the garbage collection.
+pub(crate) struct Collector {
+    /// One cycle at a time.
+    cycle: Semaphore,
+    /// Number of the last cycle that was started.
+    started: Cell<u64>,
+    /// The last cycle that was completed, by number.
+    completed: Cell<(u64, GcReport)>,
+    /// How much was left to collect since the last cut, as far as that is known.
+    suspected: Cell<u64>,
+    /// Whether something was deleted since then.
+    has_dropped: Cell<bool>,
+    /// Swept blocks that the next checkpoint takes.
+    garbage: RefCell<Vec<Pba>>,
+    /// Blocks whose release waits for the end of the mark, while one is under way.
+    held: RefCell<Option<BlockSet>>,
+    /// No cycle starts by itself before.
+    not_before: Cell<Time>,
+}
+
+impl Collector {
+    pub(crate) fn new(now: Time) -> Self {
+        Self {
+            cycle: Semaphore::new(1),
+            started: Cell::new(0),
+            completed: Cell::default(),
+            // What an earlier run of the store left is not known.
+            suspected: Cell::new(1),
+            has_dropped: Cell::new(true),
+            garbage: RefCell::default(),
+            held: RefCell::default(),
+            not_before: Cell::new(now.after(QUIET_AFTER_OPEN)),
+        }
+    }
+
+    /// Notes that a VDI, a snapshot or the newest state of a VDI was dropped.
+    pub(crate) fn dropped(&self) {
+        self.has_dropped.set(true);
+        self.suspect(1);
+    }
+
+    /// Notes that so much was left to garbage collection.
+    pub(crate) fn suspect(&self, count: u64) {
+        self.suspected.set(self.suspected.get().saturating_add(count));
+    }
+
+    /// What a merge takes as replaced.
+    pub(crate) fn take_garbage(&self) -> Vec<Pba> {
+        std::mem::take(&mut self.garbage.borrow_mut())
+    }
+
+    /// What a failed merge gives back.
+    pub(crate) fn put_garbage(&self, garbage: Vec<Pba>) {
+        self.garbage.borrow_mut().extend(garbage);
+    }
+
+    /// Holds blocks back that are to be released, if a mark is under way; else returns them.
+    pub(crate) fn hold(&self, blocks: Vec<Pba>) -> Vec<Pba> {
+        match &mut *self.held.borrow_mut() {
+            Some(held) => {
+                for pba in blocks {
+                    held.insert(pba);
+                }
+                Vec::new()
+            }
+            None => blocks,
+        }
+    }
+}
+
+impl Engine {
+    /// Runs a cycle that begins after this call, or joins one that does.
+    ///
+    /// # Errors
+    /// See [`crate::Store::collect_garbage`].
+    pub(crate) async fn collect_garbage(self: &Rc<Self>) -> Result<GcReport, Error> {
+        let collector = &self.collector;
+        let asked = collector.started.get();
+        let _one = collector.cycle.acquire(1).await;
+        let (completed, report) = collector.completed.get();
+        if completed > asked {
+            return Ok(report);
+        }
+        let number = collector.started.get() + 1;
+        collector.started.set(number);
+        let began = self.runtime.now();
+        let outcome = self.cycle().await;
+        let pause = self.runtime.now().since(began).saturating_mul(PAUSE_FACTOR).max(PAUSE_MIN);
+        collector.not_before.set(self.runtime.now().after(pause));
+        let report = match outcome {
+            Ok(report) => report,
+            Err(error) => {
+                collector.suspect(1);
+                return Err(error);
+            }
+        };
+        collector.completed.set((number, report));
+        let mut stats = self.stats.borrow_mut();
+        stats.collections += 1;
+        stats.collected_blocks += report.freed_blocks;
+        Ok(report)
+    }
+
+    /// Runs a cycle for somebody who needs space, if one may help; whether it ran.
+    pub(crate) async fn collect_for_space(self: &Rc<Self>) -> bool {
+        let collector = &self.collector;
+        if collector.suspected.get() == 0 && collector.cycle.available() > 0 {
+            return false;
+        }
+        match self.collect_garbage().await {
+            // Also what the mark held back is free now.
+            Ok(_) => true,
+            Err(error) => {
+                tracing::warn!(%error, "garbage could not be collected");
+                false
+            }
+        }
+    }
+
+    /// Starts a cycle in the background if something was deleted and space is getting short.
+    pub(crate) fn collect_if_due(self: &Rc<Self>) {
+        let collector = &self.collector;
+        let scarce = self.allocator.free_blocks() < self.allocator.capacity_blocks() / 2;
+        let rested = self.runtime.now() >= collector.not_before.get();
+        let idle = collector.cycle.available() > 0;
+        if !(collector.has_dropped.get() && scarce && rested && idle) || self.closing.get() {
+            return;
+        }
+        let engine = Rc::clone(self);
+        drop(self.runtime.spawn(async move {
+            match engine.collect_garbage().await {
+                Ok(report) => tracing::info!(freed = report.freed_blocks, "garbage was collected"),
+                Err(error) => tracing::warn!(%error, "garbage could not be collected"),
+            }
+        }));
+    }
+
+    async fn cycle(self: &Rc<Self>) -> Result<GcReport, Error> {
+        // Also takes what an earlier cycle swept and no checkpoint has taken yet.
+        self.checkpoint(SlotState::Running).await?;
+        let (roots, candidates) = self.cut().await;
+        let marked = self.mark(&roots).await;
+        // In the same breath in which the walk ended, or failed.
+        let held = self.collector.held.take().unwrap_or_default();
+        self.release(held.iter().collect()).await;
+        let marked = marked?;
+        let reached_blocks = marked.len();
+        let candidates = if base::mutant::active("gc_frees_newly_live") {
+            self.live_now().await
+        } else {
+            candidates
+        };
+        let freed_blocks = self.sweep(candidates, &marked).await?;
+        Ok(GcReport { reached_blocks, freed_blocks })
+    }
+
+    /// The roots of the last merged checkpoint, and the blocks that are live in it.
+    async fn cut(&self) -> (Roots, BlockSet) {
+        let _merges_wait = self.between_merges().await;
+        self.collector.suspected.set(0);
+        self.collector.has_dropped.set(false);
+        *self.collector.held.borrow_mut() = Some(BlockSet::default());
+        let roots = self.roots.get();
+        let candidates = self.live_now().await;
+        (roots, candidates)
+    }
+
+    async fn live_now(&self) -> BlockSet {
+        let mut live = BlockSet::default();
+        let mut from = 0;
+        while let Some((index, words)) = self.allocator.live_page(from) {
+            live.insert_page(index, &words);
+            from = index + 1;
+            if from.is_multiple_of(PAGES_PER_TURN) {
+                self.runtime.yield_now().await;
+            }
+        }
+        live
+    }
+
+    /// Everything that the roots reach.
+    async fn mark(&self, roots: &Roots) -> Result<BlockSet, Error> {
+        let mut mark = Mark { engine: self, found: Found::default() };
+        for root in [&roots.directory, &roots.extents, &roots.bad_blocks] {
+            mark.walk(&[*root]).await?;
+        }
+        for page in mark.pages(&roots.vdis).await? {
+            for record in mark.records::<VdiRecord>(page).await? {
+                mark.walk(&[record.root]).await?;
+                for page in mark.pages(&record.snapshots).await? {
+                    let snapshots = mark.records::<SnapshotRecord>(page).await?;
+                    if base::mutant::active("gc_misses_snapshot_roots") {
+                        continue;
+                    }
+                    let roots: Vec<RootRef> =
+                        snapshots.iter().map(|snapshot| snapshot.root).collect();
+                    mark.walk(&roots).await?;
+                }
+            }
+        }
+        Ok(mark.found.marked)
+    }
+
+    /// Gives the candidates that are not marked to checkpoints; how many these were.
+    async fn sweep(
+        self: &Rc<Self>,
+        mut candidates: BlockSet,
+        marked: &BlockSet,
+    ) -> Result<u64, Error> {
+        let mut swept = 0;
+        let mut part = Vec::new();
+        while let Some((index, words)) = candidates.pop_page() {
+            let start = index * BITMAP_PAGE_BLOCKS;
+            let kept = marked.page(index);
+            for (word, &bits) in words.iter().enumerate() {
+                let mut bits = bits & !kept.map_or(0, |kept| kept[word]);
+                while bits != 0 {
+                    let bit = as_u64(word) * 64 + u64::from(bits.trailing_zeros());
+                    part.push(Pba::new(start + bit));
+                    bits &= bits - 1;
+                }
+            }
+            if part.len() >= SWEEP_BLOCKS {
+                swept += self.sweep_part(std::mem::take(&mut part)).await?;
+            }
+            self.runtime.yield_now().await;
+        }
+        if !part.is_empty() {
+            swept += self.sweep_part(part).await?;
+        }
+        if swept > 0 {
+            // The blocks of the last part are released when the older slot is past them too.
+            self.checkpoint(SlotState::Running).await?;
+            self.allocator.reclaim_empty_extents();
+        }
+        Ok(swept)
+    }
+
+    async fn sweep_part(self: &Rc<Self>, part: Vec<Pba>) -> Result<u64, Error> {
+        self.go_on()?;
+        for pba in &part {
+            // Swept at most once, and by nobody else.
+            assert!(self.allocator.is_live(*pba), "block {pba} was swept, but is not live");
+        }
+        let count = as_u64(part.len());
+        self.collector.put_garbage(part);
+        self.checkpoint(SlotState::Running).await?;
+        Ok(count)
+    }
+
+    /// Whether the store is still there to be collected.
+    fn go_on(&self) -> Result<(), Error> {
+        if let Some(error) = self.scheduler.failure() {
+            return Err(crate::engine::stopped(&error));
+        }
+        if self.closing.get() {
+            return Err(Error::refused(ErrorKind::Fenced, "the store is being closed"));
+        }
+        Ok(())
+    }
+}
+
+/// A mark under way.
+struct Mark<'a> {
+    engine: &'a Engine,
+    found: Found,
+}
+
+#[derive(Default)]
+struct Found {
+    marked: BlockSet,
+    /// What leaves of a table name.
+    pages: Option<Vec<Entry>>,
+    failure: Option<blockstore::Error>,
+}
+
+impl Mark<'_> {
+    fn nodes(&self) -> &NodeStore {
+        &self.engine.nodes
+    }
+
+    async fn walk(&mut self, roots: &[RootRef]) -> Result<(), Error> {
+        let mut walk = Walk::default();
+        for root in roots {
+            walk.add(0, root, &mut self.found);
+        }
+        let nodes = self.nodes().clone();
+        while walk.step(&nodes, &mut self.found).await {
+            if let Some(error) = self.found.failure.take() {
+                return Err(error.into());
+            }
+            self.engine.go_on()?;
+            self.engine.runtime.yield_now().await;
+        }
+        Ok(())
+    }
+
+    /// Walks a table; its pages.
+    async fn pages(&mut self, root: &RootRef) -> Result<Vec<Entry>, Error> {
+        self.found.pages = Some(Vec::new());
+        let walked = self.walk(&[*root]).await;
+        let pages = self.found.pages.take().unwrap_or_default();
+        walked.map(|()| pages)
+    }
+
+    async fn records<R: TableRecord>(&self, page: Entry) -> Result<Vec<R>, Error> {
+        let page = self.nodes().load(page).await?;
+        let mut records = Vec::new();
+        for index in 0..R::PER_PAGE {
+            let record = R::get(page.block(), index);
+            let damaged = |_| Error::refused(ErrorKind::Corrupt, "a table record makes no sense");
+            records.extend(record.map_err(damaged)?);
+        }
+        Ok(records)
+    }
+}
+
+impl Marker for Found {
+    fn enter(&mut self, node: &Named) -> bool {
+        self.marked.insert(node.entry.pba())
+    }
+
+    fn block(&mut self, block: &Named) {
+        self.marked.insert(block.entry.pba());
+        if let Some(pages) = &mut self.pages {
+            pages.push(block.entry);
+        }
+    }
+
+    fn lost(&mut self, _: &Named) {}
+
+    fn failed(&mut self, _: &Named, error: &blockstore::Error) {
+        self.failure.get_or_insert_with(|| error.clone());
+    }
+}
