@@ -41,6 +41,7 @@ pub async fn make(session: Rc<Session>, kind: ManagementKind, mut random: Random
         ManagementKind::Remove => remove(&session, random).await,
         ManagementKind::RemoveSnapshot => remove_snapshot(&session, random).await,
         ManagementKind::Checkpoint => checkpoint(&session).await,
+        ManagementKind::CollectGarbage => collect_garbage(&session).await,
         ManagementKind::List => list(&session).await,
         ManagementKind::Describe => describe(&session, random).await,
         ManagementKind::Diff => diff(&session, random).await,
@@ -408,6 +409,14 @@ async fn remove_snapshot(session: &Session, random: &mut Random) {
 async fn checkpoint(session: &Session) {
     if let Err(error) = session.store.checkpoint().await {
         session.excuse("checkpoint", error.kind(), &error, Reach::Metadata);
+    }
+}
+
+async fn collect_garbage(session: &Session) {
+    match session.store.collect_garbage().await {
+        Ok(report) if report.freed_blocks > 0 => session.world.probe("gc: freed"),
+        Ok(_) => {}
+        Err(error) => session.excuse("collect garbage", error.kind(), &error, Reach::Metadata),
     }
 }
 

@@ -99,6 +99,16 @@ pub const ALL: &[Mutant] = &[
         rule: "30",
         breaks: "answers creations, snapshots and deletions before they are durable",
     },
+    Mutant {
+        name: "gc_frees_newly_live",
+        rule: "35",
+        breaks: "takes blocks that became live during a mark for garbage",
+    },
+    Mutant {
+        name: "gc_misses_snapshot_roots",
+        rule: "36",
+        breaks: "does not mark what only snapshots reach",
+    },
     Mutant { name: "overwrite_newest_slot", rule: "43", breaks: "writes over the last good slot" },
     Mutant {
         name: "ignore_data_checksum",

@@ -37,6 +37,7 @@ pub const DECLARED: &[(&str, &str)] = &[
     ("resize: shrink", "a VDI was cut"),
     ("resize: grow", "a VDI was grown"),
     ("remove: busy VDI", "a VDI was deleted under its clients"),
+    ("gc: freed", "garbage collection found something to free"),
     ("diff: compared", "a diff of two snapshots was compared with the model"),
     ("check: offline", "the offline check looked at a store"),
     ("fill: full", "the store was filled to the brim"),

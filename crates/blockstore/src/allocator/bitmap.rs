@@ -169,8 +169,8 @@ impl Planes {
 
     /// The first page from `from` on that has a live block.
     pub(super) fn live_page(&self, from: u64) -> Option<(u64, &Words)> {
-        let pages = self.pages.range(from..).map(|(&index, page)| (index, &page.live));
-        pages.into_iter().find(|(_, live)| live.iter().any(|&word| word != 0))
+        let mut pages = self.pages.range(from..).map(|(&index, page)| (index, &page.live));
+        pages.find(|(_, live)| live.iter().any(|&word| word != 0))
     }
 
     /// The live plane of every page that has a live block, in order.
