@@ -145,12 +145,17 @@ impl Log {
                 return Err(error);
             }
             let room = self.0.room.changed();
-            let unflushed = {
+            let (unflushed, reserved) = {
                 let state = self.0.state.borrow();
-                self.unflushed_blocks(&state) + state.reserved
+                (self.unflushed_blocks(&state), state.reserved)
             };
-            if unflushed >= self.0.config.geometry.ring_blocks * 3 / 16 {
-                self.0.scheduler.flush().await?;
+            if unflushed + reserved >= self.0.config.geometry.ring_blocks * 3 / 16 {
+                // What others were admitted for becomes unflushed blocks first.
+                if unflushed > 0 {
+                    self.0.scheduler.flush().await?
+                } else {
+                    room.await
+                }
                 continue;
             }
             {
@@ -173,6 +178,7 @@ impl Log {
     ) -> (Lsn, OneshotReceiver<Result<(), DeviceError>>) {
         admission.used = true;
         self.0.state.borrow_mut().reserved -= 1;
+        self.0.room.notify();
         self.append(record)
     }
 
