@@ -16,7 +16,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::console::Heading;
+use crate::console::{self, Heading};
 use crate::packages;
 use crate::workspace::Workspace;
 
@@ -109,7 +109,11 @@ pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<()> {
 }
 
 fn measure_and_report(workspace: &Workspace, bench: &Bench, arguments: &Arguments) -> Result<()> {
-    let mut lines: Vec<Line> = Vec::new();
+    let directory = match arguments.write {
+        true => workspace.root.join("docs/benchmarks"),
+        false => workspace.target.join("bench-results"),
+    };
+    let mut any = false;
     for row in Row::ALL {
         if !arguments.rows.is_empty() && !arguments.rows.iter().any(|name| name == row.name()) {
             continue;
@@ -118,23 +122,22 @@ fn measure_and_report(workspace: &Workspace, bench: &Bench, arguments: &Argument
             continue;
         }
         let heading = Heading::new(&format!("bench {}", row.name()));
-        let measured = row.measure(bench).with_context(|| format!("measure {}", row.name()))?;
+        any = true;
+        let measured: Vec<Line> =
+            row.measure(bench).with_context(|| format!("measure {}", row.name()))?;
         heading.done("measured");
         for line in &measured {
             report::say(line);
         }
-        lines.extend(measured);
+        // After each row: a run takes an hour, and what is measured is not lost by what follows.
+        report::write(&directory, &measured, &bench.scale)?;
         bench.remove_data()?;
     }
-    ensure!(!lines.is_empty(), "nothing was measured: the rows are {}", Row::names());
-    let directory = match arguments.write {
-        true => workspace.root.join("docs/benchmarks"),
-        false => workspace.target.join("bench-results"),
-    };
-    report::write(&directory, &lines, &bench.scale)?;
+    ensure!(any, "nothing was measured: the rows are {}", Row::names());
     if arguments.write {
         report::update_document(&workspace.root.join("docs/benchmarks.md"), &directory)?;
     }
+    console::say(&format!("results: {}", directory.display()));
     Ok(())
 }
 

@@ -174,7 +174,6 @@ pub(crate) fn write(directory: &Path, lines: &[Line], scale: &Scale) -> Result<(
     std::fs::write(&path, serde_json::to_string_pretty(&record)? + "\n")?;
     std::fs::write(directory.join("table.md"), table(&record))?;
     std::fs::write(directory.join("chart.svg"), chart::draw(&record.lines))?;
-    console::say(&format!("results: {}", directory.display()));
     Ok(())
 }
 
