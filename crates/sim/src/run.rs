@@ -56,6 +56,7 @@ pub fn run(seed: u64, limits: &Limits, trace: Trace) -> Report {
         opened_at: Injected::default(),
         metadata_lost: false,
         filled: false,
+        last: false,
     };
     if let Some(number) = limits.fail_operation {
         world.device.fail_operation(number);
@@ -93,6 +94,8 @@ struct Run {
     metadata_lost: bool,
     /// Whether the store was filled to the brim once.
     filled: bool,
+    /// Whether this is the last look at the store, where garbage is collected and none may be left.
+    last: bool,
 }
 
 /// How a life went on.
@@ -239,6 +242,9 @@ impl Run {
                 probes.hit("check: offline");
                 probes.add("check: leaked blocks", report.counts.leaked_blocks);
                 drop(probes);
+                if self.last && report.counts.leaked_blocks > 0 {
+                    world.fail(format!("garbage was collected, and there is some: {report:?}"));
+                }
                 if !report.is_clean() && !errors_before.errors_since(&world) {
                     world.fail(format!("check: {:?}", report.errors));
                 }
@@ -332,7 +338,13 @@ impl Run {
             return self.end(executor, life.ending, session);
         }
         let store = session.store.clone();
-        let outcome = executor.run(async move { store.close().await });
+        let last = self.last;
+        let outcome = executor.run(async move {
+            if last {
+                store.collect_garbage().await?;
+            }
+            store.close().await
+        });
         match outcome {
             Driven::Done(Ok(())) => {
                 self.note_stats(session);
@@ -477,6 +489,7 @@ impl Run {
             crash_at_open: None,
         };
         world.device.arm(false);
+        self.last = true;
         if matches!(self.live(&life, 1), Some(Next::Reopen)) {
             self.check_offline(true);
         }
