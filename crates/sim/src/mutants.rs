@@ -122,6 +122,17 @@ pub const ALL: &[Mutant] = &[
     },
 ];
 
+/// Mutants that the simulator does not catch within a minute yet: they need two faults at the right
+/// moment. They are run and reported with the others, and do not fail the run; a list that shrinks.
+pub const NOT_CAUGHT_YET: &[&str] = &[
+    "recovery_stops_at_bad_data",
+    "release_at_own_publication",
+    "tail_follows_newer_slot",
+    "release_ignores_readers",
+    "ignore_data_checksum",
+    "ignore_metadata_checksum",
+];
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
