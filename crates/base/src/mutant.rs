@@ -2,7 +2,7 @@
 //!
 //! A switch reads `if base::mutant::active("ack_own_log_block_only") { … }` at the place where the
 //! rule is kept. Without `--cfg mutants` it is the constant `false` and costs nothing; with it, one
-//! mutant per process is active: the one that [`select`] or the variable `PARALLAX_MUTANT` names.
+//! mutant per process is active: the one that `select` or the variable `PARALLAX_MUTANT` names.
 //! `parallax-sim mutants` knows the list, with the rule that each one breaks.
 
 /// Whether the mutant `name` is active in this process. Always `false` in an ordinary build.
