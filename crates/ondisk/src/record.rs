@@ -170,6 +170,10 @@ impl Record {
     }
 
     /// Appends the encoded record.
+    ///
+    /// # Panics
+    /// If it names more blocks than [`Self::decode`] takes: what cannot be replayed must not be
+    /// acknowledged.
     pub(crate) fn encode(&self, into: &mut Vec<u8>) {
         let start = into.len();
         let length = self.encoded_bytes();
@@ -184,6 +188,7 @@ impl Record {
         let mut word = |value: u64| into.extend_from_slice(&value.to_le_bytes());
         match &self.body {
             RecordBody::Write { lba, pba, hashes } => {
+                assert!((1..=REQUEST_BLOCKS_MAX).contains(&hashes.len()));
                 word(lba.get());
                 word(pba.get());
                 hashes.iter().for_each(|&hash| word(hash));

@@ -9,7 +9,10 @@
 
 use std::rc::Rc;
 
-use base::{BLOCK_SIZE, BLOCK_SIZE_U64, BirthLabel, BlockSlice, Buffer, ErrorKind, Lba, Lsn, Pba};
+use base::{
+    BLOCK_SIZE, BLOCK_SIZE_U64, BirthLabel, BlockSlice, Buffer, ErrorKind, Lba, Lsn, Pba,
+    REQUEST_BLOCKS_MAX,
+};
 use blockstore::allocator::Run;
 use blockstore::tree::Change;
 use device::DeviceError;
@@ -191,7 +194,8 @@ impl Engine {
         failure.map_or(Ok(()), Err)
     }
 
-    /// Sends off as many blocks as fit next to each other.
+    /// Sends off as many blocks as fit next to each other and into one record: a request that is
+    /// not aligned touches one block more than [`REQUEST_BLOCKS_MAX`].
     async fn start_run(
         self: &Rc<Self>,
         vdi: &Rc<Vdi>,
@@ -201,6 +205,7 @@ impl Engine {
         data: &Rc<Buffer>,
     ) -> Result<PendingRun, Error> {
         let room = self.room().await?;
+        let count = count.min(as_u64(REQUEST_BLOCKS_MAX));
         let run = self.allocate_data(vdi, count).await?;
         let offset = usize::try_from(offset).unwrap_or(0);
         let length = usize::try_from(run.count).unwrap_or(0);

@@ -2,11 +2,12 @@
 //!
 //! A chain of blocks ends where the next one does not validate. That is the end of the log if
 //! nothing behind it was promised to be durable; it is damage if a later block of the same epoch
-//! says that F had passed the missing one (design rule 9), or if a sealed segment ends early.
+//! says that F had passed the missing one (design rule 9), if a sealed segment ends early, or if the
+//! next block is intact and yet cannot be decoded: nothing torn has a valid checksum.
 
 use base::{Lsn, Pba, REQUEST_BLOCKS_MAX, RingPosition};
 use device::Device;
-use ondisk::{Checksums, LogBlock, LogSegment, Record};
+use ondisk::{Checksums, DecodeError, LogBlock, LogSegment, Record};
 use runtime::Runtime;
 
 use crate::{Error, Geometry};
@@ -113,13 +114,20 @@ impl RingReader<'_> {
         let mut lsn = segment.first_lsn;
         let mut chain = segment.chain;
         let mut durable = Lsn::default();
+        let mut undecodable = false;
         while position.distance_from(segment.start) < self.geometry.ring_blocks
             && !(sealed && lsn > segment.last_lsn)
         {
             let at = self.geometry.log_block(self.log_start, position);
             let block = self.block(position).await?;
             let decoded = LogBlock::decode(block, checksums, at, segment.epoch, segment.nonce);
-            let Ok(block) = decoded else { break };
+            let block = match decoded {
+                Ok(block) => block,
+                Err(error) => {
+                    undecodable = matches!(error, DecodeError::Invalid(_));
+                    break;
+                }
+            };
             // The first block of an epoch is chained to nothing: its epoch's nonce stands for it.
             if block.position != position || block.first_lsn != lsn || block.previous != chain {
                 break;
@@ -139,7 +147,9 @@ impl RingReader<'_> {
         let at = self.geometry.log_block(self.log_start, position);
         let broken = |what, durable| Break { what, segment: 0, at, lsn, durable };
         let mut breaks = None;
-        if sealed {
+        if undecodable {
+            breaks = Some(broken("log block that this version cannot decode", durable));
+        } else if sealed {
             if lsn <= segment.last_lsn {
                 breaks = Some(broken("sealed log segment", segment.last_lsn));
             }

@@ -272,3 +272,32 @@ fn diff_lists_what_differs() {
         assert_eq!(space.exclusive_bytes, 3 * 4096);
     });
 }
+
+/// A write of 1 MiB that is not aligned touches 257 blocks. In extents that are large enough they
+/// lie next to each other: one record named them all, replay refused it, took it for the end of the
+/// log, and flushed writes were gone.
+#[test]
+fn a_large_unaligned_write_is_replayed() {
+    const BLOCKS: u64 = (2 << 30) / BLOCK_SIZE as u64;
+    let ram = Ram::default();
+    let open_options = |nonce| OpenOptions { cache_bytes: 1 << 20, boot_id: [1; 16], nonce };
+    let device = ram.clone();
+    run(1, move |runtime| async move {
+        let options = FormatOptions { extent_bytes: Some(256 << 20), ..format_options() };
+        Store::format(&device.device(BLOCKS), &runtime, &options).await.unwrap();
+        let opened = Store::open(device.device(BLOCKS), runtime.clone(), &open_options(1)).await;
+        let (store, _) = opened.unwrap();
+        store.create("web01", 64 << 20).await.unwrap();
+        let disk = disk(&store, "web01").await;
+        write(&disk, (1 << 20) + 512, &vec![2; 1 << 20]).await;
+        write(&disk, 16 << 20, &[3; 4096]).await;
+        disk.submit(Request::Flush).await.unwrap();
+    });
+    run(2, move |runtime| async move {
+        let opened = Store::open(ram.device(BLOCKS), runtime.clone(), &open_options(2)).await;
+        let (store, _) = opened.unwrap();
+        let disk = disk(&store, "web01").await;
+        assert_eq!(read(&disk, (1 << 20) + 512, 1 << 20).await, vec![2; 1 << 20]);
+        assert_eq!(read(&disk, 16 << 20, 4096).await, [3; 4096]);
+    });
+}
