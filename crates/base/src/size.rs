@@ -33,7 +33,11 @@ impl fmt::Display for HumanBytes {
 /// # Errors
 /// A sentence that says what is wrong with `text`.
 pub fn parse_bytes(text: &str) -> Result<u64, String> {
+    let invalid = || format!("'{text}' is not a size (examples: 4096, 512M, 20G, 1.5T)");
     let trimmed = text.trim();
+    if !trimmed.starts_with(|c: char| c.is_ascii_digit() || c == '.') {
+        return Err(invalid());
+    }
     let split = trimmed.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(trimmed.len());
     let (number, unit) = trimmed.split_at(split);
     let shift = match unit.trim().to_ascii_lowercase().as_str() {
@@ -47,7 +51,6 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
         other => return Err(format!("'{text}': unknown unit '{other}' (use K, M, G, T or P)")),
     };
     let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
-    let invalid = || format!("'{text}' is not a size (examples: 4096, 512M, 20G, 1.5T)");
     let whole: u128 = whole.parse().map_err(|_| invalid())?;
     let mut bytes = whole << shift;
     if !fraction.is_empty() {
@@ -56,7 +59,7 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
         let fraction: u128 = fraction.parse().map_err(|_| invalid())?;
         bytes += (fraction << shift) / scale;
     }
-    u64::try_from(bytes).map_err(|_| format!("'{text}' is larger than 16 EiB"))
+    u64::try_from(bytes).map_err(|_| format!("'{text}' is 16 EiB or more"))
 }
 
 #[cfg(test)]
@@ -78,5 +81,18 @@ mod tests {
         for bad in ["", "x", "1.2.3", "-1", "12Q", "1e9", "99999999999P", "."] {
             assert!(parse_bytes(bad).is_err(), "{bad} must be refused");
         }
+    }
+
+    #[test]
+    fn refusals_say_what_is_wrong() {
+        let check = |text: &str, part: &str| {
+            let said = parse_bytes(text).unwrap_err();
+            assert!(said.contains(part), "{text}: {said}");
+        };
+        check("-1", "is not a size");
+        check("+10G", "is not a size");
+        check("ten", "is not a size");
+        check("12Q", "unknown unit 'q'");
+        check("16E", "16 EiB or more");
     }
 }
