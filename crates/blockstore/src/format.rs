@@ -120,7 +120,7 @@ async fn refuse_used(device: &Device, runtime: &Runtime) -> Result<(), Error> {
     if blocks.iter().any(|block| block.0.iter().any(|&byte| byte != 0)) {
         return Err(Error::refused(
             ErrorKind::Busy,
-            format!("{} is not empty; format --force destroys what is on it", device.describe()),
+            "the device is not empty; format --force destroys what is on it",
         ));
     }
     Ok(())

@@ -56,22 +56,14 @@ pub async fn read(device: &Device, runtime: &Runtime, writable: bool) -> Result<
     }
     let Some(superblock) = intact else {
         return Err(match worst {
-            DecodeError::Magic => Error::refused(
-                ErrorKind::NotFound,
-                format!(
-                    "{} holds no Parallax store; make one with: parallax format",
-                    device.describe()
-                ),
-            ),
+            DecodeError::Magic => {
+                Error::refused(ErrorKind::NotFound, "neither copy of a superblock is there")
+            }
             // The primary is written last (rule 44): without it, a torn secondary is what a format
             // that was cut short leaves.
             DecodeError::Checksum if absent => Error::refused(
                 ErrorKind::NotFound,
-                format!(
-                    "{} holds no whole Parallax store: formatting it was cut short, or both \
-                     superblocks were destroyed",
-                    device.describe()
-                ),
+                "formatting it was cut short, or both copies of its superblock were destroyed",
             ),
             DecodeError::Checksum => {
                 Error::Damaged { what: "superblock (all copies)", at: Pba::new(0) }

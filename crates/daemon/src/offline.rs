@@ -8,7 +8,8 @@ use std::fs::File;
 use std::path::Path;
 
 use api::{Error, Kind};
-use rustix::fs::FallocateFlags;
+use rustix::fs::{FallocateFlags, FlockOperation};
+use rustix::io::Errno;
 use vdi::{FormatOptions, Store};
 
 pub use check::{Check, CheckProgress, check};
@@ -45,16 +46,36 @@ pub struct Formatted {
 ///
 /// # Errors
 /// `NotFound` if there is no such file and no size to create it with; `Busy` if a daemon has it
-/// open, or if it looks used and `force` is not set; `Invalid` for impossible sizes. A file that
-/// was created for this is removed again.
+/// open; `Exists` if it looks used and `force` is not set; `Invalid` for impossible sizes. A file
+/// that is refused is as it was: one that was created for this is removed again, one that was made
+/// longer gets its length back.
 pub fn format(path: &Path, format: &Format) -> Result<Formatted, Error> {
-    let created = prepare(path, format)?;
+    let before = prepare(path, format)?;
     let outcome = run(path, format);
-    if outcome.is_err() && created {
+    if outcome.is_err() {
         // The error that is on its way tells more than one from here could.
-        let _ = std::fs::remove_file(path);
+        let _ = before.restore(path);
     }
     outcome
+}
+
+/// What there was before anything was done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Before {
+    Nothing,
+    /// A file of this length, which was made longer.
+    Shorter(u64),
+    AsItIs,
+}
+
+impl Before {
+    fn restore(self, path: &Path) -> std::io::Result<()> {
+        match self {
+            Self::Nothing => std::fs::remove_file(path),
+            Self::Shorter(length) => File::options().write(true).open(path)?.set_len(length),
+            Self::AsItIs => Ok(()),
+        }
+    }
 }
 
 fn run(path: &Path, format: &Format) -> Result<Formatted, Error> {
@@ -64,9 +85,6 @@ fn run(path: &Path, format: &Format) -> Result<Formatted, Error> {
         let options = open::DeviceOptions { access, buffered: format.buffered };
         open::device(reactor.io(), path, options)?
     };
-    if format.preallocate && path.is_file() {
-        preallocate(path)?;
-    }
     let options = FormatOptions {
         extent_bytes: format.extent_bytes,
         log_bytes: None,
@@ -83,16 +101,28 @@ fn run(path: &Path, format: &Format) -> Result<Formatted, Error> {
         .run(async move { Store::format(&device, &runtime, &options).await })
         .map_err(|e| Error::system("go on with the I/O engine", &e))?
         .map_err(|error| explain(path, &error))?;
+    // Last, so that a file that is refused takes no more space than before.
+    if format.preallocate && path.is_file() {
+        preallocate(path)?;
+    }
     Ok(formatted)
 }
 
 fn explain(path: &Path, error: &vdi::Error) -> Error {
+    let shown = path.display();
     let error = engine_error(error);
-    Error::new(error.kind, format!("cannot format {}: {error}", path.display()))
+    if error.kind == Kind::Busy {
+        // Nobody holds it, or it could not have been opened; there is something on it.
+        return Error::new(
+            Kind::Exists,
+            format!("{shown} is not empty; if everything on it may be lost, add --force"),
+        );
+    }
+    Error::new(error.kind, format!("cannot format {shown}: {error}"))
 }
 
-/// Creates or grows the file, if a size is given. `true` if it was not there before.
-fn prepare(path: &Path, format: &Format) -> Result<bool, Error> {
+/// Creates or grows the file, if a size is given.
+fn prepare(path: &Path, format: &Format) -> Result<Before, Error> {
     let shown = path.display();
     let there = match std::fs::metadata(path) {
         Ok(found) => Some(found),
@@ -101,14 +131,17 @@ fn prepare(path: &Path, format: &Format) -> Result<bool, Error> {
     };
     let Some(size) = format.size_bytes else {
         return match there {
-            Some(_) => Ok(false),
+            Some(_) => Ok(Before::AsItIs),
             None => Err(Error::new(
                 Kind::NotFound,
-                format!("there is no {shown}; to create a file, say how large: --size 64G"),
+                format!("{shown} does not exist; to create a file, say how large: --size 64G"),
             )),
         };
     };
     match there {
+        Some(found) if found.is_dir() => {
+            Err(Error::new(Kind::Invalid, format!("{shown} is a directory")))
+        }
         Some(found) if !found.is_file() => Err(Error::new(
             Kind::Invalid,
             format!("{shown} is not a file: its size is what it is; leave --size away"),
@@ -117,24 +150,36 @@ fn prepare(path: &Path, format: &Format) -> Result<bool, Error> {
             Kind::Invalid,
             format!("{shown} is larger than that already: remove it first, or leave --size away"),
         )),
-        there => {
-            let file = File::options()
-                .write(true)
-                .create(there.is_none())
-                .create_new(there.is_none())
-                .open(path)
-                .map_err(|e| Error::system(&format!("create {shown}"), &e))?;
-            let resized = file.set_len(size);
-            if let Err(error) = resized {
-                if there.is_none() {
-                    // The error that is on its way tells more than one from here could.
-                    let _ = std::fs::remove_file(path);
-                }
-                return Err(Error::system(&format!("give {shown} its size"), &error));
-            }
-            Ok(there.is_none())
+        Some(found) => {
+            grow(path, size)?;
+            Ok(Before::Shorter(found.len()))
+        }
+        None => {
+            let file = File::options().write(true).create_new(true).open(path);
+            let file = file.map_err(|e| Error::system(&format!("create {shown}"), &e))?;
+            file.set_len(size).map_err(|error| {
+                // The error that is on its way tells more than one from here could.
+                let _ = std::fs::remove_file(path);
+                Error::system(&format!("give {shown} its size"), &error)
+            })?;
+            Ok(Before::Nothing)
         }
     }
+}
+
+/// Makes a file longer that nobody uses.
+fn grow(path: &Path, size: u64) -> Result<(), Error> {
+    let what = format!("give {} its size", path.display());
+    let failed = |error: std::io::Error| Error::system(&what, &error);
+    let file = File::options().write(true).open(path).map_err(failed)?;
+    // As whoever opens a store locks it; let go with the file, before it is opened for good.
+    rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(
+        |errno| match errno {
+            Errno::WOULDBLOCK => open::in_use(path),
+            errno => failed(errno.into()),
+        },
+    )?;
+    file.set_len(size).map_err(failed)
 }
 
 fn preallocate(path: &Path) -> Result<(), Error> {
@@ -143,5 +188,6 @@ fn preallocate(path: &Path) -> Result<(), Error> {
     let file = File::options().write(true).open(path).map_err(failed)?;
     let length = file.metadata().map_err(failed)?.len();
     rustix::fs::fallocate(&file, FallocateFlags::KEEP_SIZE, 0, length)
-        .map_err(|errno| failed(errno.into()))
+        .map_err(|errno| failed(errno.into()))?;
+    file.sync_all().map_err(failed)
 }

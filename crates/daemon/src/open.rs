@@ -23,13 +23,22 @@ pub(crate) fn device(io: &Io, path: &Path, options: DeviceOptions) -> Result<Dev
         Err(error) => {
             let hint = match error.cause {
                 OpenCause::NotFound => "; make a store with: parallax format PATH --size 64G",
-                OpenCause::Busy => ": is a daemon serving it? stop that first",
+                OpenCause::Busy => return Err(in_use(path)),
                 OpenCause::DirectRefused => "; if only this machine uses it, add --buffered",
                 _ => "",
             };
             Err(Error::new(error.kind(), format!("{error}{hint}")))
         }
     }
+}
+
+/// Says that somebody else has a device open.
+pub(crate) fn in_use(path: &Path) -> Error {
+    let shown = path.display();
+    Error::new(
+        Kind::Busy,
+        format!("another process uses {shown}: is a daemon serving it? stop that first"),
+    )
 }
 
 /// Options for opening a store in a new epoch.
@@ -78,9 +87,7 @@ pub(crate) fn explain(path: &Path, error: &vdi::Error) -> Error {
     let shown = path.display();
     let message = match error.kind() {
         ErrorKind::NotFound => {
-            format!(
-                "there is no store on {shown} ({error}); make one with: parallax format {shown}"
-            )
+            format!("there is no store on {shown}: {error}; make one with: parallax format {shown}")
         }
         ErrorKind::Corrupt => format!(
             "the store on {shown} is damaged: {error}; `parallax check {shown}` lists the damage"

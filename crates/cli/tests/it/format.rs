@@ -14,8 +14,11 @@ fn a_store_is_made_in_a_new_file() {
 #[test]
 fn what_is_used_is_kept_unless_forced() {
     let place = Place::with_store("256M");
-    let refused = place.fails(3, &["format", "store"]);
-    assert!(refused.contains("--force"), "{refused}");
+    let refused = place.fails(1, &["format", "store"]);
+    assert_eq!(
+        refused,
+        "parallax: store is not empty; if everything on it may be lost, add --force\n"
+    );
     let made = place.json(&["format", "store", "--force"]);
     assert_eq!(made["path"], "store");
     assert_eq!(made["size_bytes"], 256 << 20);
@@ -27,7 +30,10 @@ fn a_file_system_is_not_overwritten() {
     let place = Place::new();
     std::fs::write(place.path("other"), vec![0; 128 << 20]).unwrap();
     place.tool("/sbin/mkfs.ext4", &["-q", "other"]);
-    place.fails(3, &["format", "other"]);
+    place.fails(1, &["format", "other"]);
+    // `--size` used to make the file longer before anybody had looked at it.
+    place.fails(1, &["format", "other", "--size", "1G", "--preallocate", "full"]);
+    assert_eq!(std::fs::metadata(place.path("other")).unwrap().len(), 128 << 20);
     place.tool("/sbin/fsck.ext4", &["-f", "-n", "other"]);
 }
 
@@ -41,7 +47,8 @@ fn impossible_ones_are_refused_and_leave_nothing() {
     let left = std::fs::read_dir(place.path("")).unwrap().count();
     assert_eq!(left, 0, "files that were created are removed again");
     std::fs::create_dir(place.path("dir")).unwrap();
-    place.fails(1, &["format", "dir", "--size", "1G"]);
+    let said = place.fails(1, &["format", "dir", "--size", "1G"]);
+    assert!(said.contains("is a directory"), "{said}");
 }
 
 #[test]
@@ -59,4 +66,19 @@ fn a_served_store_is_left_alone() {
     let _served = place.serve(&[]);
     let busy = place.fails(3, &["format", "store", "--force"]);
     assert!(busy.contains("daemon"), "{busy}");
+    // The file of a running store grew behind its daemon's back.
+    let busy = place.fails(3, &["format", "store", "--force", "--size", "1G"]);
+    assert!(busy.contains("daemon"), "{busy}");
+    assert_eq!(std::fs::metadata(place.path("store")).unwrap().len(), 256 << 20);
+}
+
+#[test]
+fn an_empty_file_grows_to_its_size() {
+    let place = Place::new();
+    std::fs::write(place.path("new"), "").unwrap();
+    place.ok(&["format", "new", "--size", "256M"]);
+    assert_eq!(std::fs::metadata(place.path("new")).unwrap().len(), 256 << 20);
+    place.ok(&["format", "new", "--size", "512M", "--force"]);
+    assert_eq!(std::fs::metadata(place.path("new")).unwrap().len(), 512 << 20);
+    place.ok(&["check", "new"]);
 }
