@@ -105,7 +105,7 @@ impl Daemon {
         self.runtime.block_on(create)
     }
 
-    /// Serves until SIGTERM or SIGINT, then stops cleanly. A second signal ends it at once. If
+    /// Serves until SIGTERM or SIGINT, then stops cleanly; another signal ends it at once. If
     /// the store stops because its device fails, it is opened again.
     ///
     /// # Errors
@@ -132,7 +132,7 @@ impl Daemon {
             };
             tokio::select! {
                 outcome = end => outcome,
-                () = signals.any() => Err(Error::new(
+                () = signals.another() => Err(Error::new(
                     Kind::Io,
                     "stopped by a second signal before the store was closed; the next start \
                      recovers it",

@@ -19,6 +19,9 @@ use crate::engine::{Engine, Started};
 const PAUSE_MIN: Duration = Duration::from_millis(500);
 const PAUSE_MAX: Duration = Duration::from_secs(30);
 
+/// How long after a signal the same one may come once more. Shorter than a person's patience.
+const ECHO: Duration = Duration::from_millis(500);
+
 /// SIGTERM and SIGINT.
 #[derive(Debug)]
 pub(crate) struct Signals {
@@ -40,6 +43,14 @@ impl Signals {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
         }
+    }
+
+    /// Waits for another one than the one that came last. What comes within [`ECHO`] is the same
+    /// one again: timeout(1) and others that pass signals on send it to a process and to its group.
+    pub(crate) async fn another(&mut self) {
+        tokio::time::sleep(ECHO).await;
+        while tokio::time::timeout(Duration::ZERO, self.any()).await.is_ok() {}
+        self.any().await;
     }
 }
 

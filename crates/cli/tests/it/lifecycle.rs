@@ -81,6 +81,25 @@ fn signals_stop_it_cleanly_and_fast() {
     }
 }
 
+/// timeout(1) and other wrappers send a signal to the process and then to its group: the second
+/// one used to end the daemon before the store was closed.
+#[test]
+fn a_signal_that_comes_twice_is_one() {
+    let place = Place::with_store("256M");
+    for _ in 0..3 {
+        let served = place.serve(&[]);
+        assert_eq!(served.ready["daemon"]["opened"]["clean"], true);
+        place.run(&["create", "a", "--size", "64M"]);
+        place.write("a", 1, 0, 1 << 20);
+        for _ in 0..20 {
+            served.signal(Signal::TERM);
+            served.signal(Signal::INT);
+        }
+        let (code, said) = served.wait();
+        assert_eq!(code, Some(0), "{said}");
+    }
+}
+
 #[test]
 fn what_was_there_is_there_after_a_stop_and_after_a_kill() {
     let place = Place::with_store("256M");
