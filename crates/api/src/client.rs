@@ -217,6 +217,10 @@ impl Client {
                 "you may not use {socket}: run as the user who started the daemon, or name \
                  another socket with --socket"
             ),
+            std::io::ErrorKind::InvalidInput => {
+                let message = format!("{socket} cannot be a socket: {error}");
+                return Error::new(Kind::Invalid, message);
+            }
             _ => format!("cannot connect to the daemon on {socket}: {error}"),
         };
         Error::new(Kind::Unreachable, message)

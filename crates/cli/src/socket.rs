@@ -20,6 +20,8 @@ fn default(
     root: bool,
     runtime_dir: Option<OsString>,
 ) -> Result<PathBuf, Error> {
+    // As with most variables, an empty one counts as none.
+    let given = given.filter(|path| !path.as_os_str().is_empty());
     match (given, runtime_dir) {
         (Some(path), _) => Ok(path),
         (None, _) if root => Ok("/run/parallax.sock".into()),
@@ -44,6 +46,7 @@ mod tests {
         };
         check(Some("/x"), true, Some("/run/user/0"), Some("/x"));
         check(None, true, Some("/run/user/0"), Some("/run/parallax.sock"));
+        check(Some(""), true, None, Some("/run/parallax.sock"));
         check(None, false, Some("/run/user/7"), Some("/run/user/7/parallax.sock"));
         check(None, false, Some(""), None);
         check(None, false, None, None);

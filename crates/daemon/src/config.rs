@@ -17,6 +17,9 @@ pub const NBD_PORT: u16 = 10809;
 /// Least memory for tree nodes: one path of a tree per request in flight.
 pub const CACHE_BYTES_MIN: u64 = 4 << 20;
 
+/// Most bytes of a unix socket's path: `sun_path` in unix(7), less its NUL.
+const SOCKET_PATH_BYTES_MAX: usize = 107;
+
 /// What a daemon serves, and where.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -161,6 +164,17 @@ impl Config {
                 listen.push(next);
             }
         }
+        for socket in &listen {
+            let Listen::Unix { path, .. } = socket else { continue };
+            let length = path.as_os_str().len();
+            if length > SOCKET_PATH_BYTES_MAX {
+                return Err(invalid(format!(
+                    "{} cannot be a socket: its path has {length} bytes, of {SOCKET_PATH_BYTES_MAX} \
+                     at most; name a shorter one",
+                    path.display()
+                )));
+            }
+        }
         let Self { store, socket, tls, buffered, .. } = self;
         Ok(Plan { store, socket, listen, cache_bytes, tls, buffered })
     }
@@ -247,6 +261,21 @@ mod tests {
         let plan = config(&["unix:/run/parallax.nbd.sock", "unix:/x", "unix:/x"]).plan().unwrap();
         let own = Listen::Unix { path: "/run/parallax.nbd.sock".into(), private: true };
         assert_eq!(plan.listen, [own, Listen::Unix { path: "/x".into(), private: false }]);
+    }
+
+    #[test]
+    fn a_path_too_long_for_a_socket_is_refused() {
+        let long = |length: usize| PathBuf::from(format!("/{}", "x".repeat(length - 1)));
+        // The daemon's own NBD socket has a longer name than the control socket.
+        let check = |length, fits| {
+            let plan = Config { socket: long(length), ..config(&[]) }.plan();
+            assert_eq!(plan.is_ok(), fits, "{length}: {plan:?}");
+        };
+        check(98, true);
+        check(99, false);
+        let nbd = vec![NbdAddress::Unix(long(108))];
+        let refused = Config { nbd, ..config(&[]) }.plan().unwrap_err();
+        assert!(refused.message.contains("107 at most"), "{refused}");
     }
 
     #[test]

@@ -22,7 +22,7 @@ pub(super) fn run(serve: Serve, global: Global) -> Result<(), Error> {
         insecure_plaintext: serve.insecure_plaintext,
         buffered: serve.buffered,
     };
-    let socket = config.socket.clone();
+    let socket = std::path::absolute(&config.socket).unwrap_or_else(|_| config.socket.clone());
     let daemon = Daemon::start(config)?;
     let status = daemon.status()?;
     if global.json {

@@ -100,6 +100,23 @@ fn a_signal_that_comes_twice_is_one() {
     }
 }
 
+/// A daemon that is told a relative socket tells its clients absolute ones: they may be elsewhere.
+#[test]
+fn sockets_are_told_as_absolute_paths() {
+    let place = Place::with_store("256M");
+    let served = place.serve(&["--socket", "near.sock", "--nbd", "unix:extra.sock"]);
+    assert_eq!(served.ready["socket"], place.text("near.sock"));
+    let nbd = &served.ready["daemon"]["nbd"];
+    assert_eq!(nbd[0]["address"], format!("unix:{}", place.text("near.nbd.sock")));
+    assert_eq!(nbd[1]["address"], format!("unix:{}", place.text("extra.sock")));
+    crate::place::noise_file(&place.path("f"), 8192);
+    let mut import = place.command(&["import", &place.text("f"), "a"]);
+    import.current_dir("/").env("PARALLAX_SOCKET", place.path("near.sock"));
+    let outcome = crate::place::Outcome::of(&mut import);
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    served.stop();
+}
+
 #[test]
 fn what_was_there_is_there_after_a_stop_and_after_a_kill() {
     let place = Place::with_store("256M");

@@ -108,6 +108,8 @@ pub(super) fn start(
                 let (listener, file) =
                     SocketFile::bind(&path, private, |path| UnixListener::bind(path))?;
                 listening.files.push(file);
+                // Whoever asks where it is may have another working directory.
+                let path = std::path::absolute(&path).unwrap_or(path);
                 let address = format!("unix:{}", path.display());
                 (listener.into(), NbdEndpoint { address, tls: false })
             }
