@@ -249,6 +249,10 @@ stats! {
     checkpoints,
     /// Tree nodes written by checkpoints.
     nodes_written,
+    /// Cycles of garbage collection completed.
+    collections,
+    /// Blocks that garbage collection freed.
+    collected_blocks,
     /// Node cache hits.
     cache_hits,
     /// Node cache misses.

@@ -78,6 +78,8 @@ pub(crate) fn stats(stats: &vdi::Stats, nbd_connections: u64) -> api::Stats {
         log_used_percent: stats.log_used_percent,
         checkpoints: stats.checkpoints,
         nodes_written: stats.nodes_written,
+        collections: stats.collections,
+        collected_blocks: stats.collected_blocks,
         cache_hits: stats.cache_hits,
         cache_misses: stats.cache_misses,
         cache_bytes: stats.cache_bytes,

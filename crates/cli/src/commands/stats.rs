@@ -4,6 +4,7 @@ use std::io::IsTerminal;
 use std::time::Duration;
 
 use api::{DaemonStatus, Error, Stats};
+use base::BLOCK_SIZE_U64;
 use tokio::time::Instant;
 
 use super::Context;
@@ -77,11 +78,12 @@ fn table(now: &Stats, rates: Option<&Rates<'_>>) -> String {
         });
         format!("{:>14}{}", bytes(of(now)), rate.unwrap_or_default())
     };
+    let gauge = |value: u64| format!("{value:>14}");
     let used = now.capacity_bytes.saturating_sub(now.free_bytes);
     let lines = [
         ("space used", format!("{:>14} of {}", bytes(used), bytes(now.capacity_bytes))),
-        ("disks", plain(|s| s.vdi_count)),
-        ("NBD clients", plain(|s| s.nbd_connections)),
+        ("disks", gauge(now.vdi_count)),
+        ("NBD clients", gauge(now.nbd_connections)),
         ("reads", plain(|s| s.reads)),
         ("read", volume(|s| s.read_bytes)),
         ("writes", plain(|s| s.writes)),
@@ -97,6 +99,8 @@ fn table(now: &Stats, rates: Option<&Rates<'_>>) -> String {
         ("device flushes", plain(|s| s.device_flushes)),
         ("checkpoints", plain(|s| s.checkpoints)),
         ("nodes written", plain(|s| s.nodes_written)),
+        ("collections", plain(|s| s.collections)),
+        ("collected", volume(|s| s.collected_blocks.saturating_mul(BLOCK_SIZE_U64))),
         ("node cache", format!("{:>14}{}", bytes(now.cache_bytes), hit_rate(now))),
     ];
     lines.map(|(name, value)| format!("{name:<15}{value}")).join("\n")
