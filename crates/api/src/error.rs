@@ -55,7 +55,7 @@ impl Error {
         let kind = match error.kind() {
             System::NotFound => Kind::NotFound,
             System::AlreadyExists => Kind::Exists,
-            System::StorageFull | System::QuotaExceeded => Kind::NoSpace,
+            System::StorageFull | System::QuotaExceeded | System::FileTooLarge => Kind::NoSpace,
             System::AddrInUse | System::ResourceBusy => Kind::Busy,
             System::InvalidInput | System::IsADirectory | System::NotADirectory => Kind::Invalid,
             _ => Kind::Io,

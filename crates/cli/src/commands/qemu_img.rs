@@ -12,6 +12,9 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 /// Longest error message that is kept.
 const MESSAGE_BYTES_MAX: u64 = 64 << 10;
 
+/// Lines of it that are shown.
+const MESSAGE_LINES_MAX: usize = 2;
+
 /// What a file is.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -170,14 +173,18 @@ fn failure(messages: &str) -> Error {
         Kind::NoSpace
     } else if messages.contains("No such file or directory") {
         Kind::NotFound
+    } else if messages.contains("Unknown driver") || messages.contains("Unknown file format") {
+        Kind::Invalid
     } else if messages.contains("Failed to get shared") || messages.contains("Failed to get \"") {
         Kind::Busy
     } else {
         Kind::Io
     };
-    let text = messages.trim().replace('\n', "; ");
-    let text = text.strip_prefix("qemu-img: ").unwrap_or(&text);
-    Error::new(kind, format!("qemu-img: {text}"))
+    // When one of the parallel copies fails, all do: what follows only repeats it.
+    let lines = messages.trim().lines().take(MESSAGE_LINES_MAX);
+    let lines: Vec<&str> =
+        lines.map(|line| line.strip_prefix("qemu-img: ").unwrap_or(line)).collect();
+    Error::new(kind, format!("qemu-img: {}", lines.join("; ")))
 }
 
 #[cfg(test)]
@@ -201,6 +208,9 @@ mod tests {
             full.message,
             "qemu-img: error while writing at byte 7: No space left on device"
         );
+        assert_eq!(failure("qemu-img: Unknown driver 'x'").kind, Kind::Invalid);
+        let many = failure(&"qemu-img: error while writing: Input/output error\n".repeat(8));
+        assert_eq!(many.message.matches("Input/output").count(), MESSAGE_LINES_MAX);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! at all; what is copied is one moment of the disk.
 
 use std::fs::File;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use api::{CreateVdi, Error, Kind, percent_encode};
@@ -30,6 +31,7 @@ pub(super) async fn import(
     format: Option<String>,
 ) -> Result<(), Error> {
     let shown = file.display();
+    check_source(context, file, name).await?;
     let file = file.canonicalize().map_err(|e| Error::system(&format!("read {shown}"), &e))?;
     let status = qemu_img::inspect(&file, format.as_deref())?;
     if let (Some(other), None) = (status.refers_to(), &format) {
@@ -70,12 +72,36 @@ pub(super) async fn import(
     )
 }
 
+/// Refuses what is no file. A stream tells its size too late; qemu-img would say so less clearly.
+async fn check_source(context: &Context, file: &Path, name: &str) -> Result<(), Error> {
+    let shown = file.display();
+    if file != Path::new("-") {
+        let found = std::fs::metadata(file)
+            .map_err(|e| Error::system(&format!("read {shown}"), &e))?
+            .file_type();
+        if found.is_dir() {
+            return Err(Error::new(Kind::Invalid, format!("{shown} is a directory")));
+        }
+        if found.is_file() || found.is_block_device() {
+            return Ok(());
+        }
+    }
+    let url = nbd_url(context, name).await?;
+    Err(Error::new(
+        Kind::Invalid,
+        format!(
+            "{shown} is a stream, and only files can be imported; if it is raw: parallax create \
+             {name} --size SIZE, then nbdcopy --flush - '{url}'"
+        ),
+    ))
+}
+
 async fn undo_import(context: &Context, name: &str, error: Error) -> Error {
     let message = match context.client.remove(name).await {
         Ok(_) => format!("cannot import into {name}: {error}"),
         Err(undo) => format!(
-            "cannot import into {name}: {error}; {name} is incomplete and could not be removed: \
-             {undo}"
+            "cannot import into {name}: {error}; {name} is incomplete and could not be removed \
+             ({undo}): delete it with parallax rm {name}"
         ),
     };
     Error::new(error.kind, message)
@@ -89,6 +115,9 @@ pub(super) async fn export(
     force: bool,
 ) -> Result<(), Error> {
     let format = format.unwrap_or_else(|| format_of(file).to_owned());
+    if is_stream_or_device(file) {
+        return Err(no_file(context, &source, file).await);
+    }
     check_target(file, force)?;
     let mut interrupts = Interrupts::catch()?;
     let (snapshot, temporary) = match source.snapshot {
@@ -105,11 +134,13 @@ pub(super) async fn export(
         true => context.client.remove_snapshot(&source.name, &snapshot).await.map(drop),
         false => Ok(()),
     };
-    // If both failed, the first tells why.
-    copied.and(released)?;
-    let length = std::fs::metadata(file).map(|file| file.len()).unwrap_or_default();
     let shown = file.display();
     let exported = if temporary { &source.name } else { &target };
+    // If both failed, the first tells why.
+    copied.and(released).map_err(|error| {
+        Error::new(error.kind, format!("cannot export {exported} to {shown}: {error}"))
+    })?;
+    let length = std::fs::metadata(file).map(|file| file.len()).unwrap_or_default();
     if context.json {
         return output::print_json(&json!({
             "exported": exported,
@@ -119,6 +150,28 @@ pub(super) async fn export(
         }));
     }
     output::print(&format!("exported {exported} to {shown} ({format}, {})", bytes(length)))
+}
+
+fn is_stream_or_device(file: &Path) -> bool {
+    let special = |found: std::fs::Metadata| !found.is_file() && !found.is_dir();
+    file == Path::new("-") || std::fs::metadata(file).is_ok_and(special)
+}
+
+/// An export takes its place when it is complete, which only a file can; says what to do instead.
+async fn no_file(context: &Context, source: &Source, file: &Path) -> Error {
+    let shown = file.display();
+    let export = match &source.snapshot {
+        Some(snapshot) => format!("{}@{snapshot}", source.name),
+        None => source.name.clone(),
+    };
+    match nbd_url(context, &export).await {
+        Ok(url) => {
+            let hint =
+                format!("{shown} is not a file; for a stream or device: nbdcopy '{url}' {shown}");
+            Error::new(Kind::Invalid, hint)
+        }
+        Err(error) => error,
+    }
 }
 
 /// A snapshot that holds one moment of a disk that may be running.
@@ -164,9 +217,10 @@ async fn copy_out(
     outcome
 }
 
+/// A name of this process's own: two exports into one file must not write into each other's.
 fn partial_path(file: &Path) -> PathBuf {
     let mut name = file.as_os_str().to_owned();
-    name.push(".partial");
+    name.push(format!(".{}.partial", std::process::id()));
     name.into()
 }
 
@@ -205,7 +259,9 @@ async fn nbd_url(context: &Context, export: &str) -> Result<String, Error> {
     let socket = status.nbd.iter().find_map(|endpoint| endpoint.address.strip_prefix("unix:"));
     let socket = socket
         .ok_or_else(|| Error::new(Kind::Unsupported, "the daemon serves NBD on no unix socket"))?;
-    Ok(format!("nbd+unix:///{}?socket={}", percent_encode(export), percent_encode(socket)))
+    // A slash may stand in a query, and messages show the URL to people.
+    let socket = percent_encode(socket).replace("%2F", "/");
+    Ok(format!("nbd+unix:///{}?socket={socket}", percent_encode(export)))
 }
 
 #[cfg(test)]
@@ -224,6 +280,7 @@ mod tests {
 
     #[test]
     fn a_partial_file_lies_beside_its_target() {
-        assert_eq!(partial_path(Path::new("/a/b.raw")), Path::new("/a/b.raw.partial"));
+        let expected = format!("/a/b.raw.{}.partial", std::process::id());
+        assert_eq!(partial_path(Path::new("/a/b.raw")), Path::new(&expected));
     }
 }

@@ -73,7 +73,9 @@ fn a_file_is_replaced_only_when_told() {
     assert_eq!(std::fs::metadata(place.path("f")).unwrap().len(), 1 << 20);
     place.fails(1, &["export", "a", "/dev/null", "--force"]);
     place.fails(2, &["export", "a", "no/such/dir"]);
-    assert!(!place.path("f.partial").exists());
+    let files = std::fs::read_dir(place.path("")).unwrap();
+    let names = files.map(|file| file.unwrap().file_name().to_string_lossy().into_owned());
+    assert!(names.into_iter().all(|name| !name.ends_with(".partial")));
 }
 
 #[test]
@@ -99,6 +101,49 @@ fn files_that_refer_to_others_must_be_trusted_first() {
     place.ok(&["import", "f", "a", "--format", "qcow2"]);
     place.ok(&["export", "a", "back"]);
     place.tool("cmp", &["secret", "back"]);
+}
+
+#[test]
+fn what_is_no_file_is_refused_with_a_way() {
+    let place = Place::with_store("256M");
+    let _served = place.serve(&[]);
+    place.ok(&["create", "a", "--size", "1M"]);
+    for stream in ["-", "/dev/zero"] {
+        let said = place.fails(1, &["import", stream, "b"]);
+        assert!(said.contains("nbdcopy --flush - 'nbd+unix:///b?socket="), "{said}");
+    }
+    let said = place.fails(1, &["export", "a", "-"]);
+    assert!(said.contains("nbdcopy 'nbd+unix:///a?socket="), "{said}");
+    // The way leads there.
+    let way = said.split_once("nbdcopy").unwrap().1.trim();
+    place.tool("bash", &["-c", &format!("nbdcopy {way} > streamed")]);
+    assert_eq!(std::fs::metadata(place.path("streamed")).unwrap().len(), 1 << 20);
+    assert!(place.fails(1, &["import", "/tmp", "b"]).contains("is a directory"));
+    assert!(place.fails(1, &["export", "a", "f", "--format", "iso"]).contains("iso"));
+    assert_eq!(place.json(&["ls"]).as_array().unwrap().len(), 1);
+    assert_eq!(place.json(&["snapshots", "a"]), json!([]));
+}
+
+#[test]
+fn an_export_that_fails_says_of_what_and_leaves_nothing() {
+    let place = Place::with_store("256M");
+    let _served = place.serve(&[]);
+    place.ok(&["create", "a", "--size", "64M"]);
+    place.write("a", 1, 0, 1 << 20);
+    // As a file system that runs full: no file gets more than 64 KiB.
+    let export =
+        format!("trap '' XFSZ; ulimit -f 64; exec {} export a f", env!("CARGO_BIN_EXE_parallax"));
+    let mut shell = std::process::Command::new("bash");
+    shell.args(["-c", &export]).current_dir(place.path(""));
+    shell.env("PARALLAX_SOCKET", place.path("control.sock"));
+    let outcome = Outcome::of(&mut shell);
+    assert_ne!(outcome.code, Some(0), "{outcome:?}");
+    assert!(outcome.stderr.contains("cannot export a to f: "), "{outcome:?}");
+    let left = std::fs::read_dir(place.path("")).unwrap();
+    let left =
+        left.filter(|it| it.as_ref().unwrap().file_name().to_string_lossy().starts_with('f'));
+    assert_eq!(left.count(), 0, "no part of it is left");
+    assert_eq!(place.json(&["snapshots", "a"]), json!([]));
 }
 
 #[test]
