@@ -131,7 +131,11 @@ pub(crate) enum Command {
 
     /// List disks
     #[command(visible_alias = "list")]
-    Ls,
+    Ls {
+        /// Count the space of each, as `info` does: takes a moment for many or large disks
+        #[arg(long, short)]
+        space: bool,
+    },
 
     /// Draw the family tree of disks, snapshots and clones
     Tree {

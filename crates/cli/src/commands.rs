@@ -52,7 +52,7 @@ async fn ask(context: Context, command: Command) -> Result<(), Error> {
     match command {
         Command::Create { name, size } => vdis::create(&context, name.name, size).await,
         Command::Clone { source, new } => vdis::clone(&context, source, new).await,
-        Command::Ls => vdis::ls(&context).await,
+        Command::Ls { space } => vdis::ls(&context, space).await,
         Command::Info { target: t } => {
             vdis::info(&context, &t.target.0, t.target.1.as_deref()).await
         }

@@ -7,7 +7,7 @@ use std::io::{ErrorKind, IsTerminal, Write};
 
 use api::Error;
 use base::size::HumanBytes;
-use comfy_table::{CellAlignment, ContentArrangement, Table};
+use comfy_table::{CellAlignment, ColumnConstraint, ContentArrangement, Table};
 use jiff::Timestamp;
 use serde::Serialize;
 
@@ -67,6 +67,10 @@ fn layout(columns: &[Column], rows: Vec<Vec<String>>, width: Option<u16>) -> Str
     for row in rows {
         table.add_row(row);
     }
+    // The first column has names, which people copy: they stay in one piece.
+    if let Some(names) = table.column_mut(0) {
+        names.set_constraint(ColumnConstraint::ContentWidth);
+    }
     for (cells, column) in table.column_iter_mut().zip(columns) {
         cells.set_padding((0, 2));
         if matches!(column, Column::Right(_)) {
@@ -100,10 +104,12 @@ mod tests {
     #[test]
     fn tables_align_and_wrap() {
         let columns = [Column::Left("NAME"), Column::Right("SIZE")];
-        let rows = || vec![vec!["a".to_owned(), "1".to_owned()], vec!["b b b".into(), "22".into()]];
-        assert_eq!(layout(&columns, rows(), None), "NAME   SIZE\na         1\nb b b    22");
-        let narrow = layout(&columns, rows(), Some(12));
-        assert!(narrow.lines().all(|line| line.len() <= 12), "{narrow}");
+        let rows =
+            || vec![vec!["a".to_owned(), "1".to_owned()], vec!["bbbbb".into(), "2 2".into()]];
+        assert_eq!(layout(&columns, rows(), None), "NAME   SIZE\na         1\nbbbbb   2 2");
+        let narrow = layout(&columns, rows(), Some(11));
+        assert!(narrow.lines().all(|line| line.len() <= 11), "{narrow}");
+        assert!(narrow.contains("bbbbb"), "names stay whole: {narrow}");
     }
 
     #[test]

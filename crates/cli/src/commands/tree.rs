@@ -48,7 +48,7 @@ pub(super) async fn run(context: &Context, all: bool) -> Result<(), Error> {
         return output::print_json(&roots);
     }
     if roots.is_empty() {
-        return output::print("no disks yet; make one with: parallax create NAME --size 20G");
+        return output::print(super::vdis::NO_DISKS);
     }
     let mut lines = Vec::new();
     for root in &roots {

@@ -1,10 +1,13 @@
 //! Commands on VDIs: create, clone, ls, info, rename, resize, rm.
 
-use api::{ChangeVdi, CreateVdi, Error, Snapshot, Space, Vdi};
+use api::{ChangeVdi, CreateVdi, Error, Kind, Snapshot, Space, Vdi};
 use serde::Serialize;
 
 use super::Context;
 use crate::output::{self, Column, bytes, count, time};
+
+/// What a list says that is empty.
+pub(super) const NO_DISKS: &str = "no disks yet; make one with: parallax create NAME --size 20G";
 
 pub(super) async fn create(context: &Context, name: String, size: u64) -> Result<(), Error> {
     let request = CreateVdi { name, size_bytes: Some(size), source: None };
@@ -19,13 +22,16 @@ pub(super) async fn clone(context: &Context, source: String, name: String) -> Re
     context.print(&vdi, &text)
 }
 
-pub(super) async fn ls(context: &Context) -> Result<(), Error> {
+pub(super) async fn ls(context: &Context, space: bool) -> Result<(), Error> {
     let vdis = context.client.vdis().await?;
+    if space {
+        return ls_with_space(context, vdis).await;
+    }
     if context.json {
         return output::print_json(&vdis);
     }
     if vdis.is_empty() {
-        return output::print("no disks yet; make one with: parallax create NAME --size 20G");
+        return output::print(NO_DISKS);
     }
     let columns = [
         Column::Left("NAME"),
@@ -42,6 +48,36 @@ pub(super) async fn ls(context: &Context) -> Result<(), Error> {
     output::print(&output::table(&columns, vdis.into_iter().map(row).collect()))
 }
 
+async fn ls_with_space(context: &Context, vdis: Vec<Vdi>) -> Result<(), Error> {
+    let mut list = Vec::new();
+    for vdi in vdis {
+        match context.client.space(&vdi.name, None).await {
+            Ok(space) => list.push(Description { object: vdi, space }),
+            // Deleted or renamed since it was listed.
+            Err(error) if error.kind == Kind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    if context.json {
+        return output::print_json(&list);
+    }
+    if list.is_empty() {
+        return output::print(NO_DISKS);
+    }
+    let columns = [
+        Column::Left("NAME"),
+        Column::Right("SIZE"),
+        Column::Right("MAPPED"),
+        Column::Right("EXCLUSIVE"),
+        Column::Right("SHARED"),
+    ];
+    let row = |Description { object: vdi, space }: Description<Vdi>| {
+        let sizes = [vdi.size_bytes, space.mapped_bytes, space.exclusive_bytes, space.shared_bytes];
+        std::iter::once(vdi.name).chain(sizes.map(bytes)).collect()
+    };
+    output::print(&output::table(&columns, list.into_iter().map(row).collect()))
+}
+
 /// Where a disk was cloned from, as a handle while its parent exists.
 pub(super) fn origin(vdi: &Vdi) -> Option<String> {
     let parent = vdi.parent.as_ref()?;
@@ -52,7 +88,7 @@ pub(super) fn origin(vdi: &Vdi) -> Option<String> {
     })
 }
 
-/// What `info --json` prints.
+/// What `info --json` prints, and `ls --space --json` for each disk.
 #[derive(Serialize)]
 struct Description<T> {
     #[serde(flatten)]
@@ -106,7 +142,7 @@ fn describe_snapshot(snapshot: &Snapshot, space: &Space) -> String {
 fn space_lines(size: u64, space: &Space) -> [(&'static str, String); 4] {
     [
         ("size", bytes(size)),
-        ("written", bytes(space.mapped_bytes)),
+        ("mapped", bytes(space.mapped_bytes)),
         ("exclusive", bytes(space.exclusive_bytes)),
         ("shared", bytes(space.shared_bytes)),
     ]

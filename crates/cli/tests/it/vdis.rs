@@ -32,7 +32,10 @@ fn a_disk_from_birth_to_death() {
     assert_eq!(info["space"]["mapped_bytes"], 0, "thin");
     place.write("web01", 7, 1 << 20, 1 << 20);
     assert_eq!(place.json(&["info", "web01"])["space"]["mapped_bytes"], 1 << 20);
-    assert!(place.ok(&["info", "web01"]).contains("written      1 MiB"));
+    assert!(place.ok(&["info", "web01"]).contains("mapped       1 MiB"));
+    let table = place.ok(&["ls", "--space"]);
+    assert!(table.lines().next().unwrap().contains("EXCLUSIVE"), "{table}");
+    assert!(table.contains("20 GiB   1 MiB      1 MiB     0 B"), "{table}");
 
     assert_eq!(place.ok(&["rename", "web01", "www"]), "renamed web01 to www");
     assert!(place.holds("www", 7, 1 << 20, 1 << 20));
