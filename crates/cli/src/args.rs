@@ -6,7 +6,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::builder::{NonEmptyStringValueParser, TypedValueParser, ValueParser};
+use clap::builder::{
+    NonEmptyStringValueParser, OsStringValueParser, TypedValueParser, ValueParser,
+};
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 
 /// Virtual disks with instant snapshots and clones, for virtual machines.
@@ -53,6 +55,7 @@ pub(crate) struct Global {
         global = true,
         env = "PARALLAX_SOCKET",
         value_name = "PATH",
+        value_parser = OsStringValueParser::new().map(PathBuf::from),
         hide_env_values = true
     )]
     #[arg(value_hint = ValueHint::AnyPath, help_heading = "Global options")]
@@ -96,15 +99,15 @@ pub(crate) enum Command {
     Create {
         #[command(flatten)]
         name: NewName,
-        /// Logical size, such as 20G; rounded up to whole 4 KiB blocks
-        #[arg(long, value_name = "SIZE", value_parser = size())]
+        /// Logical size, such as 20G (units are powers of 1024); rounded up to whole 4 KiB blocks
+        #[arg(long, value_name = "SIZE", value_parser = size(), allow_hyphen_values = true)]
         size: u64,
     },
 
     /// Make a new disk from a disk or snapshot, at once and without copying data
     Clone {
         /// What to clone; without @SNAP the disk as it is now, even if it is in use
-        #[arg(value_name = "SRC[@SNAP]", value_parser = NonEmptyStringValueParser::new())]
+        #[arg(value_name = "SRC[@SNAP]", value_parser = handle())]
         source: String,
         /// Name of the new disk
         #[arg(value_name = "NEW", value_parser = NonEmptyStringValueParser::new())]
@@ -116,8 +119,9 @@ pub(crate) enum Command {
     /// It holds every write that was acknowledged before. The handle is NAME@LABEL, or NAME@17 if
     /// no label is given.
     Snapshot {
-        #[command(flatten)]
-        name: Name,
+        /// Name of the disk
+        #[arg(value_name = "NAME", value_parser = snapshot_of())]
+        name: String,
         /// A name for the snapshot, unique within the disk
         #[arg(long, short, value_name = "LABEL", value_parser = NonEmptyStringValueParser::new())]
         label: Option<String>,
@@ -162,6 +166,8 @@ pub(crate) enum Command {
     },
 
     /// Change the size of a disk
+    ///
+    /// A client that is connected while it grows sees the new size when it connects again.
     Resize {
         #[command(flatten)]
         name: Name,
@@ -196,17 +202,17 @@ pub(crate) enum Command {
     /// List the byte ranges in which two disks or snapshots differ
     Diff {
         /// The one to compare with
-        #[arg(value_name = "A", value_parser = NonEmptyStringValueParser::new())]
+        #[arg(value_name = "A", value_parser = handle())]
         from: String,
         /// The one whose changes are listed
-        #[arg(value_name = "B", value_parser = NonEmptyStringValueParser::new())]
+        #[arg(value_name = "B", value_parser = handle())]
         to: String,
     },
 
     /// Copy a file into a new disk: raw, qcow2 and whatever else qemu-img reads
     ///
     /// The disk gets the size of the file's contents; holes stay holes. It is removed again if
-    /// the import fails. Needs qemu-img.
+    /// the import fails. Needs qemu-img. A raw stream goes in through NBD: nbdcopy - URL
     Import {
         /// The file to read
         #[arg(value_name = "FILE", value_hint = ValueHint::FilePath)]
@@ -281,7 +287,7 @@ pub(crate) enum Command {
 #[derive(Args, Debug)]
 pub(crate) struct Name {
     /// Name of the disk
-    #[arg(value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
+    #[arg(value_name = "NAME", value_parser = disk())]
     pub(crate) name: String,
 }
 
@@ -359,7 +365,7 @@ pub(crate) struct Dump {
     #[arg(value_enum, value_name = "PART")]
     pub(crate) parts: Vec<DumpPart>,
     /// Show the tree of a disk or snapshot: its nodes, and where its blocks lie
-    #[arg(long, value_name = "NAME[@SNAP]", value_parser = NonEmptyStringValueParser::new())]
+    #[arg(long, value_name = "NAME[@SNAP]", value_parser = handle())]
     pub(crate) tree: Vec<String>,
     /// Use the page cache: only for file systems without direct I/O
     #[arg(long)]
@@ -442,7 +448,28 @@ fn seconds() -> ValueParser {
 }
 
 fn target() -> ValueParser {
-    ValueParser::new(|text: &str| split_target(text))
+    ValueParser::new(split_target)
+}
+
+/// A disk or snapshot that goes to the daemon as it was written.
+fn handle() -> ValueParser {
+    ValueParser::new(|text: &str| split_target(text).map(|_| text.to_owned()))
+}
+
+fn disk() -> ValueParser {
+    ValueParser::new(|text: &str| match split_target(text)? {
+        (name, None) => Ok(name),
+        (name, Some(_)) => Err(format!("that is a snapshot; this takes a disk, such as {name}")),
+    })
+}
+
+fn snapshot_of() -> ValueParser {
+    ValueParser::new(|text: &str| match split_target(text)? {
+        (name, None) => Ok(name),
+        (name, Some(label)) => {
+            Err(format!("a label has an option: parallax snapshot {name} --label {label}"))
+        }
+    })
 }
 
 fn snapshot_target() -> ValueParser {
@@ -500,5 +527,18 @@ mod tests {
         for bad in ["", "@", "@x", "web01@"] {
             assert!(split_target(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_snapshot_where_a_disk_belongs_is_refused_with_a_hint() {
+        let check = |line: &[&str], hint: &str| {
+            let said = Cli::try_parse_from(line).unwrap_err().to_string();
+            assert!(said.contains(hint), "{line:?}: {said}");
+        };
+        check(&["parallax", "snapshot", "a@s"], "parallax snapshot a --label s");
+        check(&["parallax", "rename", "a@s", "b"], "such as a");
+        check(&["parallax", "clone", "a@", "b"], "NAME@SNAPSHOT");
+        check(&["parallax", "diff", "a", "b@"], "NAME@SNAPSHOT");
+        check(&["parallax", "create", "a", "--size", "-1"], "'-1' is not a size");
     }
 }

@@ -62,7 +62,7 @@ async fn ask(context: Context, command: Command) -> Result<(), Error> {
         }
         Command::Rm { target: t } => vdis::rm(&context, &t.target.0, t.target.1.as_deref()).await,
         Command::Snapshot { name, label } => {
-            snapshots::take(&context, &name.name, label.as_deref()).await
+            snapshots::take(&context, &name, label.as_deref()).await
         }
         Command::Snapshots { name } => snapshots::list(&context, &name.name).await,
         Command::Rollback { target: (name, snapshot) } => {

@@ -16,12 +16,7 @@ use clap::Parser;
 fn main() -> ExitCode {
     let cli = match args::Cli::try_parse() {
         Ok(cli) => cli,
-        Err(error) => {
-            // Help and version are no errors. What cannot be printed, nobody wants to read.
-            let _ = error.print();
-            let failed = error.use_stderr();
-            return if failed { ExitCode::from(exit::USAGE) } else { ExitCode::SUCCESS };
-        }
+        Err(error) => return exit::report_usage(&error, std::env::args_os().skip(1)),
     };
     let json = cli.global.json;
     match commands::run(cli) {

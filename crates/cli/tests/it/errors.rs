@@ -77,6 +77,10 @@ fn what_does_not_exist_is_2_and_what_is_wrong_is_1() {
         let said = place.fails(2, missing);
         assert!(said.starts_with("parallax: "), "{missing:?}: {said}");
     }
+    // An empty label once named the oldest snapshot that had none.
+    for nothing in [&["clone", "a@", "c"][..], &["diff", "a@", "a"], &["info", "a@"]] {
+        place.fails(1, nothing);
+    }
     for wrong in [
         &["create", "a", "--size", "1M"][..],
         &["create", "x@y", "--size", "1M"],

@@ -10,6 +10,7 @@ mod errors;
 mod failure;
 mod format;
 mod http;
+mod json;
 mod lifecycle;
 mod network;
 mod place;
