@@ -10,7 +10,8 @@
 //! - a block is written once per lap (rule 6): each group begins a new one;
 //! - LSNs are given without gaps, in the order of the blocks;
 //! - F never passes a record whose data has not completed (rule 10);
-//! - guests stop at the high-water mark, so that checkpoints always have room (rule 25);
+//! - guests stop at the high-water mark, so that checkpoints always have room (rule 25), and
+//!   sooner if F stays behind: recovery writes what is above F again, into the rest of the ring;
 //! - after a failed append nothing is appended any more (rule 56).
 
 mod replay;
@@ -88,6 +89,8 @@ struct State {
     incomplete: VecDeque<bool>,
     /// F as the newest sealed block says it.
     durable_noted: Lsn,
+    /// Last record and position of the sealed blocks with records above that F.
+    above_durable: VecDeque<(Lsn, RingPosition)>,
     blocks_written: u64,
 }
 
@@ -108,7 +111,7 @@ impl Log {
     #[must_use]
     pub fn start(runtime: Runtime, scheduler: WriteScheduler, config: LogConfig) -> Self {
         let last = Lsn::new(config.first_lsn.get().saturating_sub(1));
-        scheduler.watermarks().start_at(last, config.position);
+        scheduler.watermarks().start_at(last);
         let state = State {
             position: config.position,
             lsn_next: config.first_lsn,
@@ -123,6 +126,7 @@ impl Log {
             in_flight: VecDeque::new(),
             incomplete: VecDeque::new(),
             durable_noted: Lsn::default(),
+            above_durable: VecDeque::new(),
             blocks_written: 0,
         };
         Self(Rc::new(Inner {
@@ -145,13 +149,14 @@ impl Log {
                 return Err(error);
             }
             let room = self.0.room.changed();
-            let (unflushed, reserved) = {
+            let (above, reserved) = {
                 let state = self.0.state.borrow();
-                (self.unflushed_blocks(&state), state.reserved)
+                (self.blocks_above_durable(&state), state.reserved)
             };
-            if unflushed + reserved >= self.0.config.geometry.ring_blocks * 3 / 16 {
-                // What others were admitted for becomes unflushed blocks first.
-                if unflushed > 0 {
+            if above + reserved >= self.0.config.geometry.ring_blocks * 3 / 16 {
+                // What others were admitted for has to be written first, and what is written has
+                // to complete before a flush can cover it.
+                if self.flush_would_cover() {
                     self.0.scheduler.flush().await?
                 } else {
                     room.await
@@ -227,6 +232,8 @@ impl Log {
         };
         if advanced {
             self.0.completed.notify();
+            // Whoever waits for room may have a flush make some now.
+            self.0.room.notify();
         }
     }
 
@@ -321,10 +328,11 @@ impl Log {
         (self.used_blocks(&state), self.0.config.geometry.ring_blocks)
     }
 
-    /// Whether so much of the ring is not covered by a flush that one should be issued.
+    /// Whether so much of the ring is above F that a flush should be issued, and would help.
     #[must_use]
     pub fn is_long_unflushed(&self) -> bool {
-        self.unflushed_blocks(&self.0.state.borrow()) >= self.0.config.geometry.ring_blocks / 8
+        let above = self.blocks_above_durable(&self.0.state.borrow());
+        above >= self.0.config.geometry.ring_blocks / 8 && self.flush_would_cover()
     }
 
     /// Whether another record can be appended at all.
@@ -333,10 +341,19 @@ impl Log {
         self.used_blocks(&self.0.state.borrow()) + 2 < self.0.config.geometry.ring_blocks
     }
 
-    /// Blocks written since the last successful flush was issued: what recovery may have to write
-    /// again, into the reserve.
-    fn unflushed_blocks(&self, state: &State) -> u64 {
-        state.position.distance_from(self.0.scheduler.watermarks().durable_position())
+    /// Blocks from the first record above F on: what recovery may have to write again, into the
+    /// reserve. One record whose data does not complete keeps F behind it, whatever is flushed.
+    fn blocks_above_durable(&self, state: &State) -> u64 {
+        let durable = self.0.scheduler.watermarks().durable();
+        let first = state.above_durable.partition_point(|&(last, _)| last <= durable);
+        let first = state.above_durable.get(first);
+        first.map_or(0, |&(_, position)| state.position.distance_from(position))
+    }
+
+    /// Whether a flush that is issued now would move F.
+    fn flush_would_cover(&self) -> bool {
+        let watermarks = self.0.scheduler.watermarks();
+        watermarks.completed() > watermarks.durable()
     }
 
     /// Log blocks written so far.
@@ -412,8 +429,13 @@ impl Log {
             };
             state.previous = state.open.seal(&config.checksums, &seal, &mut buffer);
             state.position = position.plus(1);
-            self.0.scheduler.watermarks().advance_position(state.position);
             state.durable_noted = durable;
+            let covered = state.above_durable.partition_point(|&(last, _)| last <= durable);
+            state.above_durable.drain(..covered);
+            let last = Lsn::new(state.lsn_next.get() - 1);
+            if last > durable {
+                state.above_durable.push_back((last, position));
+            }
             state.blocks_written += 1;
             let waiters = std::mem::take(&mut state.open_waiters);
             state.in_flight.push_back(SealedBlock { position, outcome: None, waiters });

@@ -16,7 +16,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::rc::Rc;
 
-use base::{BlockSlice, Lsn, Pba, REQUEST_BLOCKS_MAX, RingPosition};
+use base::{BlockSlice, Lsn, Pba, REQUEST_BLOCKS_MAX};
 use device::{Cause, Device, DeviceError};
 use runtime::Runtime;
 use runtime::sync::{OneshotReceiver, OneshotSender, Signal, oneshot};
@@ -63,9 +63,6 @@ pub struct Watermarks(Rc<WatermarkCells>);
 struct WatermarkCells {
     completed: Cell<Lsn>,
     durable: Cell<Lsn>,
-    /// Where the log stands, and where it stood when the last successful flush was issued.
-    position: Cell<RingPosition>,
-    durable_position: Cell<RingPosition>,
 }
 
 impl Watermarks {
@@ -86,19 +83,9 @@ impl Watermarks {
         self.0.completed.set(to);
     }
 
-    pub(crate) fn start_at(&self, lsn: Lsn, position: RingPosition) {
+    pub(crate) fn start_at(&self, lsn: Lsn) {
         self.0.completed.set(lsn);
         self.0.durable.set(lsn);
-        self.0.position.set(position);
-        self.0.durable_position.set(position);
-    }
-
-    pub(crate) fn advance_position(&self, to: RingPosition) {
-        self.0.position.set(to);
-    }
-
-    pub(crate) fn durable_position(&self) -> RingPosition {
-        self.0.durable_position.get()
     }
 }
 
@@ -318,7 +305,6 @@ impl WriteScheduler {
             }
             // Taken before the flush is issued: what completes later is not covered.
             let covered = self.0.watermarks.completed();
-            let position = self.0.watermarks.0.position.get();
             let outcome = match self.failure() {
                 None => self.0.device.flush().await,
                 Some(error) => Err(error),
@@ -337,7 +323,6 @@ impl WriteScheduler {
                 Ok(()) => {
                     let durable = &self.0.watermarks.0.durable;
                     durable.set(durable.get().max(covered));
-                    self.0.watermarks.0.durable_position.set(position);
                 }
                 Err(error) => self.fail(error),
             }

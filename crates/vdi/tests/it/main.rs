@@ -7,10 +7,12 @@
 )]
 
 mod check;
+mod gate;
 mod gc;
 mod golden;
 mod model;
 mod ram;
+mod stuck;
 
 use std::rc::Rc;
 

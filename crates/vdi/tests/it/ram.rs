@@ -20,7 +20,12 @@ struct RamBackend {
 
 impl Ram {
     pub(crate) fn device(&self, block_count: u64) -> Device {
-        Device::new(Rc::new(RamBackend { ram: self.clone(), block_count }))
+        Device::new(self.backend(block_count))
+    }
+
+    /// What a device does, to be wrapped by another backend.
+    pub(crate) fn backend(&self, block_count: u64) -> Rc<dyn Backend> {
+        Rc::new(RamBackend { ram: self.clone(), block_count })
     }
 
     /// The bytes of a block.

@@ -1,0 +1,109 @@
+//! A device that holds operations back for as long as a test wants: a slow one, as others see it.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use base::Buffer;
+use device::{Backend, Device, Operation};
+use disk::{Disk, Request};
+use parallax_vdi::{OpenOptions, Store};
+use runtime::Runtime;
+
+use crate::ram::{Ram, run};
+use crate::{STORE_BLOCKS, format_options};
+
+type Wanted = Rc<dyn Fn(&Operation) -> bool>;
+
+/// Passes operations on, but keeps those that it was told to hold. Clones share it.
+#[derive(Clone)]
+pub(crate) struct Gate {
+    inner: Rc<dyn Backend>,
+    wanted: Rc<RefCell<Option<Wanted>>>,
+    held: Rc<RefCell<Vec<Operation>>>,
+}
+
+impl Gate {
+    fn new(inner: Rc<dyn Backend>) -> Self {
+        Self { inner, wanted: Rc::default(), held: Rc::default() }
+    }
+
+    /// Holds the operations that are `wanted` from now on.
+    pub(crate) fn hold(&self, wanted: impl Fn(&Operation) -> bool + 'static) {
+        *self.wanted.borrow_mut() = Some(Rc::new(wanted));
+    }
+
+    /// Lets everything pass, also what was held.
+    pub(crate) fn release(&self) {
+        *self.wanted.borrow_mut() = None;
+        for operation in self.held.take() {
+            self.inner.submit(operation);
+        }
+    }
+
+    /// Number of operations that are held.
+    pub(crate) fn held(&self) -> usize {
+        self.held.borrow().len()
+    }
+}
+
+impl Backend for Gate {
+    fn submit(&self, operation: Operation) {
+        let wanted = self.wanted.borrow().clone();
+        if wanted.is_some_and(|wanted| wanted(&operation)) {
+            self.held.borrow_mut().push(operation);
+        } else {
+            self.inner.submit(operation);
+        }
+    }
+
+    fn block_count(&self) -> u64 {
+        self.inner.block_count()
+    }
+
+    fn describe(&self) -> String {
+        self.inner.describe()
+    }
+}
+
+/// As [`crate::with_store`], on a device behind a gate.
+pub(crate) fn with_gated_store<T: 'static, F: Future<Output = T> + 'static>(
+    work: impl FnOnce(Runtime, Gate, Store) -> F + 'static,
+) -> (Ram, T) {
+    let ram = Ram::default();
+    let gate = Gate::new(ram.backend(STORE_BLOCKS));
+    let outcome = run(1, |runtime| async move {
+        let device = Device::new(Rc::new(gate.clone()));
+        Store::format(&device, &runtime, &format_options()).await.unwrap();
+        let options =
+            OpenOptions { cache_bytes: 1 << 20, boot_id: [1; 16], nonce: runtime.random() };
+        let (store, _) = Store::open(device, runtime.clone(), &options).await.expect("opens");
+        work(runtime, gate, store).await
+    });
+    (ram, outcome)
+}
+
+/// Starts so many writers of `each` writes of `length` bytes to places of their own; how many
+/// writes have been acknowledged.
+pub(crate) fn start_writers(
+    runtime: &Runtime,
+    disk: &Rc<dyn Disk>,
+    writer_count: u64,
+    each: u64,
+    length: usize,
+) -> Rc<Cell<u64>> {
+    let done = Rc::new(Cell::new(0));
+    for writer in 0..writer_count {
+        let (disk, done) = (Rc::clone(disk), Rc::clone(&done));
+        drop(runtime.spawn(async move {
+            for round in 0..each {
+                let data = Buffer::from_bytes(&vec![(writer + round) as u8 | 1; length]);
+                let offset = (1 + writer * each + round) * length as u64;
+                if disk.submit(Request::Write { offset, length, data, fua: false }).await.is_err() {
+                    return;
+                }
+                done.set(done.get() + 1);
+            }
+        }));
+    }
+    done
+}

@@ -1,0 +1,61 @@
+//! Operations that take very long, and futures that nobody waits for.
+
+use std::cell::Cell;
+use std::time::Duration;
+
+use base::Buffer;
+use device::Operation;
+use disk::Request;
+
+use crate::gate::{start_writers, with_gated_store};
+use crate::{disk, read, reopened, write};
+
+/// First block that can hold data in these stores: behind the system extent and that of the log.
+const DATA_START: u64 = 2 * (16 << 20) / 4096;
+
+/// Whether it writes data, or nodes.
+fn writes_data(operation: &Operation) -> bool {
+    matches!(operation, Operation::Write { at, .. } if at.get() >= DATA_START)
+}
+
+/// One write whose data does not complete keeps F behind it, while flushes succeed. Once guests
+/// filled three quarters of the log above F then, and recovery had a quarter to write that again.
+#[test]
+fn a_store_opens_after_a_crash_with_one_data_write_that_hung() {
+    let (ram, ()) = with_gated_store(|runtime, gate, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        store.create("web02", 1 << 30).await.unwrap();
+        let (one, two) = (disk(&store, "web01").await, disk(&store, "web02").await);
+        write(&two, 0, &[1; 4096]).await;
+        let first = Cell::new(true);
+        gate.hold(move |operation| writes_data(operation) && first.replace(false));
+        let data = Buffer::from_bytes(&[7; 4096]);
+        let request = Request::Write { offset: 0, length: 4096, data, fua: false };
+        drop(runtime.spawn(one.submit(request)));
+        runtime.sleep(Duration::from_millis(1)).await;
+        assert_eq!(gate.held(), 1);
+        let done = start_writers(&runtime, &two, 60, 20, 64 << 10);
+        runtime.sleep(Duration::from_secs(10)).await;
+        assert!(done.get() > 0);
+    });
+    reopened(&ram, |_, store, _| async move {
+        assert_eq!(read(&disk(&store, "web02").await, 0, 4096).await, [1; 4096]);
+    });
+}
+
+/// When the data write completes after all, everybody goes on.
+#[test]
+fn writers_that_wait_behind_a_slow_data_write_go_on() {
+    with_gated_store(|runtime, gate, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        let disk = disk(&store, "web01").await;
+        let first = Cell::new(true);
+        gate.hold(move |operation| writes_data(operation) && first.replace(false));
+        let done = start_writers(&runtime, &disk, 60, 10, 64 << 10);
+        runtime.sleep(Duration::from_secs(10)).await;
+        assert!(gate.held() == 1 && done.get() < 60 * 10);
+        gate.release();
+        runtime.sleep(Duration::from_secs(10)).await;
+        assert_eq!(done.get(), 60 * 10);
+    });
+}
