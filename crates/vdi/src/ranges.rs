@@ -18,7 +18,7 @@ struct State {
     /// Held ranges by their start; they do not overlap.
     held: BTreeMap<u64, u64>,
     /// Waiting ranges in order of arrival.
-    waiting: Vec<(Range<u64>, OneshotSender<()>)>,
+    waiting: Vec<(Range<u64>, OneshotSender<RangeGuard>)>,
 }
 
 /// Holds a range until dropped.
@@ -31,6 +31,7 @@ impl RangeLocks {
     /// Waits until no change that came earlier overlaps `range`, then holds it.
     pub(crate) async fn lock(&self, range: Range<u64>) -> RangeGuard {
         let start = range.start;
+        let guard = || RangeGuard { locks: self.clone(), start };
         let free = {
             let mut state = self.0.borrow_mut();
             // Who waits already goes first, or a stream of small writes would starve a discard.
@@ -42,13 +43,13 @@ impl RangeLocks {
             }
             free
         };
-        if !free {
-            let (sender, receiver) = oneshot();
-            self.0.borrow_mut().waiting.push((range, sender));
-            // An error means that the runtime was killed: nothing runs after it.
-            let _ = receiver.await;
+        if free {
+            return guard();
         }
-        RangeGuard { locks: self.clone(), start }
+        let (sender, receiver) = oneshot();
+        self.0.borrow_mut().waiting.push((range, sender));
+        // The queue lives in these locks, which we hold: the sender is not dropped unsent.
+        receiver.await.unwrap_or_else(|_| guard())
     }
 }
 
@@ -58,8 +59,10 @@ impl State {
         last_before_end.is_some_and(|(_, &end)| end > range.start)
     }
 
-    /// Grants what can be granted, in order; nobody overtakes an overlapping earlier one.
-    fn grant(&mut self) {
+    /// Takes what can be granted, in order; nobody overtakes an overlapping earlier one. Returns
+    /// the starts of the ranges, and who waits for them.
+    fn grant(&mut self) -> Vec<(u64, OneshotSender<RangeGuard>)> {
+        let mut granted = Vec::new();
         let mut blocked: Vec<Range<u64>> = Vec::new();
         for (range, sender) in std::mem::take(&mut self.waiting) {
             let behind = blocked.iter().any(|other| overlaps(other, &range));
@@ -68,9 +71,10 @@ impl State {
                 self.waiting.push((range, sender));
             } else {
                 self.held.insert(range.start, range.end);
-                sender.send(());
+                granted.push((range.start, sender));
             }
         }
+        granted
     }
 }
 
@@ -80,10 +84,14 @@ fn overlaps(a: &Range<u64>, b: &Range<u64>) -> bool {
 
 impl Drop for RangeGuard {
     fn drop(&mut self) {
-        let mut state = self.locks.0.borrow_mut();
-        state.held.remove(&self.start);
-        if !state.waiting.is_empty() {
-            state.grant();
+        let granted = {
+            let mut state = self.locks.0.borrow_mut();
+            state.held.remove(&self.start);
+            if state.waiting.is_empty() { Vec::new() } else { state.grant() }
+        };
+        for (start, sender) in granted {
+            // To one that waits no more this releases the range at once, by dropping the guard.
+            sender.send(RangeGuard { locks: self.locks.clone(), start });
         }
     }
 }

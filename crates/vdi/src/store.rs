@@ -20,7 +20,8 @@ use crate::types::{
     VdiSpace,
 };
 
-/// An open store. Clones share it.
+/// An open store. Clones share it. What changes it is finished once it has begun, also if the future
+/// that waits for it is dropped.
 #[derive(Clone)]
 pub struct Store(Rc<Engine>);
 
@@ -60,7 +61,8 @@ impl Store {
     /// # Errors
     /// If the device fails; the store is as after a crash then.
     pub async fn close(&self) -> Result<(), Error> {
-        self.0.close().await
+        let engine = Rc::clone(&self.0);
+        self.finish(async move { engine.close().await }).await
     }
 
     /// Creates an empty VDI. Durable on return.
@@ -68,7 +70,8 @@ impl Store {
     /// # Errors
     /// `Exists`; `Invalid` for a bad name or size (1 block to 4 PiB; rounded up to whole blocks).
     pub async fn create(&self, name: &str, size_bytes: u64) -> Result<VdiId, Error> {
-        self.0.create(name, size_bytes).await
+        let (engine, name) = (Rc::clone(&self.0), name.to_owned());
+        self.finish(async move { engine.create(&name, size_bytes).await }).await
     }
 
     /// Makes a new VDI with the contents of a snapshot, or of a VDI at this moment. Durable on
@@ -77,7 +80,8 @@ impl Store {
     /// # Errors
     /// `NotFound`, `Exists`, `Invalid`.
     pub async fn clone_vdi(&self, source: &Target, name: &str) -> Result<VdiId, Error> {
-        self.0.clone_vdi(source, name).await
+        let (engine, source, name) = (Rc::clone(&self.0), source.clone(), name.to_owned());
+        self.finish(async move { engine.clone_vdi(&source, &name).await }).await
     }
 
     /// Takes a snapshot; it holds every write acknowledged before this call and none issued after
@@ -86,7 +90,9 @@ impl Store {
     /// # Errors
     /// `NotFound`; `Exists` if the label is taken.
     pub async fn snapshot(&self, name: &str, label: Option<&str>) -> Result<SnapshotNumber, Error> {
-        self.0.snapshot(name, label).await
+        let (engine, name) = (Rc::clone(&self.0), name.to_owned());
+        let label = label.map(str::to_owned);
+        self.finish(async move { engine.snapshot(&name, label.as_deref()).await }).await
     }
 
     /// Lists at most `max` VDIs whose names come after `after`, in order of name.
@@ -148,7 +154,8 @@ impl Store {
     /// # Errors
     /// `NotFound`, `Exists`, `Invalid`.
     pub async fn rename(&self, name: &str, new_name: &str) -> Result<(), Error> {
-        self.0.rename(name, new_name).await
+        let (engine, name, new) = (Rc::clone(&self.0), name.to_owned(), new_name.to_owned());
+        self.finish(async move { engine.rename(&name, &new).await }).await
     }
 
     /// Changes the size. Durable on return. Contents beyond a smaller size are gone for ever:
@@ -157,7 +164,8 @@ impl Store {
     /// # Errors
     /// `NotFound`, `Invalid`.
     pub async fn resize(&self, name: &str, size_bytes: u64) -> Result<(), Error> {
-        self.0.resize(name, size_bytes).await
+        let (engine, name) = (Rc::clone(&self.0), name.to_owned());
+        self.finish(async move { engine.resize(&name, size_bytes).await }).await
     }
 
     /// Deletes a VDI with all its snapshots, or one snapshot. Durable on return. Open handles of
@@ -166,7 +174,8 @@ impl Store {
     /// # Errors
     /// `NotFound`.
     pub async fn remove(&self, target: &Target) -> Result<(), Error> {
-        self.0.remove(target).await
+        let (engine, target) = (Rc::clone(&self.0), target.clone());
+        self.finish(async move { engine.remove(&target).await }).await
     }
 
     /// Makes the VDI's contents those of one of its snapshots. Snapshots stay. Durable on return.
@@ -175,7 +184,8 @@ impl Store {
     /// # Errors
     /// `NotFound`.
     pub async fn rollback(&self, name: &str, snapshot: &str) -> Result<(), Error> {
-        self.0.rollback(name, snapshot).await
+        let (engine, name, snapshot) = (Rc::clone(&self.0), name.to_owned(), snapshot.to_owned());
+        self.finish(async move { engine.rollback(&name, &snapshot).await }).await
     }
 
     /// Lists the runs of bytes that differ between two VDIs or snapshots. Walks only what differs.
@@ -219,8 +229,13 @@ impl Store {
     /// `Corrupt` or `Io` if a node could not be read: nothing is freed then, as what it names is
     /// not known. `Fenced` if the store was closed meanwhile.
     pub async fn collect_garbage(&self) -> Result<GcReport, Error> {
-        let _request = self.0.begin()?;
-        self.0.collect_garbage().await
+        let request = self.0.begin()?;
+        let engine = Rc::clone(&self.0);
+        self.finish(async move {
+            let _request = request;
+            engine.collect_garbage().await
+        })
+        .await
     }
 
     /// Current counters.
@@ -248,6 +263,12 @@ impl Store {
     /// severed then; opening the store again recovers what was promised (G10).
     pub async fn failed(&self) -> DeviceError {
         self.0.scheduler.failed().await
+    }
+
+    /// Runs `work` as a task of its own: a log record counts once it is appended, and others wait
+    /// for it to complete, whatever became of the caller.
+    async fn finish<T: 'static>(&self, work: impl Future<Output = T> + 'static) -> T {
+        self.0.runtime.spawn(work).await
     }
 
     async fn entry(&self, id: VdiId) -> Result<Option<VdiEntry>, Error> {

@@ -2,6 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::time::Duration;
 
 use base::Buffer;
 use device::{Backend, Device, Operation};
@@ -80,6 +81,23 @@ pub(crate) fn with_gated_store<T: 'static, F: Future<Output = T> + 'static>(
         work(runtime, gate, store).await
     });
     (ram, outcome)
+}
+
+/// Whether `work` ends within a minute.
+pub(crate) async fn ends(runtime: &Runtime, work: impl Future<Output = ()> + 'static) -> bool {
+    let done = Rc::new(Cell::new(false));
+    let flag = Rc::clone(&done);
+    drop(runtime.spawn(async move {
+        work.await;
+        flag.set(true);
+    }));
+    for _ in 0..60 * 4 {
+        runtime.sleep(Duration::from_millis(250)).await;
+        if done.get() {
+            return true;
+        }
+    }
+    false
 }
 
 /// Starts so many writers of `each` writes of `length` bytes to places of their own; how many

@@ -1,13 +1,15 @@
 //! Operations that take very long, and futures that nobody waits for.
 
 use std::cell::Cell;
+use std::future::poll_fn;
+use std::task::Poll;
 use std::time::Duration;
 
 use base::Buffer;
 use device::Operation;
 use disk::Request;
 
-use crate::gate::{start_writers, with_gated_store};
+use crate::gate::{ends, start_writers, with_gated_store};
 use crate::{disk, read, reopened, write};
 
 /// First block that can hold data in these stores: behind the system extent and that of the log.
@@ -16,6 +18,16 @@ const DATA_START: u64 = 2 * (16 << 20) / 4096;
 /// Whether it writes data, or nodes.
 fn writes_data(operation: &Operation) -> bool {
     matches!(operation, Operation::Write { at, .. } if at.get() >= DATA_START)
+}
+
+/// Begins `work`, and drops it.
+async fn abandon(work: impl Future) {
+    let mut work = Box::pin(work);
+    poll_fn(|context| {
+        assert!(work.as_mut().poll(context).is_pending());
+        Poll::Ready(())
+    })
+    .await;
 }
 
 /// One write whose data does not complete keeps F behind it, while flushes succeed. Once guests
@@ -57,5 +69,38 @@ fn writers_that_wait_behind_a_slow_data_write_go_on() {
         gate.release();
         runtime.sleep(Duration::from_secs(10)).await;
         assert_eq!(done.get(), 60 * 10);
+    });
+}
+
+/// The record of an abandoned snapshot was never complete, and every checkpoint waited for it.
+#[test]
+fn a_snapshot_that_nobody_waits_for_is_taken() {
+    with_gated_store(|runtime, _, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        write(&disk(&store, "web01").await, 0, &[1; 4096]).await;
+        abandon(store.snapshot("web01", None)).await;
+        let later = store.clone();
+        let ended = ends(&runtime, async move { later.checkpoint().await.unwrap() });
+        assert!(ended.await, "checkpoints stopped");
+        assert_eq!(store.info("web01").await.unwrap().snapshot_count, 1);
+    });
+}
+
+/// An abandoned resize waited for the blocks of the disk, was given them, and kept them for ever.
+#[test]
+fn a_resize_that_nobody_waits_for_is_done() {
+    with_gated_store(|runtime, gate, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        let disk = disk(&store, "web01").await;
+        gate.hold(writes_data);
+        let data = Buffer::from_bytes(&[7; 4096]);
+        let request = Request::Write { offset: 0, length: 4096, data, fua: false };
+        drop(runtime.spawn(disk.submit(request)));
+        runtime.sleep(Duration::from_millis(1)).await;
+        abandon(store.resize("web01", 2 << 30)).await;
+        gate.release();
+        let goes_on = ends(&runtime, async move { write(&disk, 0, &[1; 4096]).await });
+        assert!(goes_on.await, "the disk is locked");
+        assert_eq!(store.info("web01").await.unwrap().size_bytes, 2 << 30);
     });
 }
