@@ -429,11 +429,12 @@ impl Engine {
         Ok(())
     }
 
-    /// Runs checkpoints when they are due, until the store closes.
+    /// Runs checkpoints when they are due, until the store is closed: while it closes, requests
+    /// under way may wait for the room that only a checkpoint makes.
     pub(crate) async fn checkpoint_when_due(self: Rc<Self>) {
         loop {
             let wanted = self.checkpoints.wanted.changed();
-            if self.closing.get() || self.scheduler.failure().is_some() {
+            if self.closed.get() || self.scheduler.failure().is_some() {
                 return;
             }
             if self.checkpoint_is_due() {

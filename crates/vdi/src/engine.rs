@@ -114,11 +114,12 @@ impl Engine {
     /// Stops taking requests, waits for those under way, and publishes a clean state.
     pub(crate) async fn close(self: &Rc<Self>) -> Result<(), Error> {
         self.closing.set(true);
-        self.request_checkpoint();
         while self.active.get() > 0 {
             self.idle.changed().await;
         }
         self.closed.set(true);
+        // Ends the task that waits for the next one to be due.
+        self.request_checkpoint();
         self.checkpoint(ondisk::SlotState::Clean).await
     }
 

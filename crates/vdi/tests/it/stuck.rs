@@ -104,3 +104,27 @@ fn a_resize_that_nobody_waits_for_is_done() {
         assert_eq!(store.info("web01").await.unwrap().size_bytes, 2 << 30);
     });
 }
+
+/// The task that runs checkpoints ended as soon as the store was asked to close, while writers
+/// waited for the room in the log that only a checkpoint makes.
+#[test]
+fn a_store_closes_although_writers_wait_for_room_in_the_log() {
+    with_gated_store(|runtime, gate, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        let disk = disk(&store, "web01").await;
+        let slots = 2049..2051;
+        gate.hold(move |operation| {
+            matches!(operation, Operation::Write { at, .. } if slots.contains(&at.get()))
+        });
+        let done = start_writers(&runtime, &disk, 16, 100, 4096);
+        runtime.sleep(Duration::from_secs(1)).await;
+        assert!(gate.held() == 1 && done.get() < 16 * 100);
+        let later = runtime.clone();
+        drop(runtime.spawn(async move {
+            later.sleep(Duration::from_millis(100)).await;
+            gate.release();
+        }));
+        let closed = ends(&runtime, async move { store.close().await.unwrap() });
+        assert!(closed.await, "close hangs");
+    });
+}
