@@ -65,7 +65,7 @@ async fn beat(engine: &Engine, sequence: u64) {
     let at = engine.geometry.heartbeat(engine.host);
     let heartbeat = Heartbeat {
         host: engine.host,
-        epoch: engine.epoch(),
+        epoch: engine.epoch,
         sequence,
         wall_ns: engine.runtime.wall_ns(),
     };

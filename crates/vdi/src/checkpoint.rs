@@ -15,7 +15,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::rc::Rc;
 
-use base::{BLOCK_SIZE, BirthLabel, Epoch, ErrorKind, ExtentIndex, Lsn, Pba, VdiId};
+use base::{BLOCK_SIZE, BirthLabel, ErrorKind, ExtentIndex, Lsn, Pba, VdiId};
 use blockstore::allocator::{Space, Window};
 use blockstore::scheduler::Batch;
 use blockstore::table;
@@ -459,12 +459,6 @@ impl Engine {
         self.checkpoints.last_at.set(self.runtime.now());
         self.checkpoints.bad_known.set(bad_known);
     }
-
-    /// Epoch under which extents are taken.
-    pub(crate) fn epoch(&self) -> Epoch {
-        let slots = self.slots.borrow();
-        slots.as_ref().map_or(Epoch::default(), |slots| slots.current().epoch)
-    }
 }
 
 fn freeze_vdi(vdi: &Rc<Vdi>) -> FrozenVdi {
@@ -733,7 +727,7 @@ impl Merge {
     }
 
     fn extent_records(&mut self) -> BTreeMap<u64, Option<ExtentRecord>> {
-        let (owner, epoch) = (self.engine.host, self.engine.epoch());
+        let (owner, epoch) = (self.engine.host, self.engine.epoch);
         let record = |kind| ExtentRecord { kind, owner, epoch };
         let dirty = self.engine.allocator.take_dirty_extents();
         self.extents.extend(dirty.iter().map(|(index, _)| *index));

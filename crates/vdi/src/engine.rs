@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::rc::Rc;
 
-use base::{BirthLabel, BlockSlice, ErrorKind, HostId, Lsn, Pba, VdiId};
+use base::{BirthLabel, BlockSlice, Epoch, ErrorKind, HostId, Lsn, Pba, VdiId};
 use blockstore::allocator::{Allocator, Run, Space};
 use blockstore::log::{Admission, Log};
 use blockstore::slots::SlotWriter;
@@ -36,6 +36,8 @@ pub(crate) struct Engine {
     pub(crate) geometry: Geometry,
     pub(crate) checksums: Checksums,
     pub(crate) host: HostId,
+    /// Epoch of this run.
+    pub(crate) epoch: Epoch,
     pub(crate) log_start: Pba,
     pub(crate) scheduler: WriteScheduler,
     pub(crate) log: Log,

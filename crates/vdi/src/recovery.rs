@@ -195,6 +195,7 @@ fn build(
         runtime,
         device,
         host: HOST,
+        epoch,
         log_start: slot.log_start,
         geometry,
         checksums,

@@ -2,22 +2,32 @@
 
 use std::cell::Cell;
 use std::future::poll_fn;
+use std::ops::Range;
 use std::task::Poll;
 use std::time::Duration;
 
-use base::Buffer;
+use base::{Buffer, Epoch, HostId, Pba, StoreUuid};
 use device::Operation;
 use disk::Request;
+use ondisk::{Checksums, Heartbeat};
 
 use crate::gate::{ends, start_writers, with_gated_store};
-use crate::{disk, read, reopened, write};
+use crate::{disk, format_options, read, reopened, write};
 
 /// First block that can hold data in these stores: behind the system extent and that of the log.
 const DATA_START: u64 = 2 * (16 << 20) / 4096;
 
+/// Where the slots of the first host stand, and its heartbeat.
+const SLOTS: Range<u64> = 2049..2051;
+const HEARTBEAT: Pba = Pba::new(2051);
+
 /// Whether it writes data, or nodes.
 fn writes_data(operation: &Operation) -> bool {
     matches!(operation, Operation::Write { at, .. } if at.get() >= DATA_START)
+}
+
+fn writes_slot(operation: &Operation) -> bool {
+    matches!(operation, Operation::Write { at, .. } if SLOTS.contains(&at.get()))
 }
 
 /// Begins `work`, and drops it.
@@ -112,10 +122,7 @@ fn a_store_closes_although_writers_wait_for_room_in_the_log() {
     with_gated_store(|runtime, gate, store| async move {
         store.create("web01", 1 << 30).await.unwrap();
         let disk = disk(&store, "web01").await;
-        let slots = 2049..2051;
-        gate.hold(move |operation| {
-            matches!(operation, Operation::Write { at, .. } if slots.contains(&at.get()))
-        });
+        gate.hold(writes_slot);
         let done = start_writers(&runtime, &disk, 16, 100, 4096);
         runtime.sleep(Duration::from_secs(1)).await;
         assert!(gate.held() == 1 && done.get() < 16 * 100);
@@ -127,4 +134,20 @@ fn a_store_closes_although_writers_wait_for_room_in_the_log() {
         let closed = ends(&runtime, async move { store.close().await.unwrap() });
         assert!(closed.await, "close hangs");
     });
+}
+
+/// While a publication was on its way the epoch was taken for 0, in heartbeats and in the records
+/// of extents.
+#[test]
+fn a_heartbeat_names_its_epoch_also_while_a_slot_is_written() {
+    let (ram, ()) = with_gated_store(|runtime, gate, store| async move {
+        gate.hold(writes_slot);
+        store.create("web01", 1 << 30).await.unwrap();
+        runtime.sleep(Duration::from_secs(20)).await;
+        assert_eq!(gate.held(), 1);
+    });
+    let options = format_options();
+    let checksums = Checksums::new(StoreUuid(options.uuid), &options.secret);
+    let beat = Heartbeat::decode(&ram.block(HEARTBEAT), &checksums, HEARTBEAT).expect("beats");
+    assert!(beat.host == HostId::new(0) && beat.epoch > Epoch::new(0), "{beat:?}");
 }
