@@ -10,6 +10,7 @@
 #![expect(unsafe_code, reason = "hands pointers to the kernel")]
 
 mod entry;
+mod poll;
 
 use std::collections::VecDeque;
 use std::io;
@@ -22,10 +23,13 @@ use io_uring::squeue::Entry;
 use io_uring::types::{Fd, SubmitArgs, Timespec};
 use io_uring::{IoUring, Probe, opcode};
 
+use super::clock::SystemClock;
 use super::pool::Pool;
 use super::unpark::Unparker;
 use super::work::{Completed, FileAction, IN_FLIGHT_MAX, Interest, Table, Work};
+use crate::{Clock, Time};
 use entry::{entry, poll_mask};
+use poll::PollWindow;
 
 /// Entries that are queued before they must be submitted.
 const SUBMISSIONS_MAX: u32 = 256;
@@ -55,6 +59,7 @@ pub(super) struct Ring {
     done: Vec<Completed>,
     unparker: Arc<Unparker>,
     unpark_armed: bool,
+    window: PollWindow,
 }
 
 impl Ring {
@@ -79,6 +84,7 @@ impl Ring {
             done: Vec::new(),
             unparker: Arc::clone(unparker),
             unpark_armed: false,
+            window: PollWindow::new(),
         })
     }
 
@@ -244,21 +250,46 @@ impl Ring {
         unsafe { queue.push(entry) }.is_ok()
     }
 
+    /// Submits what is queued, and waits until something is done, at most `timeout`.
     fn enter(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        if timeout == Some(Duration::ZERO) {
+            return resume(self.ring.submit());
+        }
+        let started = SystemClock.now();
+        if let Some(window) = self.window.get() {
+            let window = timeout.map_or(window, |timeout| window.min(timeout));
+            if self.look(started.after(window))? {
+                return Ok(());
+            }
+        }
+        let fell_asleep = SystemClock.now();
         let outcome = match timeout {
-            Some(Duration::ZERO) => self.ring.submit(),
             Some(timeout) => {
-                let timeout = Timespec::from(timeout);
-                let arguments = SubmitArgs::new().timespec(&timeout);
-                self.ring.submitter().submit_with_args(1, &arguments)
+                let left = timeout.saturating_sub(fell_asleep.since(started));
+                let left = Timespec::from(left);
+                self.ring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&left))
             }
             None => self.ring.submit_and_wait(1),
         };
-        match outcome.map_err(|error| (error.raw_os_error(), error)) {
-            Ok(_) => Ok(()),
-            // Time is up; a signal; or completions must be read before more can be submitted.
-            Err((Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN), _)) => Ok(()),
-            Err((_, error)) => Err(error),
+        self.window.slept(SystemClock.now().since(fell_asleep));
+        resume(outcome)
+    }
+
+    /// Submits what is queued and looks for completions until `deadline`. Whether there are any.
+    fn look(&mut self, deadline: Time) -> io::Result<bool> {
+        resume(self.ring.submit())?;
+        loop {
+            if !self.ring.completion().is_empty() {
+                return Ok(true);
+            }
+            if self.ring.submission().taskrun() {
+                resume(self.ring.submit())?;
+            } else {
+                std::hint::spin_loop();
+            }
+            if SystemClock.now() >= deadline {
+                return Ok(!self.ring.completion().is_empty());
+            }
         }
     }
 
@@ -284,6 +315,16 @@ impl Ring {
 impl Drop for Ring {
     fn drop(&mut self) {
         self.drain();
+    }
+}
+
+/// What the kernel says when it has done all that it could for now.
+fn resume(outcome: io::Result<usize>) -> io::Result<()> {
+    match outcome.map_err(|error| (error.raw_os_error(), error)) {
+        Ok(_) => Ok(()),
+        // Time is up; a signal; or completions must be read before more can be submitted.
+        Err((Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN), _)) => Ok(()),
+        Err((_, error)) => Err(error),
     }
 }
 
