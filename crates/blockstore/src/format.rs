@@ -34,6 +34,9 @@ pub struct Options {
 /// copies, slots, and where partition tables and file systems put their labels.
 const LOOKS_USED_BLOCKS: usize = REQUEST_BLOCKS_MAX;
 
+/// Blocks between two words about progress: 64 MiB.
+const ZERO_BLOCKS_AT_ONCE: u64 = 16_384;
+
 /// Writes an empty store. Old copies of superblocks are wiped first and the primary is written
 /// last (design rule 44): a format that was cut short leaves no store, never half of one.
 ///
@@ -84,6 +87,32 @@ pub async fn format(device: &Device, runtime: &Runtime, options: &Options) -> Re
     device.flush().await?;
     let [primary, secondary] = SUPERBLOCK_COPIES;
     superblock::write(device, &superblock, &[secondary, primary]).await
+}
+
+/// Writes zeroes over the whole device, so that a file below is not only allocated but written: a
+/// file system keeps a note of each block that never was, and a flush waits for its journal then.
+/// `progress` is told how many blocks of how many are done. Durable on return.
+///
+/// # Errors
+/// As [`format`]; a device that is refused is as it was.
+pub async fn zero(
+    device: &Device,
+    runtime: &Runtime,
+    force: bool,
+    progress: &dyn Fn(u64, u64),
+) -> Result<(), Error> {
+    if !force {
+        refuse_used(device, runtime).await?;
+    }
+    let count = device.block_count();
+    let mut done = 0;
+    while done < count {
+        let part = ZERO_BLOCKS_AT_ONCE.min(count - done);
+        zero_blocks(device, Pba::new(done), part).await?;
+        done += part;
+        progress(done, count);
+    }
+    Ok(device.flush().await?)
 }
 
 fn empty_slot(log_start: Pba, wall_ns: u64) -> HostSlot {

@@ -333,7 +333,9 @@ pub(crate) struct Format {
 pub(crate) enum Preallocate {
     /// A sparse file: quick and small, but the file system may run full under it
     Off,
-    /// All of it, now
+    /// All of it, without writing it: quick, and the file system cannot run full under it
+    Falloc,
+    /// All of it, written with zeroes: takes as long as writing it does, and guests get the most
     Full,
 }
 

@@ -27,10 +27,22 @@ pub struct Format {
     pub extent_bytes: Option<u64>,
     /// Format even if the device looks used.
     pub force: bool,
-    /// Take all of a file's space from the file system now.
-    pub preallocate: bool,
+    /// What is done about a file's space now.
+    pub preallocate: Preallocate,
     /// Go through the page cache, for file systems without O_DIRECT.
     pub buffered: bool,
+}
+
+/// How much of a file's space is taken from the file system at once; the words are qemu-img's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Preallocate {
+    /// None: the file is sparse.
+    #[default]
+    Off,
+    /// All of it, without writing it.
+    Falloc,
+    /// All of it, written with zeroes.
+    Full,
 }
 
 /// What was made.
@@ -42,16 +54,21 @@ pub struct Formatted {
     pub device: String,
 }
 
-/// Writes an empty store to `path`. Durable on return. Blocks.
+/// Writes an empty store to `path`. `progress` is told how many blocks of how many were written
+/// with zeroes, if that was asked for. Durable on return. Blocks.
 ///
 /// # Errors
 /// `NotFound` if there is no such file and no size to create it with; `Busy` if a daemon has it
 /// open; `Exists` if it looks used and `force` is not set; `Invalid` for impossible sizes. A file
 /// that is refused is as it was: one that was created for this is removed again, one that was made
 /// longer gets its length back.
-pub fn format(path: &Path, format: &Format) -> Result<Formatted, Error> {
+pub fn format(
+    path: &Path,
+    format: &Format,
+    progress: impl Fn(u64, u64) + 'static,
+) -> Result<Formatted, Error> {
     let before = prepare(path, format)?;
-    let outcome = run(path, format);
+    let outcome = run(path, format, progress);
     if outcome.is_err() {
         // The error that is on its way tells more than one from here could.
         let _ = before.restore(path);
@@ -78,7 +95,11 @@ impl Before {
     }
 }
 
-fn run(path: &Path, format: &Format) -> Result<Formatted, Error> {
+fn run(
+    path: &Path,
+    format: &Format,
+    progress: impl Fn(u64, u64) + 'static,
+) -> Result<Formatted, Error> {
     let reactor = open::reactor()?;
     let device = {
         let access = open::Access::Exclusive;
@@ -97,12 +118,19 @@ fn run(path: &Path, format: &Format) -> Result<Formatted, Error> {
         device: device.describe(),
     };
     let runtime = reactor.runtime().clone();
+    let zero = format.preallocate == Preallocate::Full;
+    let make = async move {
+        if zero {
+            Store::zero(&device, &runtime, options.force, &progress).await?;
+        }
+        Store::format(&device, &runtime, &options).await
+    };
     reactor
-        .run(async move { Store::format(&device, &runtime, &options).await })
+        .run(make)
         .map_err(|e| Error::system("go on with the I/O engine", &e))?
         .map_err(|error| explain(path, &error))?;
     // Last, so that a file that is refused takes no more space than before.
-    if format.preallocate && path.is_file() {
+    if format.preallocate == Preallocate::Falloc && path.is_file() {
         preallocate(path)?;
     }
     Ok(formatted)

@@ -39,6 +39,21 @@ impl Store {
         Ok(blockstore::format::format(device, runtime, &options).await?)
     }
 
+    /// Writes zeroes over the whole of `device`, before it is formatted: then no block of a file is
+    /// written for the first time when guests wait. `progress` is told how many blocks of how many
+    /// are done. Durable on return.
+    ///
+    /// # Errors
+    /// As [`Self::format`].
+    pub async fn zero(
+        device: &Device,
+        runtime: &Runtime,
+        force: bool,
+        progress: &dyn Fn(u64, u64),
+    ) -> Result<(), Error> {
+        Ok(blockstore::format::zero(device, runtime, force, progress).await?)
+    }
+
     /// Opens a store: recovers it if it was not closed cleanly, and starts its background tasks
     /// (group commit, periodic flush, checkpoints, heartbeat) on `runtime`.
     ///

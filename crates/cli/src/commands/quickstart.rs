@@ -61,7 +61,7 @@ fn make_store(store: &Path, buffered: bool) -> Result<(), Error> {
     let unfinished = store.with_extension("unfinished");
     let size_bytes = Some(STORE_BYTES);
     let format = Format { size_bytes, force: true, buffered, ..Format::default() };
-    offline::format(&unfinished, &format)?;
+    offline::format(&unfinished, &format, |_, _| {})?;
     std::fs::rename(&unfinished, store)
         .map_err(|e| Error::system(&format!("rename {}", unfinished.display()), &e))
 }

@@ -55,9 +55,15 @@ fn impossible_ones_are_refused_and_leave_nothing() {
 fn preallocation_takes_the_space() {
     use std::os::unix::fs::MetadataExt;
     let place = Place::new();
-    place.ok(&["format", "full", "--size", "128M", "--preallocate", "full"]);
-    let file = std::fs::metadata(place.path("full")).unwrap();
-    assert!(file.blocks() * 512 >= 128 << 20, "{} bytes allocated", file.blocks() * 512);
+    for mode in ["falloc", "full"] {
+        place.ok(&["format", mode, "--size", "128M", "--preallocate", mode]);
+        let file = std::fs::metadata(place.path(mode)).unwrap();
+        assert!(file.blocks() * 512 >= 128 << 20, "{mode}: {} blocks allocated", file.blocks());
+    }
+    // What is refused is refused before anything is written over it.
+    std::fs::write(place.path("used"), "a file system").unwrap();
+    place.fails(1, &["format", "used", "--size", "128M", "--preallocate", "full"]);
+    assert_eq!(std::fs::read(place.path("used")).unwrap(), b"a file system");
 }
 
 #[test]
