@@ -114,17 +114,17 @@ async fn push_snapshots(
     Ok(())
 }
 
-/// Finds a snapshot by label or number; a label that looks like a number comes second.
+/// Finds a snapshot by number or label, as the engine does: digits alone are a number, and no label.
 pub(crate) async fn find_snapshot(
     store: &Store,
     vdi: &str,
     name: &str,
 ) -> Result<Option<SnapshotEntry>, vdi::Error> {
-    if let Some(before) = name.parse::<u64>().ok().and_then(|number| number.checked_sub(1)) {
+    if name.bytes().all(|byte| byte.is_ascii_digit()) {
+        let number = name.parse::<u64>().ok();
+        let Some(before) = number.and_then(|number| number.checked_sub(1)) else { return Ok(None) };
         let found = store.snapshots(vdi, SnapshotNumber::new(before), 1).await?;
-        if let Some(entry) = found.into_iter().find(|entry| entry.number.get() == before + 1) {
-            return Ok(Some(entry));
-        }
+        return Ok(found.into_iter().find(|entry| entry.number.get() == before + 1));
     }
     let mut after = SnapshotNumber::new(0);
     loop {

@@ -192,7 +192,7 @@ impl Engine {
 
     fn refuse_taken(&self, name: &str) -> Result<(), Error> {
         if self.registry.borrow().names.contains_key(name) {
-            let message = format!("a VDI named {name} exists already");
+            let message = format!("a disk named {name} exists already; choose another name");
             return Err(Error::refused(ErrorKind::Exists, message));
         }
         Ok(())
@@ -376,30 +376,35 @@ impl Engine {
 
 pub(crate) fn find_snapshot(vdi: &Vdi, name: &str, label: &str) -> Result<Rc<Snapshot>, Error> {
     vdi.snapshot(label).ok_or_else(|| {
-        let message = format!("{name} has no snapshot {label}; see: parallax snapshots {name}");
+        let message =
+            format!("{name} has no snapshot {label}; `parallax snapshots {name}` lists them");
         Error::refused(ErrorKind::NotFound, message)
     })
 }
 
 pub(crate) fn not_found(name: &str) -> Error {
-    Error::refused(ErrorKind::NotFound, format!("there is no VDI named {name}; see: parallax ls"))
+    let message = format!("there is no disk named {name}; `parallax ls` lists them");
+    Error::refused(ErrorKind::NotFound, message)
 }
 
 fn blocks_of(size: u64) -> Result<u64, Error> {
     let block_count = size.div_ceil(BLOCK_SIZE_U64);
     if block_count == 0 || block_count > VDI_BLOCKS_MAX {
-        let message = "the size of a VDI must be 4 KiB to 4 PiB";
+        let message = "the size of a disk must be 4 KiB to 4 PiB";
         return Err(Error::refused(ErrorKind::Invalid, message));
     }
     Ok(block_count)
 }
 
-/// Names are shown in tables, typed in shells and sent over NBD.
+/// Names are shown in tables, typed in shells and sent over NBD and in URLs: none may look like an
+/// option or like a step in a path.
 fn check_name(name: &str) -> Result<(), Error> {
     let allowed = |c: char| c.is_alphanumeric() || matches!(c, '-' | '_' | '.' | '/' | ':' | '+');
-    if name.is_empty() || name.len() > NAME_BYTES_MAX || !name.chars().all(allowed) {
+    let begins = name.starts_with(|c: char| c.is_alphanumeric() || c == '_');
+    if !begins || name.len() > NAME_BYTES_MAX || !name.chars().all(allowed) {
         let message = format!(
-            "'{name}' cannot be a name: use 1 to {NAME_BYTES_MAX} letters, digits and - _ . / : +"
+            "'{name}' cannot be a name: use 1 to {NAME_BYTES_MAX} bytes of letters, digits and \
+             - _ . / : +, beginning with a letter, a digit or _"
         );
         return Err(Error::refused(ErrorKind::Invalid, message));
     }

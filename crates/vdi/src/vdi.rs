@@ -61,8 +61,11 @@ impl Vdi {
     /// Finds a snapshot by label or number; labels win.
     pub(crate) fn snapshot(&self, name: &str) -> Option<Rc<Snapshot>> {
         let snapshots = self.snapshots.borrow();
-        let by_label = snapshots.values().find(|snapshot| snapshot.label == name);
-        let number = || name.parse().ok().map(SnapshotNumber::new);
+        // Without a label a snapshot has the empty one, which names nothing.
+        let by_label = snapshots.values().find(|it| !name.is_empty() && it.label == name);
+        // `+5` parses as a number, but it is a label.
+        let digits = name.bytes().all(|byte| byte.is_ascii_digit());
+        let number = || name.parse().ok().filter(|_| digits).map(SnapshotNumber::new);
         by_label.or_else(|| snapshots.get(&number()?)).map(Rc::clone)
     }
 

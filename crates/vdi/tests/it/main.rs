@@ -236,7 +236,14 @@ fn names_and_sizes_are_checked() {
         store.create("a", 4096).await.unwrap();
         let kind = |result: Result<base::VdiId, parallax_vdi::Error>| result.unwrap_err().kind();
         assert_eq!(kind(store.create("a", 4096).await), ErrorKind::Exists);
-        assert_eq!(kind(store.create("a@b", 4096).await), ErrorKind::Invalid);
+        let long = "x".repeat(300);
+        for bad in ["", "a@b", "a b", "-x", ".", "..", "/a", &long] {
+            assert_eq!(kind(store.create(bad, 4096).await), ErrorKind::Invalid, "{bad}");
+        }
+        for good in ["a/b", "_x", "1", "w\u{e4}b.01:x+y"] {
+            store.create(good, 4096).await.unwrap();
+            store.remove(&Target::parse(good)).await.unwrap();
+        }
         assert_eq!(kind(store.create("c", 0).await), ErrorKind::Invalid);
         let nowhere = Target::parse("nowhere");
         assert_eq!(kind(store.clone_vdi(&nowhere, "d").await), ErrorKind::NotFound);
@@ -253,6 +260,25 @@ fn names_and_sizes_are_checked() {
         assert_eq!(read(&disk, (1 << 30) - 4096, 4096).await, [0; 4096]);
         store.remove(&Target::parse("z")).await.unwrap();
         assert!(store.list(None, 10).await.unwrap().is_empty());
+    });
+}
+
+/// `web01@` once meant the oldest snapshot without a label, which a typing error could delete, and
+/// `web01@+2` number 2 to some commands and the label `+2` to others.
+#[test]
+fn a_snapshot_is_named_by_its_label_or_by_digits() {
+    with_store(|_, store| async move {
+        store.create("a", 4096).await.unwrap();
+        store.snapshot("a", None).await.unwrap();
+        store.snapshot("a", Some("+1")).await.unwrap();
+        for nothing in ["a@", "a@+2", "a@ 1", "a@3", "a@18446744073709551616"] {
+            let refused = store.remove(&Target::parse(nothing)).await.unwrap_err();
+            assert_eq!(refused.kind(), ErrorKind::NotFound, "{nothing}");
+        }
+        store.remove(&Target::parse("a@+1")).await.unwrap();
+        let left = store.snapshots("a", SnapshotNumber::new(0), 10).await.unwrap();
+        assert_eq!(left.iter().map(|entry| entry.number.get()).collect::<Vec<_>>(), [1]);
+        store.remove(&Target::parse("a@1")).await.unwrap();
     });
 }
 
