@@ -80,6 +80,11 @@ pub(crate) struct Bench {
     scratch: PathBuf,
 }
 
+/// What the rows are called, with commas.
+pub(crate) fn row_names() -> String {
+    Row::names()
+}
+
 /// Measures.
 ///
 /// # Errors

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use crate::console::{self, Heading};
 use crate::process::Run;
 use crate::workspace::Workspace;
-use crate::{arrows, e2e, licences, lint, packages, readme, simulator};
+use crate::{arrows, e2e, guarantees, licences, lint, packages, readme, simulator};
 
 /// The version that is installed where there is none; anything newer does as well.
 const NEXTEST_VERSION: &str = "0.9.143";
@@ -43,13 +43,14 @@ macro_rules! single {
     };
 }
 
-const STEPS: [Step; 14] = [
+const STEPS: [Step; 15] = [
     single!("system packages", |_: &Workspace| packages::ensure(packages::Use::Gate)),
     single!("formatting", lint::formatting),
     single!("licences and sources of dependencies", licences::check),
     single!("arrows between crates", arrows::check),
     single!("house style", lint::style),
     single!("README commands", readme::check),
+    single!("guarantees name their tests", guarantees::check),
     single!("clippy", lint::clippy),
     Step { name: "unit and integration tests", run: tests },
     single!("examples in the documentation", doc_tests),

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::console::Heading;
 use crate::workspace::Workspace;
-use crate::{arrows, licences, readme};
+use crate::{arrows, guarantees, licences, readme};
 
 /// Crates that may hold `unsafe`, each in named modules (house style: confine it).
 const UNSAFE_CRATES: [&str; 2] = ["crates/runtime/", "crates/device/"];
@@ -22,13 +22,14 @@ type Check = fn(&Workspace) -> Result<()>;
 /// # Errors
 /// The first check that finds something; its message lists all that it found.
 pub(crate) fn run(workspace: &Workspace) -> Result<()> {
-    let checks: [(&str, Check); 6] = [
+    let checks: [(&str, Check); 7] = [
         ("formatting", formatting),
         ("clippy", clippy),
         ("licences", licences::check),
         ("arrows between crates", arrows::check),
         ("house style", style),
         ("README commands", readme::check),
+        ("guarantees name their tests", guarantees::check),
     ];
     for (name, check) in checks {
         let heading = Heading::new(name);

@@ -14,6 +14,7 @@ mod e2e;
 mod fio;
 mod fuzz;
 mod gate;
+mod guarantees;
 mod licences;
 mod lint;
 mod nbd;

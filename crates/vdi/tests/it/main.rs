@@ -10,6 +10,7 @@ mod check;
 mod gate;
 mod gc;
 mod golden;
+mod guarantees;
 mod model;
 mod ram;
 mod stuck;

@@ -11,7 +11,11 @@ use runtime::{Clock, Options, Order, Runtime, Time};
 
 /// Contents outlive the runtime that uses them, as a disk outlives a daemon.
 #[derive(Clone, Default)]
-pub(crate) struct Ram(Rc<RefCell<HashMap<u64, Block>>>, Rc<RefCell<HashSet<u64>>>);
+pub(crate) struct Ram {
+    blocks: Rc<RefCell<HashMap<u64, Block>>>,
+    spoiled: Rc<RefCell<HashSet<u64>>>,
+    blocks_read: Rc<Cell<u64>>,
+}
 
 struct RamBackend {
     ram: Ram,
@@ -30,27 +34,33 @@ impl Ram {
 
     /// The bytes of a block.
     pub(crate) fn block(&self, at: Pba) -> Block {
-        self.0.borrow().get(&at.get()).cloned().unwrap_or(Block([0; base::BLOCK_SIZE]))
+        self.blocks.borrow().get(&at.get()).cloned().unwrap_or(Block([0; base::BLOCK_SIZE]))
     }
 
     /// Replaces a block behind everybody's back.
     pub(crate) fn set_block(&self, at: Pba, block: &base::Block) {
-        self.0.borrow_mut().insert(at.get(), block.clone());
+        self.blocks.borrow_mut().insert(at.get(), block.clone());
     }
 
     /// Makes every write of this block fail from now on.
     pub(crate) fn spoil(&self, at: Pba) {
-        self.1.borrow_mut().insert(at.get());
+        self.spoiled.borrow_mut().insert(at.get());
+    }
+
+    /// Blocks that were read in its life.
+    pub(crate) fn blocks_read(&self) -> u64 {
+        self.blocks_read.get()
     }
 
     /// A device with the same contents of its own.
     pub(crate) fn copy(&self) -> Self {
-        Self(Rc::new(RefCell::new(self.0.borrow().clone())), Rc::default())
+        let blocks = Rc::new(RefCell::new(self.blocks.borrow().clone()));
+        Self { blocks, ..Self::default() }
     }
 
     /// Flips one bit of a block.
     pub(crate) fn rot(&self, at: Pba) {
-        if let Some(block) = self.0.borrow_mut().get_mut(&at.get()) {
+        if let Some(block) = self.blocks.borrow_mut().get_mut(&at.get()) {
             block.0[17] ^= 4;
         }
     }
@@ -58,9 +68,10 @@ impl Ram {
 
 impl Backend for RamBackend {
     fn submit(&self, operation: Operation) {
-        let mut blocks = self.ram.0.borrow_mut();
+        let mut blocks = self.ram.blocks.borrow_mut();
         match operation {
             Operation::Read { at, block_count, mut buffer, done } => {
+                self.ram.blocks_read.set(self.ram.blocks_read.get() + block_count as u64);
                 for (index, block) in (at.get()..).zip(&mut buffer.blocks_mut()[..block_count]) {
                     block.0 = blocks.get(&index).map_or([0; base::BLOCK_SIZE], |block| block.0);
                 }
@@ -69,7 +80,7 @@ impl Backend for RamBackend {
             Operation::Write { at, blocks: slices, done } => {
                 let new = slices.iter().flat_map(|slice| slice.blocks());
                 let count = new.clone().count() as u64;
-                let spoiled = self.ram.1.borrow();
+                let spoiled = self.ram.spoiled.borrow();
                 if (at.get()..at.get() + count).any(|index| spoiled.contains(&index)) {
                     done.send(Err(DeviceError::new(Cause::Errno(5), at)));
                     return;
