@@ -54,7 +54,7 @@ pub struct Vdi {
     pub id: u64,
     /// Its name.
     pub name: String,
-    /// Logical size.
+    /// Logical size; 0 if it is damaged so that nothing but its name is left.
     pub size_bytes: u64,
     /// When it was created.
     pub created: Timestamp,

@@ -356,6 +356,16 @@ impl Allocator {
         self.state.borrow_mut().planes.mark_dirty(index);
     }
 
+    /// Makes every page dirty, because those that are stored are damaged.
+    pub fn mark_all_pages_dirty(&self) {
+        self.state.borrow_mut().planes.mark_all_dirty();
+    }
+
+    /// Makes every extent of data or metadata dirty, because their records are damaged.
+    pub fn mark_all_extents_dirty(&self) {
+        self.state.borrow_mut().extents.mark_all_dirty();
+    }
+
     /// The extents that were taken or became free since the last call, and what they are now.
     /// They count as clean from now on.
     #[must_use]

@@ -26,7 +26,7 @@ use ondisk::{Checksums, LogBlockBuilder, LogSegment, Record, Seal};
 use runtime::Runtime;
 use runtime::sync::{OneshotReceiver, OneshotSender, Signal, oneshot};
 
-pub use replay::{Break, Replayed, replay, survey};
+pub use replay::{Break, Replayed, survey};
 
 use crate::{Geometry, WriteScheduler};
 

@@ -1,15 +1,19 @@
 //! Metadata blocks: loading them verified, writing new ones. Blocks are immutable once written, so
 //! the cache needs no invalidation; a hit counts only if it has the hash that the parent names.
+//!
+//! A block is *damaged* if its bytes are wrong, or if the device serves others and has failed this
+//! one for a while. Only then may somebody give up what it says: a device that fails everything for
+//! a moment must not take anything with it.
 
-use std::cell::RefCell;
-use std::collections::HashMap;
+use std::cell::{Cell, RefCell};
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 use std::time::Duration;
 
 use base::{BlockSlice, Buffer, Pba};
 use device::{Device, DeviceError};
-use ondisk::{Checksums, Entry, Node};
-use runtime::Runtime;
+use ondisk::{Checksums, Entry, Node, SUPERBLOCK_COPIES};
+use runtime::{Runtime, Time};
 
 use crate::Error;
 use crate::cache::NodeCache;
@@ -18,8 +22,17 @@ use crate::scheduler::{Batch, WriteScheduler};
 /// How often a failed read of a metadata block is repeated.
 const READ_RETRIES: u32 = 3;
 
+/// How often it is while loads are patient: for longer than it takes to give a block up.
+const PATIENT_RETRIES: u32 = 600;
+
 /// Pause before it is.
 const RETRY_AFTER: Duration = Duration::from_millis(20);
+
+/// How long a block must have failed to be read before it counts as damaged.
+const GIVE_UP_AFTER: Duration = Duration::from_secs(10);
+
+/// Failing blocks that are remembered.
+const FAILING_MAX: usize = 1024;
 
 /// Loads and writes metadata blocks. Clones share it.
 #[derive(Clone)]
@@ -33,6 +46,11 @@ struct Inner {
     cache: NodeCache,
     /// Blocks whose write has not completed: they must not be read from the device yet.
     writing: RefCell<HashMap<Pba, (u64, Node)>>,
+    /// Blocks that the device fails to read, and since when.
+    failing: RefCell<HashMap<Pba, Time>>,
+    patient: Cell<bool>,
+    /// See [`NodeStore::give_up`].
+    given_up: RefCell<HashSet<Pba>>,
 }
 
 impl NodeStore {
@@ -46,8 +64,17 @@ impl NodeStore {
         cache_bytes: usize,
     ) -> Self {
         let cache = NodeCache::new(cache_bytes);
-        let writing = RefCell::default();
-        Self(Rc::new(Inner { runtime, device, scheduler, checksums, cache, writing }))
+        Self(Rc::new(Inner {
+            runtime,
+            device,
+            scheduler,
+            checksums,
+            cache,
+            writing: RefCell::default(),
+            failing: RefCell::default(),
+            patient: Cell::new(false),
+            given_up: RefCell::default(),
+        }))
     }
 
     /// The cache, for its counters.
@@ -68,9 +95,25 @@ impl NodeStore {
         &self.0.runtime
     }
 
+    /// Makes a block damaged for good, whatever the device says later: what it names may be reused
+    /// from now on. The owner remembers it when the store is opened again.
+    pub fn give_up(&self, at: Pba) {
+        self.0.given_up.borrow_mut().insert(at);
+        self.0.cache.remove(at);
+    }
+
+    /// Whether a block was given up.
+    #[must_use]
+    pub fn is_given_up(&self, at: Pba) -> bool {
+        self.0.given_up.borrow().contains(&at)
+    }
+
     /// The block that `entry` names, if it is in memory.
     #[must_use]
     pub fn cached(&self, entry: Entry) -> Option<Node> {
+        if self.is_given_up(entry.pba()) {
+            return None;
+        }
         self.0.cache.get(entry.pba(), &entry).or_else(|| {
             let writing = self.0.writing.borrow();
             let (hash, node) = writing.get(&entry.pba())?;
@@ -82,36 +125,85 @@ impl NodeStore {
     /// block is not released meanwhile.
     ///
     /// # Errors
-    /// `Damaged` if the bytes on the device are not those that were written; device errors.
+    /// `Damaged` if the block is damaged; device errors, if it may still be read later.
     pub async fn load(&self, entry: Entry) -> Result<Node, Error> {
         if let Some(node) = self.cached(entry) {
             return Ok(node);
         }
         let at = entry.pba();
-        let buffer = self.read_again(at).await?;
-        let node = Node::from_verified(Rc::new(buffer));
-        let hash = self.0.checksums.block(&node.block().0);
-        if !entry.matches(hash) && !base::mutant::active("ignore_metadata_checksum") {
-            tracing::error!(block = %at, "a metadata block is damaged");
-            return Err(Error::Damaged { what: "metadata block", at });
+        if self.is_given_up(at) {
+            return Err(Error::Damaged { what: "metadata block (given up)", at });
         }
-        self.0.cache.insert(at, hash, node.clone());
-        Ok(node)
+        // Twice: a bad transfer is not a bad block.
+        for _ in 0..2 {
+            let node = Node::from_verified(Rc::new(self.read_again(at).await?));
+            let hash = self.0.checksums.block(&node.block().0);
+            if entry.matches(hash) || base::mutant::active("ignore_metadata_checksum") {
+                self.0.cache.insert(at, hash, node.clone());
+                return Ok(node);
+            }
+        }
+        tracing::error!(block = %at, "a metadata block is damaged");
+        Err(Error::Damaged { what: "metadata block", at })
+    }
+
+    /// Makes loads wait until it is clear whether a block that fails can be read, or no longer: for
+    /// those who cannot come back later.
+    pub fn set_patient(&self, patient: bool) {
+        self.0.patient.set(patient);
     }
 
     /// Reads a block; a medium that fails it is asked again before its word is taken.
-    async fn read_again(&self, at: Pba) -> Result<Buffer, DeviceError> {
+    async fn read_again(&self, at: Pba) -> Result<Buffer, Error> {
         let mut attempts = 0;
         loop {
             let buffer = self.0.runtime.buffers().take_to_keep(1);
-            match self.0.device.read(at, 1, buffer).await {
-                Err(_) if attempts < READ_RETRIES => {
-                    attempts += 1;
-                    self.0.runtime.sleep(RETRY_AFTER).await;
+            let error = match self.0.device.read(at, 1, buffer).await {
+                Ok(buffer) => {
+                    self.0.failing.borrow_mut().remove(&at);
+                    return Ok(buffer);
                 }
-                outcome => return outcome,
+                Err(error) => error,
+            };
+            self.0.scheduler.suspect(error);
+            if self.fails_for_long(&error).await {
+                tracing::error!(%error, "a metadata block cannot be read and is given up");
+                return Err(Error::Damaged { what: "metadata block (unreadable)", at });
+            }
+            let retries = if self.0.patient.get() { PATIENT_RETRIES } else { READ_RETRIES };
+            if attempts == retries || self.0.scheduler.failure().is_some() {
+                return Err(error.into());
+            }
+            attempts += 1;
+            self.0.runtime.sleep(RETRY_AFTER).await;
+        }
+    }
+
+    /// Whether a block has failed for so long, on a device that serves others, that it counts as
+    /// damaged.
+    async fn fails_for_long(&self, error: &DeviceError) -> bool {
+        if !error.is_medium() {
+            return false;
+        }
+        let now = self.0.runtime.now();
+        let since = {
+            let mut failing = self.0.failing.borrow_mut();
+            if failing.len() >= FAILING_MAX {
+                failing.clear();
+            }
+            *failing.entry(error.at).or_insert(now)
+        };
+        now.since(since) >= GIVE_UP_AFTER && self.serves_others().await
+    }
+
+    async fn serves_others(&self) -> bool {
+        for at in SUPERBLOCK_COPIES {
+            let buffer = self.0.runtime.buffers().take(1);
+            if self.0.device.read(at, 1, buffer).await.is_ok() {
+                return true;
             }
         }
+        false
     }
 
     /// Loads several blocks at once; the answers are in order.

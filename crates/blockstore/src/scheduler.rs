@@ -10,7 +10,8 @@
 //!   the few places that are rewritten wait for their predecessor;
 //! - a flush request joins only a device flush that was not issued yet; at most one is in flight
 //!   and one queued (design rule 4);
-//! - a failed flush is final: nothing is written, flushed or acknowledged after it (rule 56).
+//! - a failed flush is final: nothing is written, flushed or acknowledged after it (rule 56); so
+//!   is an error on the way to the device (rule 57).
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
@@ -193,6 +194,15 @@ impl WriteScheduler {
         }
     }
 
+    /// Stops everything if it was the way to the device that failed: it may come back without its
+    /// cache, and then the next flush would succeed for writes that are gone. Recovery reads back
+    /// what no flush covered, and writes it again (design rule 57).
+    pub fn suspect(&self, error: DeviceError) {
+        if error.is_transport() {
+            self.fail(error);
+        }
+    }
+
     /// Writes `blocks` to `at` with everything else that becomes ready in this turn. The write
     /// goes on if the receiver is dropped. Completed, not durable, when the receiver answers.
     pub fn write(
@@ -371,6 +381,9 @@ impl WriteScheduler {
                 }
             };
             scheduler.end(&run);
+            if let Err(error) = outcome {
+                scheduler.suspect(error);
+            }
             if outcome.is_err() && run.len() > 1 && scheduler.failure().is_none() {
                 // One bad block must fail only the write that it belongs to.
                 for write in run {

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use base::{BLOCK_SIZE, BirthLabel, Lsn};
 use ondisk::{DecodeError, Entry, EntryState, Node, RootRef, TableRecord};
 
-use crate::tree::{self, Births, Change, TreeWriter};
+use crate::tree::{self, Births, Change, OnDamage, TreeWriter};
 use crate::{Error, NodeStore};
 
 /// Tables share nothing: every page and node is private.
@@ -18,10 +18,13 @@ const TABLE_BIRTHS: Births = Births { label: BirthLabel::new(1), shared_up_to: B
 /// # Errors
 /// As [`tree::leaf`].
 pub async fn page(nodes: &NodeStore, root: &RootRef, page: u64) -> Result<Option<Node>, Error> {
-    let entry = tree::lookup(nodes, root, page).await?;
+    page_of(nodes, tree::lookup(nodes, root, page).await?).await
+}
+
+async fn page_of(nodes: &NodeStore, entry: Entry) -> Result<Option<Node>, Error> {
     match entry.state() {
         EntryState::Mapped => Ok(Some(nodes.load(entry).await?)),
-        EntryState::Damaged => Err(Error::Damaged { what: "table page", at: root.entry.pba() }),
+        EntryState::Damaged => Err(Error::Damaged { what: "table page", at: entry.pba() }),
         EntryState::Unmapped | EntryState::Zero => Ok(None),
     }
 }
@@ -41,10 +44,12 @@ pub async fn get<R: TableRecord>(
     }
 }
 
-/// Calls `visit` with every record from number `first` on, in order, until it returns `false`.
+/// Calls `visit` with every record from number `first` on that can be read, in order, until it
+/// returns `false`.
 ///
 /// # Errors
-/// As [`get`].
+/// Device errors, at once; `Damaged`, when everything that is left has been visited, if something
+/// is damaged.
 pub async fn scan<R: TableRecord>(
     nodes: &NodeStore,
     root: &RootRef,
@@ -52,39 +57,47 @@ pub async fn scan<R: TableRecord>(
     mut visit: impl FnMut(u64, R) -> bool,
 ) -> Result<(), Error> {
     let mut number = first / R::PER_PAGE;
+    let mut damaged = false;
     while number < tree::coverage(root) {
-        let leaf = tree::leaf(nodes, root, number).await?;
+        let leaf = tree::leaf_left(nodes, root, number).await?;
         let end = leaf.end(number);
         for current in number..end {
-            // A uniform leaf holds nothing: skip it whole.
-            let entry = match &leaf {
-                tree::Leaf::Uniform(EntryState::Damaged, _) => {
-                    return Err(Error::Damaged { what: "table", at: root.entry.pba() });
+            let page = match page_of(nodes, leaf.entry(current)).await {
+                Err(Error::Damaged { .. }) => {
+                    damaged = true;
+                    None
                 }
-                tree::Leaf::Uniform(..) => break,
-                tree::Leaf::Node(_) => leaf.entry(current),
+                page => page?,
             };
-            if entry.state() != EntryState::Mapped {
-                continue;
-            }
-            let page = nodes.load(entry).await?;
+            let Some(page) = page else {
+                match &leaf {
+                    // It holds nothing: skip it whole.
+                    tree::Leaf::Uniform(..) => break,
+                    tree::Leaf::Node(_) => continue,
+                }
+            };
             for index in current * R::PER_PAGE..(current + 1) * R::PER_PAGE {
                 if index < first {
                     continue;
                 }
-                if let Some(record) = decode(R::get(page.block(), index), root)?
-                    && !visit(index, record)
-                {
-                    return Ok(());
+                match R::get(page.block(), index) {
+                    Ok(Some(record)) => {
+                        if !visit(index, record) {
+                            return Ok(());
+                        }
+                    }
+                    Ok(None) => {}
+                    Err(_) => damaged = true,
                 }
             }
         }
         number = end;
     }
-    Ok(())
+    if damaged { Err(Error::Damaged { what: "table", at: root.entry.pba() }) } else { Ok(()) }
 }
 
-/// Stores records (`None` clears) and returns the new root.
+/// Stores records (`None` clears) and returns the new root. If damage is to be forgotten, so are the
+/// other records of a damaged page.
 ///
 /// # Errors
 /// As [`tree::update`].
@@ -100,7 +113,11 @@ pub async fn store<R: TableRecord>(
     let mut images = Vec::with_capacity(pages.len());
     for (number, records) in pages {
         let mut buffer = writer.nodes.runtime().buffers().take_to_keep(1);
-        match page(writer.nodes, &root, number).await? {
+        let old = match page(writer.nodes, &root, number).await {
+            Err(Error::Damaged { .. }) if writer.on_damage == OnDamage::Forget => None,
+            old => old?,
+        };
+        match old {
             Some(old) => buffer.bytes_mut().copy_from_slice(&old.block().0),
             None => buffer.bytes_mut().fill(0),
         }

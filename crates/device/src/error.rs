@@ -35,11 +35,43 @@ pub struct DeviceError {
     pub at: Pba,
 }
 
+/// EIO, and what Linux makes of errors of a medium and of failed integrity checks: ENODATA, EILSEQ.
+const MEDIUM_ERRNOS: [i32; 3] = [libc::EIO, libc::ENODATA, libc::EILSEQ];
+
+/// What Linux makes of a device that cannot be reached, does not answer in time, or answers to
+/// somebody else now.
+const TRANSPORT_ERRNOS: [i32; 7] = [
+    libc::ENOLINK,
+    libc::ETIMEDOUT,
+    libc::EBADE,
+    libc::ECONNRESET,
+    libc::EHOSTDOWN,
+    libc::EHOSTUNREACH,
+    libc::ESTALE,
+];
+
 impl DeviceError {
     /// An error at a block.
     #[must_use]
     pub const fn new(cause: Cause, at: Pba) -> Self {
         Self { cause, at }
+    }
+
+    /// Whether the medium failed this block, rather than the device all of them.
+    #[must_use]
+    pub fn is_medium(&self) -> bool {
+        matches!(self.cause, Cause::Errno(errno) if MEDIUM_ERRNOS.contains(&errno))
+    }
+
+    /// Whether the way to the device failed: when it comes back, what was not flushed may be gone
+    /// (design rule 57).
+    #[must_use]
+    pub fn is_transport(&self) -> bool {
+        match self.cause {
+            Cause::Gone => true,
+            Cause::Errno(errno) => TRANSPORT_ERRNOS.contains(&errno),
+            Cause::OutOfRange | Cause::NoSpace | Cause::Unsupported | Cause::Truncated => false,
+        }
     }
 
     /// As far as a caller may act upon it.

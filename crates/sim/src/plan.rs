@@ -182,7 +182,8 @@ impl Plan {
         }
         let space_below = match faults.rate(FaultKind::NoSpace) {
             0 => None,
-            rate => Some(u64::from(rate) / 1_000),
+            // A part for metadata, which is allocated whole, and some for data.
+            rate => Some(EXTENT_BLOCKS + u64::from(rate) / 1_000),
         };
         let fill = random.chance(10);
         let mut plan = Self {

@@ -191,3 +191,26 @@ pub async fn check(
     let again = examine::examine(device, runtime, options, progress).await?;
     Ok(CheckReport { repairs, ..again.report })
 }
+
+/// Writes the control tables of a store afresh from what its VDIs reach, so that it can be opened;
+/// what was done. Durable on return. `None` if something would be given up that this cannot see:
+/// then nothing is written.
+///
+/// # Errors
+/// As [`check`].
+pub(crate) async fn restore_tables(
+    device: &Device,
+    runtime: &Runtime,
+    options: &crate::OpenOptions,
+) -> Result<Option<Vec<String>>, Error> {
+    let (boot_id, nonce) = (options.boot_id, options.nonce);
+    let options = CheckOptions { repair: true, read_data: false, boot_id, nonce };
+    let examined = examine::examine(device, runtime, options, &|_| {}).await?;
+    let space = &examined.space;
+    // Which blocks are in use is known from the bitmaps or from all trees.
+    let knows_use = space.bitmaps_are_complete || space.trees_are_complete;
+    if examined.log_break.is_some() || examined.slots.is_none() || !knows_use {
+        return Ok(None);
+    }
+    repair::repair(device, runtime, &examined).await.map(Some)
+}

@@ -16,10 +16,9 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::rc::Rc;
 
 use base::{BLOCK_SIZE, BirthLabel, ErrorKind, ExtentIndex, Lsn, Pba, VdiId};
-use blockstore::allocator::{Space, Window};
 use blockstore::scheduler::Batch;
 use blockstore::table;
-use blockstore::tree::{self, Births, Change, Outcome, TreeWriter, span};
+use blockstore::tree::{self, Births, Change, OnDamage, Outcome, TreeWriter, span};
 use ondisk::{
     DirectoryRecord, ExtentRecord, HostSlot, LogSegment, RootRef, Roots, SlotState, SnapshotRecord,
     VdiRecord,
@@ -29,6 +28,7 @@ use runtime::sync::{OneshotSender, Permits, Semaphore, Signal, oneshot};
 
 use crate::Error;
 use crate::branch::{Base, Branch, Point};
+use crate::damage::{DamagedTables, Table, is_damage};
 use crate::engine::{Engine, as_u64};
 use crate::overlay::newest_only;
 use crate::vdi::{Snapshot, Vdi};
@@ -49,7 +49,6 @@ const AGE_MAX_NS: u64 = 5_000_000_000;
 pub(crate) struct Checkpoints {
     preparing: Semaphore,
     publishing: Semaphore,
-    window: RefCell<Window>,
     /// Replaced by the newest published checkpoint; free after the next.
     replaced: RefCell<Vec<Pba>>,
     pub(crate) wanted: Signal,
@@ -59,6 +58,7 @@ pub(crate) struct Checkpoints {
     last_at: Cell<Time>,
     /// Retired blocks that the table knows.
     bad_known: Cell<usize>,
+    pub(crate) damaged: DamagedTables,
 }
 
 #[derive(Default)]
@@ -72,14 +72,19 @@ impl Checkpoints {
         Self {
             preparing: Semaphore::new(1),
             publishing: Semaphore::new(1),
-            window: RefCell::default(),
             replaced: RefCell::default(),
             wanted: Signal::default(),
             forced: RefCell::default(),
             last_cut: RefCell::default(),
             last_at: Cell::default(),
             bad_known: Cell::new(0),
+            damaged: DamagedTables::default(),
         }
+    }
+
+    /// Makes the next checkpoint store the retired blocks again.
+    pub(crate) fn forget_bad_blocks(&self) {
+        self.bad_known.set(usize::MAX);
     }
 }
 
@@ -87,6 +92,10 @@ impl Checkpoints {
 struct Frozen {
     cut: Lsn,
     segment: LogSegment,
+    /// What the tables continue.
+    roots: Roots,
+    /// Tables that are written whole because they are damaged.
+    rewritten: BTreeSet<Table>,
     directory: BTreeMap<u64, Option<DirectoryRecord>>,
     vdis: Vec<FrozenVdi>,
     deleted: BTreeSet<VdiId>,
@@ -229,16 +238,40 @@ impl Engine {
     /// If it could not be merged (nothing has changed then, and it may be tried again), or not be
     /// published (the store has stopped then).
     pub(crate) async fn checkpoint(self: &Rc<Self>, state: SlotState) -> Result<(), Error> {
+        self.refuse_read_only()?;
         let preparing = self.checkpoints.preparing.acquire(1).await;
         if self.closed.get() && state == SlotState::Running {
             return Ok(());
         }
-        let prepared = self.prepare().await.inspect_err(|error| {
+        let prepared = self.prepare_anyhow().await.inspect_err(|error| {
             tracing::warn!(%error, "a checkpoint could not be merged");
         })?;
         let _publishing = self.checkpoints.publishing.acquire(1).await;
         drop(preparing);
         self.publish(prepared, state).await
+    }
+
+    /// Prepares a checkpoint; one that failed for a reason that can be removed is begun again.
+    async fn prepare_anyhow(self: &Rc<Self>) -> Result<Prepared, Error> {
+        let mut blocks = self.nodes_needed();
+        self.fill_reserve(blocks).await?;
+        loop {
+            let error = match self.prepare().await {
+                Ok(prepared) => return Ok(prepared),
+                Err(error) => error,
+            };
+            let again = if error.kind() == ErrorKind::NoSpace {
+                // It needed more than the reserve had.
+                blocks *= 2;
+                self.fill_reserve(blocks).await?
+            } else {
+                // What it found damaged is written whole by the next one.
+                self.checkpoints.damaged.take_news()
+            };
+            if !again {
+                return Err(error);
+            }
+        }
     }
 
     async fn prepare(self: &Rc<Self>) -> Result<Prepared, Error> {
@@ -280,6 +313,9 @@ impl Engine {
         let segment = self.log.cut();
         let mut registry = self.registry.borrow_mut();
         let registry = &mut *registry;
+        let rewritten = self.checkpoints.damaged.noted();
+        let mut roots = self.roots.get();
+        self.begin_afresh(&rewritten, registry, &mut roots);
         let branches = std::mem::take(&mut registry.unsettled).into_values();
         let branches: Vec<_> = branches
             .map(|branch| {
@@ -303,7 +339,7 @@ impl Engine {
             }
         }
         let vdi_id_next = registry.id_next;
-        Frozen { cut, segment, directory, vdis, deleted, branches, vdi_id_next }
+        Frozen { cut, segment, roots, rewritten, directory, vdis, deleted, branches, vdi_id_next }
     }
 
     /// Takes back what a failed checkpoint had frozen. Generations stay as they are: the next
@@ -347,7 +383,9 @@ impl Engine {
             vdi.snapshot_table.set(table);
         }
         self.roots.set(done.roots);
-        self.collector.suspect(merge.left);
+        self.checkpoints.damaged.written(&frozen.rewritten);
+        // The blocks of what is written afresh are left too.
+        self.collector.suspect(merge.left + as_u64(frozen.rewritten.len()));
         if let Some(known) = merge.bad_known {
             self.checkpoints.bad_known.set(known);
         }
@@ -423,6 +461,7 @@ impl Engine {
             std::mem::replace(&mut *self.checkpoints.replaced.borrow_mut(), prepared.replaced)
         };
         self.release(free).await;
+        self.trim_reserve();
         let mut stats = self.stats.borrow_mut();
         stats.checkpoints += 1;
         stats.nodes_written += prepared.nodes_written;
@@ -512,10 +551,16 @@ impl Merge {
             let merged = self.merge_branch(branch, *is_head, frozen.cut).await?;
             branches.push(merged);
         }
-        let mut roots = self.engine.roots.get();
+        let mut roots = frozen.roots;
         let (vdis, snapshot_tables) = self.vdi_records(frozen, &branches).await?;
-        roots.vdis = self.store(roots.vdis, &vdis).await?;
-        roots.directory = self.store(roots.directory, &frozen.directory).await?;
+        let on_damage = match frozen.rewritten.contains(&Table::Vdis) {
+            true => OnDamage::Forget,
+            false => OnDamage::Fail,
+        };
+        roots.vdis = self.store(Table::Vdis, roots.vdis, &vdis, on_damage).await?;
+        let directory = &frozen.directory;
+        roots.directory =
+            self.store(Table::Directory, roots.directory, directory, OnDamage::Fail).await?;
         roots.bad_blocks = self.store_bad_blocks(roots.bad_blocks).await?;
         // The table's own blocks may take an extent, which belongs into it too.
         loop {
@@ -524,7 +569,8 @@ impl Merge {
             if extents.is_empty() {
                 break;
             }
-            roots.extents = self.store(roots.extents, &extents).await?;
+            roots.extents =
+                self.store(Table::Extents, roots.extents, &extents, OnDamage::Fail).await?;
         }
         roots.bitmaps = self.store_bitmaps(roots.bitmaps).await?;
         Ok(Done { branches, snapshot_tables, roots })
@@ -637,12 +683,14 @@ impl Merge {
             height.max(RootRef::height_for(end)).max(change.level + 1)
         });
         let engine = Rc::clone(&self.engine);
-        let mut allocate = self.allocator();
+        let allocated = Rc::clone(&self.allocated);
+        let mut allocate = engine.node_blocks(&allocated);
         let batch = self.batch.clone();
         let mut writer = TreeWriter {
             nodes: &engine.nodes,
             batch: &batch,
             allocate: &mut allocate,
+            on_damage: OnDamage::Mark,
             outcome: Outcome::default(),
         };
         let updated = tree::update(&mut writer, births, root, height, changes).await;
@@ -654,25 +702,38 @@ impl Merge {
     /// Stores records in a table.
     async fn store<R: ondisk::TableRecord>(
         &mut self,
+        table: Table,
         root: RootRef,
         records: &BTreeMap<u64, Option<R>>,
+        on_damage: OnDamage,
     ) -> Result<RootRef, Error> {
         if records.is_empty() {
             return Ok(root);
         }
         let engine = Rc::clone(&self.engine);
-        let mut allocate = self.allocator();
+        let allocated = Rc::clone(&self.allocated);
+        let mut allocate = engine.node_blocks(&allocated);
         let batch = self.batch.clone();
         let mut writer = TreeWriter {
             nodes: &engine.nodes,
             batch: &batch,
             allocate: &mut allocate,
+            on_damage,
             outcome: Outcome::default(),
         };
         let stored = table::store(&mut writer, root, records).await;
         let outcome = writer.outcome;
         self.account(outcome);
-        Ok(stored?)
+        self.note_damage(table, stored.map_err(Error::from))
+    }
+
+    /// Notes that a table is damaged, if that kept it from being stored.
+    fn note_damage<T>(&self, table: Table, stored: Result<T, Error>) -> Result<T, Error> {
+        stored.inspect_err(|error| {
+            if is_damage(error) {
+                self.engine.checkpoints.damaged.note(table);
+            }
+        })
     }
 
     async fn vdi_records(
@@ -699,7 +760,9 @@ impl Merge {
                 };
                 snapshots.insert(number, record);
             }
-            let table = self.store(vdi.vdi.snapshot_table.get(), &snapshots).await?;
+            let id = vdi.vdi.id;
+            let table = vdi.vdi.snapshot_table.get();
+            let table = self.store(Table::Snapshots(id), table, &snapshots, OnDamage::Fail).await?;
             tables.push((Rc::clone(&vdi.vdi), table));
             let record = VdiRecord {
                 id: vdi.vdi.id,
@@ -752,7 +815,7 @@ impl Merge {
         });
         let pages: Vec<_> = pages.collect();
         let numbers: Vec<u64> = pages.iter().map(|(number, _)| *number).collect();
-        let stored = self.store_pages(root, pages).await;
+        let stored = self.store_pages(Table::Bitmaps, root, pages).await;
         match stored {
             Ok((root, outcome)) => {
                 // Busy, never live.
@@ -783,7 +846,8 @@ impl Merge {
                 *byte |= 1 << (bit % 8);
             }
         }
-        let (root, outcome) = self.store_pages(root, pages.into_iter().collect()).await?;
+        let pages = pages.into_iter().collect();
+        let (root, outcome) = self.store_pages(Table::BadBlocks, root, pages).await?;
         self.account(outcome);
         self.bad_known = Some(bad.len());
         Ok(root)
@@ -791,34 +855,24 @@ impl Merge {
 
     async fn store_pages(
         &mut self,
+        table: Table,
         root: RootRef,
         pages: Vec<(u64, base::Buffer)>,
     ) -> Result<(RootRef, Outcome), Error> {
         let engine = Rc::clone(&self.engine);
-        let mut allocate = self.allocator();
+        let allocated = Rc::clone(&self.allocated);
+        let mut allocate = engine.node_blocks(&allocated);
         let batch = self.batch.clone();
         let mut writer = TreeWriter {
             nodes: &engine.nodes,
             batch: &batch,
             allocate: &mut allocate,
+            on_damage: OnDamage::Fail,
             outcome: Outcome::default(),
         };
         let stored = table::store_pages(&mut writer, root, pages).await;
-        Ok((stored?, writer.outcome))
-    }
-
-    fn allocator(&self) -> impl FnMut() -> Result<Pba, blockstore::Error> + use<> {
-        let (engine, allocated) = (Rc::clone(&self.engine), Rc::clone(&self.allocated));
-        move || {
-            let mut window = engine.checkpoints.window.borrow_mut();
-            let run = engine.allocator.allocate(Space::Metadata, &mut window, 1);
-            let run = run.ok_or_else(|| {
-                let message = "no block is free for metadata";
-                blockstore::Error::refused(ErrorKind::NoSpace, message)
-            })?;
-            allocated.borrow_mut().push(run.start);
-            Ok(run.start)
-        }
+        let outcome = writer.outcome;
+        Ok((self.note_damage(table, stored.map_err(Error::from))?, outcome))
     }
 
     fn account(&mut self, outcome: Outcome) {

@@ -19,15 +19,14 @@ use runtime::sync::{OneshotReceiver, Semaphore, Signal};
 
 use crate::branch::{Base, Branch, Generation, Point};
 use crate::checkpoint::Checkpoints;
+use crate::damage::{Table, is_damage};
 use crate::gc::Collector;
+use crate::reserve::Reserve;
 use crate::vdi::{Snapshot, Vdi};
 use crate::{Error, Stats};
 
 /// Blocks that are released between two breaths of the thread.
 const BLOCKS_PER_TURN: usize = 4096;
-
-/// Nodes that a checkpoint may need beyond those of changed leaves: tables, bitmaps, paths.
-const NODES_MARGIN: u64 = 256;
 
 /// The parts of an open store.
 pub(crate) struct Engine {
@@ -51,7 +50,10 @@ pub(crate) struct Engine {
     pub(crate) segments: RefCell<Vec<LogSegment>>,
     pub(crate) registry: RefCell<Registry>,
     pub(crate) checkpoints: Checkpoints,
+    pub(crate) reserve: Reserve,
     pub(crate) collector: Collector,
+    /// Set if the log is damaged: what is shown is the state before, and nothing is written.
+    pub(crate) read_only: bool,
     /// Requests under way, and who waits for their end.
     pub(crate) active: Cell<u64>,
     pub(crate) idle: Signal,
@@ -79,6 +81,9 @@ pub(crate) struct Registry {
     pub(crate) directory: HashMap<VdiId, DirectoryRecord>,
     /// VDIs in use.
     pub(crate) loaded: HashMap<VdiId, Rc<Vdi>>,
+    /// VDIs of which the log has changes that nothing is left to apply to. The next checkpoint
+    /// takes their records out of the table, so that they stay lost.
+    pub(crate) lost: BTreeSet<VdiId>,
     pub(crate) id_next: u64,
     /// Directory records that changed since the last checkpoint.
     pub(crate) dirty_directory: BTreeSet<VdiId>,
@@ -113,6 +118,22 @@ impl Engine {
         Ok(ActiveRequest(Rc::clone(self)))
     }
 
+    /// Begins a request that changes something.
+    pub(crate) fn begin_change(self: &Rc<Self>) -> Result<ActiveRequest, Error> {
+        self.refuse_read_only()?;
+        self.begin()
+    }
+
+    pub(crate) fn refuse_read_only(&self) -> Result<(), Error> {
+        if self.read_only {
+            return Err(Error::refused(
+                ErrorKind::ReadOnly,
+                "the log is damaged and the store is read-only: see `parallax check --repair`",
+            ));
+        }
+        Ok(())
+    }
+
     /// Stops taking requests, waits for those under way, and publishes a clean state.
     pub(crate) async fn close(self: &Rc<Self>) -> Result<(), Error> {
         self.closing.set(true);
@@ -122,6 +143,9 @@ impl Engine {
         self.closed.set(true);
         // Ends the task that waits for the next one to be due.
         self.request_checkpoint();
+        if self.read_only {
+            return Ok(());
+        }
         self.checkpoint(ondisk::SlotState::Clean).await
     }
 
@@ -188,15 +212,23 @@ impl Engine {
         let _reader = self.epochs.enter();
         let roots = self.roots.get();
         let record: Option<VdiRecord> = table::get(&self.nodes, &roots.vdis, id.get()).await?;
-        let missing =
-            || Error::refused(ErrorKind::Corrupt, format!("VDI {id} has no record in its table"));
-        let record = record.ok_or_else(missing)?;
+        let record = record.ok_or_else(|| lost(id))?;
         let mut snapshots = Vec::new();
-        table::scan(&self.nodes, &record.snapshots, 0, |_, snapshot: SnapshotRecord| {
-            snapshots.push(snapshot);
-            true
-        })
-        .await?;
+        let scanned =
+            table::scan(&self.nodes, &record.snapshots, 0, |_, snapshot: SnapshotRecord| {
+                snapshots.push(snapshot);
+                true
+            });
+        let scanned = scanned.await.map_err(Error::from);
+        if let Err(error) = &scanned
+            && is_damage(error)
+        {
+            // The VDI and its other snapshots are none the worse for it.
+            tracing::error!(vdi = %id, "snapshots are lost: their records are damaged");
+            self.checkpoints.damaged.note(Table::Snapshots(id));
+        } else {
+            scanned?;
+        }
         // Somebody else may have loaded it meanwhile, or deleted it.
         if let Some(vdi) = self.loaded(id)? {
             return Ok(vdi);
@@ -211,6 +243,9 @@ impl Engine {
         let registry = self.registry.borrow();
         if !registry.directory.contains_key(&id) {
             return Err(Error::refused(ErrorKind::NotFound, format!("VDI {id} was deleted")));
+        }
+        if registry.lost.contains(&id) {
+            return Err(lost(id));
         }
         Ok(registry.loaded.get(&id).map(Rc::clone))
     }
@@ -251,10 +286,7 @@ impl Engine {
         count: u64,
     ) -> Result<Run, Error> {
         for attempt in 0..2 {
-            if self.metadata_suffices()
-                && let Some(run) =
-                    self.allocator.allocate(Space::Data, &mut vdi.window.borrow_mut(), count)
-            {
+            if let Some(run) = self.take_data(vdi, count).await? {
                 return Ok(run);
             }
             if self.full.get() || attempt == 1 {
@@ -263,22 +295,17 @@ impl Engine {
             let free_before = self.allocator.free_blocks();
             self.return_windows();
             self.checkpoint_twice().await?;
-            if self.allocator.free_blocks() <= free_before && !self.metadata_suffices() {
+            if self.allocator.free_blocks() <= free_before && !self.metadata_suffices().await? {
                 break;
             }
         }
         // What other VDIs have reserved is better used than refused.
         self.return_windows();
-        if self.metadata_suffices()
-            && let Some(run) =
-                self.allocator.allocate(Space::Data, &mut vdi.window.borrow_mut(), count)
-        {
+        if let Some(run) = self.take_data(vdi, count).await? {
             return Ok(run);
         }
         if self.collect_for_space().await
-            && self.metadata_suffices()
-            && let Some(run) =
-                self.allocator.allocate(Space::Data, &mut vdi.window.borrow_mut(), count)
+            && let Some(run) = self.take_data(vdi, count).await?
         {
             return Ok(run);
         }
@@ -289,15 +316,24 @@ impl Engine {
         ))
     }
 
+    /// Free data blocks, if there are some and room for the nodes that name them.
+    async fn take_data(&self, vdi: &Vdi, count: u64) -> Result<Option<Run>, Error> {
+        if !self.metadata_suffices().await? {
+            return Ok(None);
+        }
+        Ok(self.allocator.allocate(Space::Data, &mut vdi.window.borrow_mut(), count))
+    }
+
     /// Waits until there is room for the nodes that one more change may need.
     ///
     /// # Errors
     /// `NoSpace` when checkpoints gave none.
     pub(crate) async fn reserve_metadata(self: &Rc<Self>) -> Result<(), Error> {
-        if !self.metadata_suffices() {
-            self.checkpoint_twice().await?;
+        if self.metadata_suffices().await? {
+            return Ok(());
         }
-        if self.metadata_suffices() {
+        self.checkpoint_twice().await?;
+        if self.metadata_suffices().await? {
             return Ok(());
         }
         Err(Error::refused(
@@ -310,13 +346,6 @@ impl Engine {
         for vdi in self.registry.borrow().loaded.values() {
             self.allocator.return_window(&mut vdi.window.borrow_mut());
         }
-    }
-
-    /// Whether there is room for the nodes of the next checkpoints (design rule 25): each changed
-    /// node with its path, while the old ones still stand.
-    fn metadata_suffices(&self) -> bool {
-        let needed = 2 * self.changed_nodes.get() + NODES_MARGIN;
-        self.allocator.metadata_available() >= needed
     }
 
     /// Applies a change that was recorded while `generation` of `branch` was active.
@@ -388,6 +417,12 @@ pub(crate) async fn wait(
 ) -> Result<(), Error> {
     let gone = |_| Err(DeviceError::new(device::Cause::Gone, at));
     outcome.await.unwrap_or_else(gone).map_err(|error| blockstore::Error::from(error).into())
+}
+
+/// What everybody gets who asks for a VDI of which nothing is left but its name.
+fn lost(id: VdiId) -> Error {
+    let message = format!("VDI {id} was lost to damage of its record: delete it");
+    Error::refused(ErrorKind::Corrupt, message)
 }
 
 /// What every request gets after the store has failed.

@@ -28,7 +28,10 @@
 //! - *After a crash* the same holds: recovery starts from a published checkpoint, whose bitmaps
 //!   hold `g` until one without it is published, and replays records above its cut.
 //!
-//! If a node cannot be read, nothing is freed: what is below it is not known.
+//! If a node cannot be read, nothing is freed: what is below it is not known. If it is damaged, it
+//! is *given up* for good, as a bad block, and a new cycle begins: whatever was still built of it
+//! is a tree of the new cut, and nothing is built of it later. So damage costs what is below it, and
+//! does not keep the rest from being collected.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -37,11 +40,12 @@ use std::time::Duration;
 use base::{ErrorKind, Pba};
 use blockstore::NodeStore;
 use blockstore::allocator::BITMAP_PAGE_BLOCKS;
-use ondisk::{Entry, RootRef, Roots, SlotState, SnapshotRecord, TableRecord, VdiRecord};
+use ondisk::{Entry, Node, RootRef, Roots, SlotState, SnapshotRecord, TableRecord, VdiRecord};
 use runtime::Time;
 use runtime::sync::Semaphore;
 
 use crate::Error;
+use crate::damage::Table;
 use crate::engine::{Engine, as_u64};
 use crate::mark::{BlockSet, Marker, Named, Walk};
 
@@ -87,6 +91,8 @@ pub(crate) struct Collector {
     held: RefCell<Option<BlockSet>>,
     /// No cycle starts by itself before.
     not_before: Cell<Time>,
+    /// Whether the last mark met damage that was not known.
+    gave_up: Cell<bool>,
 }
 
 impl Collector {
@@ -101,6 +107,7 @@ impl Collector {
             garbage: RefCell::default(),
             held: RefCell::default(),
             not_before: Cell::new(now.after(QUIET_AFTER_OPEN)),
+            gave_up: Cell::new(false),
         }
     }
 
@@ -155,7 +162,11 @@ impl Engine {
         let number = collector.started.get() + 1;
         collector.started.set(number);
         let began = self.runtime.now();
-        let outcome = self.cycle().await;
+        let mut outcome = self.cycle().await;
+        // Each round has given up more blocks than the one before.
+        while collector.gave_up.take() && self.go_on().is_ok() {
+            outcome = self.cycle().await;
+        }
         let pause = self.runtime.now().since(began).saturating_mul(PAUSE_FACTOR).max(PAUSE_MIN);
         collector.not_before.set(self.runtime.now().after(pause));
         let report = match outcome {
@@ -251,23 +262,42 @@ impl Engine {
 
     /// Everything that the roots reach.
     async fn mark(&self, roots: &Roots) -> Result<BlockSet, Error> {
-        let mut mark = Mark { engine: self, found: Found::default() };
-        for root in [&roots.directory, &roots.extents, &roots.bad_blocks] {
-            mark.walk(&[*root]).await?;
+        let mut mark = Mark { engine: self, found: Found::new(&self.nodes) };
+        for (table, root) in [
+            (Table::Directory, roots.directory),
+            (Table::Extents, roots.extents),
+            (Table::BadBlocks, roots.bad_blocks),
+        ] {
+            // Their pages name no blocks, but should be there when the store is opened again.
+            for page in mark.pages(&root).await? {
+                mark.verify(page).await?;
+            }
+            mark.note_damage(table);
         }
         for page in mark.pages(&roots.vdis).await? {
-            for record in mark.records::<VdiRecord>(page).await? {
+            let vdis = mark.records::<VdiRecord>(page).await?;
+            mark.note_damage(Table::Vdis);
+            for record in vdis {
                 mark.walk(&[record.root]).await?;
+                mark.give_up();
                 for page in mark.pages(&record.snapshots).await? {
                     let snapshots = mark.records::<SnapshotRecord>(page).await?;
+                    mark.note_damage(Table::Snapshots(record.id));
                     if base::mutant::active("gc_misses_snapshot_roots") {
                         continue;
                     }
                     let roots: Vec<RootRef> =
                         snapshots.iter().map(|snapshot| snapshot.root).collect();
                     mark.walk(&roots).await?;
+                    mark.give_up();
                 }
+                mark.note_damage(Table::Snapshots(record.id));
             }
+        }
+        mark.note_damage(Table::Vdis);
+        if self.collector.gave_up.get() {
+            let message = "damaged metadata was met and given up";
+            return Err(Error::refused(ErrorKind::Corrupt, message));
         }
         Ok(mark.found.marked)
     }
@@ -337,12 +367,37 @@ struct Mark<'a> {
     found: Found,
 }
 
-#[derive(Default)]
 struct Found {
+    nodes: NodeStore,
     marked: BlockSet,
     /// What leaves of a table name.
     pages: Option<Vec<Entry>>,
+    /// Damaged blocks that were not known to be.
+    damaged: Vec<Pba>,
     failure: Option<blockstore::Error>,
+}
+
+impl Found {
+    fn new(nodes: &NodeStore) -> Self {
+        Self {
+            nodes: nodes.clone(),
+            marked: BlockSet::default(),
+            pages: None,
+            damaged: Vec::new(),
+            failure: None,
+        }
+    }
+
+    /// Notes that a block could not be read.
+    fn unreadable(&mut self, at: Pba, error: &blockstore::Error) {
+        match error {
+            blockstore::Error::Damaged { .. } if self.nodes.is_given_up(at) => {}
+            blockstore::Error::Damaged { .. } => self.damaged.push(at),
+            error => {
+                self.failure.get_or_insert_with(|| error.clone());
+            }
+        }
+    }
 }
 
 impl Mark<'_> {
@@ -374,9 +429,40 @@ impl Mark<'_> {
         walked.map(|()| pages)
     }
 
-    async fn records<R: TableRecord>(&self, page: Entry) -> Result<Vec<R>, Error> {
-        let page = self.nodes().load(page).await?;
+    /// Gives up the damaged blocks that were met: they are bad, also when the store is opened again.
+    fn give_up(&mut self) {
+        for pba in self.found.damaged.drain(..) {
+            self.engine.collector.gave_up.set(true);
+            self.engine.nodes.give_up(pba);
+            if let Err(error) = self.engine.allocator.retire(pba) {
+                tracing::error!(%error, "a damaged block cannot be retired");
+            }
+        }
+    }
+
+    /// As [`Self::give_up`], of a table: what of it is in memory is written again first.
+    fn note_damage(&mut self, table: Table) {
+        if !self.found.damaged.is_empty() {
+            self.engine.checkpoints.damaged.note(table);
+        }
+        self.give_up();
+    }
+
+    /// Reads a page; `None` if it is damaged.
+    async fn verify(&mut self, page: Entry) -> Result<Option<Node>, Error> {
+        match self.nodes().load(page).await {
+            Ok(node) => Ok(Some(node)),
+            Err(error) => {
+                self.found.unreadable(page.pba(), &error);
+                self.found.failure.take().map_or(Ok(None), |error| Err(error.into()))
+            }
+        }
+    }
+
+    /// The records of a page that are left.
+    async fn records<R: TableRecord>(&mut self, page: Entry) -> Result<Vec<R>, Error> {
         let mut records = Vec::new();
+        let Some(page) = self.verify(page).await? else { return Ok(records) };
         for index in 0..R::PER_PAGE {
             let record = R::get(page.block(), index);
             let damaged = |_| Error::refused(ErrorKind::Corrupt, "a table record makes no sense");
@@ -400,7 +486,7 @@ impl Marker for Found {
 
     fn lost(&mut self, _: &Named) {}
 
-    fn failed(&mut self, _: &Named, error: &blockstore::Error) {
-        self.failure.get_or_insert_with(|| error.clone());
+    fn failed(&mut self, node: &Named, error: &blockstore::Error) {
+        self.unreadable(node.entry.pba(), error);
     }
 }

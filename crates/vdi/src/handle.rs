@@ -54,7 +54,7 @@ fn range_of(request: &Request) -> (u64, u64, bool) {
 fn check(request: &Request, size_bytes: u64, read_only: bool) -> Result<(), DiskError> {
     let (offset, length, changes) = range_of(request);
     if changes && read_only {
-        return Err(DiskError::new(ErrorKind::ReadOnly, "snapshots cannot be written"));
+        return Err(DiskError::new(ErrorKind::ReadOnly, "the disk is read-only"));
     }
     if offset.checked_add(length).is_none_or(|end| end > size_bytes) {
         return Err(DiskError::new(ErrorKind::Invalid, "the range ends beyond the disk"));
@@ -87,7 +87,7 @@ impl Disk for VdiHandle {
     }
 
     fn read_only(&self) -> bool {
-        false
+        self.engine.read_only
     }
 
     fn severed(&self) -> bool {
@@ -98,7 +98,7 @@ impl Disk for VdiHandle {
         if self.severed() {
             return Box::pin(std::future::ready(Err(SEVERED)));
         }
-        if let Err(error) = check(&request, self.size_bytes(), false) {
+        if let Err(error) = check(&request, self.size_bytes(), self.read_only()) {
             return Box::pin(std::future::ready(Err(error)));
         }
         let active = match self.engine.begin() {

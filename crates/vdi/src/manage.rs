@@ -27,7 +27,8 @@ const FIRST_CLAIM: ClaimGeneration = ClaimGeneration::new(1);
 impl Engine {
     /// Creates an empty VDI. Durable on return.
     pub(crate) async fn create(self: &Rc<Self>, name: &str, size: u64) -> Result<VdiId, Error> {
-        let _request = self.begin()?;
+        let _request = self.begin_change()?;
+        self.reserve_metadata().await?;
         let room = self.room().await?;
         let block_count = blocks_of(size)?;
         check_name(name)?;
@@ -50,7 +51,8 @@ impl Engine {
         source: &Target,
         name: &str,
     ) -> Result<VdiId, Error> {
-        let _request = self.begin()?;
+        let _request = self.begin_change()?;
+        self.reserve_metadata().await?;
         let room = self.room().await?;
         check_name(name)?;
         let one = self.management.acquire(1).await;
@@ -79,7 +81,7 @@ impl Engine {
         name: &str,
         label: Option<&str>,
     ) -> Result<SnapshotNumber, Error> {
-        let _request = self.begin()?;
+        let _request = self.begin_change()?;
         self.reserve_metadata().await?;
         let room = self.room().await?;
         let label = label.unwrap_or_default();
@@ -105,7 +107,7 @@ impl Engine {
 
     /// Gives a VDI another name. Durable on return.
     pub(crate) async fn rename(self: &Rc<Self>, name: &str, new: &str) -> Result<(), Error> {
-        let _request = self.begin()?;
+        let _request = self.begin_change()?;
         let room = self.room().await?;
         check_name(new)?;
         let one = self.management.acquire(1).await;
@@ -122,7 +124,7 @@ impl Engine {
 
     /// Changes the size. Shrinking severs open handles. Durable on return.
     pub(crate) async fn resize(self: &Rc<Self>, name: &str, size: u64) -> Result<(), Error> {
-        let _request = self.begin()?;
+        let _request = self.begin_change()?;
         let room = self.room().await?;
         let block_count = blocks_of(size)?;
         let _one = self.management.acquire(1).await;
@@ -140,10 +142,22 @@ impl Engine {
 
     /// Deletes a VDI with its snapshots, or one snapshot. Durable on return.
     pub(crate) async fn remove(self: &Rc<Self>, target: &Target) -> Result<(), Error> {
-        let _request = self.begin()?;
+        let _request = self.begin_change()?;
         let room = self.room().await?;
         let one = self.management.acquire(1).await;
-        let vdi = self.find(&target.vdi).await?;
+        let vdi = match self.find(&target.vdi).await {
+            // Of what nothing is left the name can still go.
+            Err(error) if error.kind() == ErrorKind::Corrupt && target.snapshot.is_none() => {
+                let record = self.record_of(&target.vdi).ok_or(error)?;
+                let (vdi, claim) = (record.id, record.claim);
+                let body = RecordBody::Delete;
+                let appended = self.log.append_admitted(room, &Record { vdi, claim, body });
+                self.apply_delete_lost(vdi);
+                drop(one);
+                return self.settle(appended).await;
+            }
+            vdi => vdi?,
+        };
         let appended = match &target.snapshot {
             Some(label) => {
                 let snapshot = find_snapshot(&vdi, &target.vdi, label)?;
@@ -166,7 +180,7 @@ impl Engine {
 
     /// Makes a VDI what a snapshot of it was. Severs open handles. Durable on return.
     pub(crate) async fn rollback(self: &Rc<Self>, name: &str, label: &str) -> Result<(), Error> {
-        let _request = self.begin()?;
+        let _request = self.begin_change()?;
         let room = self.room().await?;
         let one = self.management.acquire(1).await;
         let vdi = self.find(name).await?;
@@ -188,6 +202,11 @@ impl Engine {
             return Err(not_found(name));
         }
         Ok(vdi)
+    }
+
+    fn record_of(&self, name: &str) -> Option<DirectoryRecord> {
+        let registry = self.registry.borrow();
+        registry.directory.get(registry.names.get(name)?).cloned()
     }
 
     fn refuse_taken(&self, name: &str) -> Result<(), Error> {
@@ -268,6 +287,18 @@ impl Engine {
         };
         let number = snapshot.map_or(SnapshotNumber::new(0), |snapshot| snapshot.number);
         self.apply_create(id, block_count, wall_ns, name, Some((source.id, number)), base);
+    }
+
+    /// A clone of what is lost: there is a name, and nothing else.
+    pub(crate) fn apply_lost_clone(
+        &self,
+        id: VdiId,
+        (parent, parent_snapshot): (VdiId, SnapshotNumber),
+        wall_ns: u64,
+        name: &str,
+    ) {
+        let parent = Some((parent, parent_snapshot));
+        self.apply_create(id, 1, wall_ns, name, parent, Base::Root(RootRef::empty(1)));
     }
 
     /// The head of `vdi` as a base for others.
@@ -356,6 +387,19 @@ impl Engine {
             registry.names.remove(&record.name);
         }
         registry.dirty_directory.insert(vdi.id);
+    }
+
+    /// Deletes a VDI of which nothing can be read but its name.
+    pub(crate) fn apply_delete_lost(&self, id: VdiId) {
+        self.collector.dropped();
+        let mut registry = self.registry.borrow_mut();
+        let registry = &mut *registry;
+        if let Some(record) = registry.directory.remove(&id) {
+            registry.names.remove(&record.name);
+        }
+        registry.lost.remove(&id);
+        registry.dirty.insert(id);
+        registry.dirty_directory.insert(id);
     }
 
     pub(crate) fn apply_rollback(&self, vdi: &Vdi, snapshot: &Snapshot) {

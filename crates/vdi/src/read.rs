@@ -91,13 +91,15 @@ impl Engine {
 
     async fn read_run(&self, vdi: VdiId, run: MappedRun) -> Result<BlockSlice, Error> {
         let count = run.entries.len();
+        let failed = |error| {
+            self.scheduler.suspect(error);
+            blockstore::Error::from(error)
+        };
         let buffer = self.runtime.buffers().take(count);
-        let read = self.device.read(run.pba, count, buffer).await;
-        let mut buffer = read.map_err(blockstore::Error::from)?;
+        let mut buffer = self.device.read(run.pba, count, buffer).await.map_err(failed)?;
         if !self.all_match(&run.entries, &buffer) {
             // Once more: a bad transfer is not a bad block.
-            let again = self.device.read(run.pba, count, buffer).await;
-            buffer = again.map_err(blockstore::Error::from)?;
+            buffer = self.device.read(run.pba, count, buffer).await.map_err(failed)?;
             if !self.all_match(&run.entries, &buffer) {
                 self.alarm_damage(vdi, run.lba, run.pba);
                 return Err(blockstore::Error::Damaged { what: "data block", at: run.pba }.into());

@@ -18,24 +18,28 @@ use base::{
     SnapshotNumber, StoreUuid, VdiId,
 };
 use blockstore::allocator::{Allocator, Run, Space};
-use blockstore::log::{Log, LogConfig, Replayed, replay};
+use blockstore::log::{Break, Log, LogConfig, Replayed, survey};
 use blockstore::scheduler::Batch;
 use blockstore::slots::{SlotPair, SlotWriter, check_vouched, read_slots};
 use blockstore::{Geometry, NodeStore, ReadEpochs, WriteScheduler, superblock, table, tree};
 use device::{Device, DeviceError};
 use ondisk::{
     Checksums, DirectoryRecord, Entry, EntryState, ExtentRecord, Heartbeat, HostSlot,
-    LOG_SEGMENTS_MAX, Record, RecordBody, RootRef, SUPERBLOCK_COPIES, SlotState,
+    LOG_SEGMENTS_MAX, LogBlock, LogSegment, Record, RecordBody, RootRef, SUPERBLOCK_COPIES,
+    SlotState,
 };
 use runtime::Runtime;
 use runtime::sync::{OneshotReceiver, Semaphore, Signal};
 
-use crate::Error;
 use crate::branch::Base;
 use crate::checkpoint::Checkpoints;
+use crate::damage::is_damage;
 use crate::engine::{Engine, Registry, as_u64};
 use crate::gc::Collector;
+use crate::reserve::Reserve;
 use crate::types::{OpenOptions, OpenReport};
+use crate::vdi::Vdi;
+use crate::{Error, check};
 
 /// The one host that runs today.
 const HOST: HostId = HostId::new(0);
@@ -52,6 +56,43 @@ pub(crate) async fn open(
     runtime: Runtime,
     options: &OpenOptions,
 ) -> Result<(Rc<Engine>, OpenReport), Error> {
+    let (error, restored) = match open_as_is(device.clone(), runtime.clone(), options).await {
+        Ok(opened) => return Ok(opened),
+        Err(NotOpened::ForTables(error)) => {
+            tracing::error!(%error, "the store's tables are damaged");
+            let restored = check::restore_tables(&device, &runtime, options).await?;
+            (error, restored)
+        }
+        Err(NotOpened::For(error)) => return Err(error),
+    };
+    let Some(repairs) = restored else { return Err(error) };
+    match open_as_is(device, runtime, options).await {
+        Ok((engine, mut report)) => {
+            report.alarms.extend(repairs);
+            Ok((engine, report))
+        }
+        Err(NotOpened::For(error) | NotOpened::ForTables(error)) => Err(error),
+    }
+}
+
+/// Why a store could not be opened.
+enum NotOpened {
+    /// Control tables are damaged. Nothing has been written.
+    ForTables(Error),
+    For(Error),
+}
+
+impl<E: Into<Error>> From<E> for NotOpened {
+    fn from(error: E) -> Self {
+        Self::For(error.into())
+    }
+}
+
+async fn open_as_is(
+    device: Device,
+    runtime: Runtime,
+    options: &OpenOptions,
+) -> Result<(Rc<Engine>, OpenReport), NotOpened> {
     let mut report = OpenReport::default();
     let found = superblock::read(&device, &runtime, true).await?;
     let geometry = Geometry::new(&found.superblock);
@@ -61,12 +102,16 @@ pub(crate) async fn open(
         report.alarms.push("one copy of the host slot was damaged; the other one was used".into());
     }
     refuse_alive(&device, &runtime, &geometry, &checksums, &pair.newest, options).await?;
-    let replayed = read_log(&device, &runtime, &geometry, &checksums, &pair.newest).await?;
+    let (replayed, broken) =
+        read_log(&device, &runtime, &geometry, &checksums, &pair.newest).await?;
     report.clean = pair.newest.state == SlotState::Clean;
 
-    let engine = build(device, runtime, options, geometry, checksums, &pair, &replayed)?;
-    engine.load_space(&mut report).await?;
-    engine.load_directory().await?;
+    let engine = build(device, runtime, options, geometry, checksums, &pair, (&replayed, broken))?;
+    engine.nodes.set_patient(true);
+    engine.load_tables(&mut report).await.map_err(|error| match is_damage(&error) {
+        true => NotOpened::ForTables(error),
+        false => NotOpened::For(error),
+    })?;
     let records = replayed.records.iter().filter(|(lsn, _)| *lsn > pair.newest.cut);
     for (lsn, record) in records {
         // Also what does not count stays untouched until the new epoch is published: a crash
@@ -82,10 +127,29 @@ pub(crate) async fn open(
         engine.apply(lsn, &record).await?;
         report.records_replayed += 1;
     }
+    if let Some(broken) = broken {
+        report.alarms.push(format!(
+            "the log is damaged at block {}: of records {} to {}, which were durable, some are \
+             lost; every VDI is read-only, as it was before, until `parallax check --repair`",
+            broken.at, broken.lsn, broken.durable
+        ));
+        return Ok((engine, report));
+    }
     let doubtful = engine.verify(doubtful, &mut report).await?;
     // Whatever was verified may have been read from a volatile cache (rule 8).
     engine.scheduler.flush().await.map_err(blockstore::Error::from)?;
     engine.begin_epoch(&found, &pair, options, doubtful, replayed.durable, &mut report).await?;
+    engine.nodes.set_patient(false);
+    // From now on deletions, which make space, find room for their nodes.
+    if !engine.fill_reserve(engine.nodes_needed()).await? {
+        report.alarms.push("there is no space for metadata: writes are refused".into());
+    }
+    let registry = engine.registry.borrow();
+    report.alarms.extend(registry.lost.iter().map(|id| {
+        let name = registry.directory.get(id).map_or("", |record| &record.name);
+        format!("{name} (VDI {id}) is lost: its record is damaged, or that of its origin")
+    }));
+    drop(registry);
     Ok((engine, report))
 }
 
@@ -121,27 +185,38 @@ pub(crate) async fn refuse_alive(
     Ok(())
 }
 
+/// The log, and where it is damaged: in its middle, as something behind proves that what is missing
+/// was durable (design rule 9).
 async fn read_log(
     device: &Device,
     runtime: &Runtime,
     geometry: &Geometry,
     checksums: &Checksums,
     slot: &HostSlot,
-) -> Result<Replayed, Error> {
+) -> Result<(Replayed, Option<Break>), Error> {
     if slot.state == SlotState::Running {
-        let replayed =
-            replay(device, runtime, geometry, slot.log_start, checksums, &slot.segments).await?;
+        let mut see = |_: &LogSegment, _: &LogBlock| {};
+        let (log, segments) = (slot.log_start, &slot.segments);
+        let (replayed, broken) =
+            survey(device, runtime, geometry, log, checksums, segments, &mut see).await?;
+        if let Some(broken) = broken
+            && broken.durable < broken.lsn
+        {
+            // It is the slot that is too old.
+            return Err(blockstore::Error::Damaged { what: broken.what, at: broken.at }.into());
+        }
         check_vouched(slot, replayed.slot_sequence)?;
-        return Ok(replayed);
+        return Ok((replayed, broken));
     }
     // Closed cleanly: the last segment says where the log goes on.
     let last = slot.segments.last();
-    Ok(Replayed {
+    let replayed = Replayed {
         end: last.map_or_else(Default::default, |segment| segment.start),
         lsn_next: last.map_or(Lsn::new(1), |segment| segment.first_lsn),
         durable: slot.cut,
         ..Replayed::default()
-    })
+    };
+    Ok((replayed, None))
 }
 
 fn build(
@@ -151,7 +226,7 @@ fn build(
     geometry: Geometry,
     checksums: Checksums,
     pair: &SlotPair,
-    replayed: &Replayed,
+    (replayed, broken): (&Replayed, Option<Break>),
 ) -> Result<Rc<Engine>, Error> {
     let slot = &pair.newest;
     let scheduler = WriteScheduler::new(runtime.clone(), device.clone());
@@ -208,7 +283,9 @@ fn build(
         segments: RefCell::new(if live { slot.segments.clone() } else { Vec::new() }),
         registry: RefCell::new(Registry { id_next: slot.vdi_id_next, ..Registry::default() }),
         checkpoints: Checkpoints::new(),
+        reserve: Reserve::new(),
         collector: Collector::new(opened_at),
+        read_only: broken.is_some(),
         active: Cell::new(0),
         idle: Signal::default(),
         closing: Cell::new(false),
@@ -278,6 +355,7 @@ impl Engine {
                 for bit in (0..8u64).filter(|bit| byte & (1 << bit) != 0) {
                     let pba = Pba::new(index * bits + byte_index * 8 + bit);
                     self.allocator.retire(pba)?;
+                    self.nodes.give_up(pba);
                     count += 1;
                 }
             }
@@ -293,8 +371,13 @@ impl Engine {
     ) -> Result<(), Error> {
         let mut stack = vec![(root.entry, root.height, 0u64)];
         while let Some((entry, level, start)) = stack.pop() {
-            if entry.state() != EntryState::Mapped {
-                continue;
+            match entry.state() {
+                EntryState::Mapped => {}
+                EntryState::Damaged => {
+                    let at = root.entry.pba();
+                    return Err(blockstore::Error::Damaged { what: "table", at }.into());
+                }
+                EntryState::Unmapped | EntryState::Zero => continue,
             }
             if level == 0 {
                 visit(entry, Some(start));
@@ -308,6 +391,12 @@ impl Engine {
             }
         }
         Ok(())
+    }
+
+    /// Reads the control tables.
+    async fn load_tables(&self, report: &mut OpenReport) -> Result<(), Error> {
+        self.load_space(report).await?;
+        self.load_directory().await
     }
 
     async fn load_directory(&self) -> Result<(), Error> {
@@ -347,10 +436,21 @@ impl Engine {
                 return Ok(());
             }
             RecordBody::Clone { source, snapshot, wall_ns, name } => {
-                let source = self.vdi(*source).await?;
-                let snapshot = source.snapshots.borrow().get(snapshot).map(Rc::clone);
-                let snapshot = snapshot.as_deref();
-                self.apply_clone(record.vdi, &source, snapshot, lsn, *wall_ns, name);
+                let number = *snapshot;
+                let from = (*source, number);
+                let source = self.surviving(*source).await?;
+                let snapshot =
+                    source.as_ref().and_then(|vdi| vdi.snapshots.borrow().get(&number).cloned());
+                match &source {
+                    Some(source) if snapshot.is_some() || number.get() == 0 => {
+                        let snapshot = snapshot.as_deref();
+                        self.apply_clone(record.vdi, source, snapshot, lsn, *wall_ns, name);
+                    }
+                    _ => {
+                        self.apply_lost_clone(record.vdi, from, *wall_ns, name);
+                        self.lose(record.vdi);
+                    }
+                }
                 return Ok(());
             }
             RecordBody::Void { .. } | RecordBody::Time { .. } => return Ok(()),
@@ -360,7 +460,14 @@ impl Engine {
             // Deleted by an earlier record: what was on its way then has no home.
             return Ok(());
         }
-        let vdi = self.vdi(record.vdi).await?;
+        let Some(vdi) = self.surviving(record.vdi).await? else {
+            match &record.body {
+                RecordBody::Rename { name } => self.apply_rename(record.vdi, name),
+                RecordBody::Delete => self.apply_delete_lost(record.vdi),
+                _ => self.lose(record.vdi),
+            }
+            return Ok(());
+        };
         if vdi.claim != record.claim {
             // Of an earlier claim: the tree has it (design rule 48).
             return Ok(());
@@ -394,11 +501,11 @@ impl Engine {
             RecordBody::Delete => self.apply_delete(&vdi),
             RecordBody::Rollback { number } => {
                 let snapshot = vdi.snapshots.borrow().get(number).map(Rc::clone);
-                let snapshot = snapshot.ok_or_else(|| {
-                    let message = format!("the log rolls VDI {} back to no snapshot", vdi.id);
-                    Error::refused(ErrorKind::Corrupt, message)
-                })?;
-                self.apply_rollback(&vdi, &snapshot);
+                match snapshot {
+                    Some(snapshot) => self.apply_rollback(&vdi, &snapshot),
+                    // Lost, and the VDI was nothing else any more.
+                    None => self.lose(vdi.id),
+                }
             }
             RecordBody::Create { .. }
             | RecordBody::Clone { .. }
@@ -406,6 +513,28 @@ impl Engine {
             | RecordBody::Time { .. } => {}
         }
         Ok(())
+    }
+
+    /// The VDI with this id; `None` if damage has left nothing of it.
+    async fn surviving(self: &Rc<Self>, id: VdiId) -> Result<Option<Rc<Vdi>>, Error> {
+        match self.vdi(id).await {
+            Ok(vdi) => Ok(Some(vdi)),
+            Err(error) if error.kind() == ErrorKind::Corrupt => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Gives up a VDI that the log changes, and of which there is nothing to change: what is left
+    /// must not be taken for all of it later.
+    fn lose(&self, id: VdiId) {
+        let mut registry = self.registry.borrow_mut();
+        if let Some(vdi) = registry.loaded.remove(&id) {
+            vdi.branch.borrow().is_head.set(false);
+        }
+        registry.dirty.insert(id);
+        if registry.lost.insert(id) {
+            tracing::error!(vdi = %id, "the VDI is lost: its record is damaged");
+        }
     }
 
     /// Reads the data of the writes above F. Returns the records that count, with that data.
@@ -541,9 +670,10 @@ impl Engine {
         let sequence = self.slots.borrow().as_ref().map_or(0, |slots| slots.current().sequence);
         self.log.published(sequence, old.cut, tail);
         let crowded = segments.len() + 2 > LOG_SEGMENTS_MAX;
+        let has_lost = !self.registry.borrow().lost.is_empty();
         *self.segments.borrow_mut() = segments;
         self.start_checkpoints(segment, self.allocator.bad_blocks().len());
-        if crowded {
+        if crowded || has_lost {
             self.checkpoint_twice().await?;
         }
         Ok(())
@@ -586,7 +716,11 @@ impl Engine {
             self.replaced_by_recovery((0..as_u64(hashes.len())).map(|index| pba.plus(index)));
             return Ok(());
         }
-        let vdi = self.vdi(record.vdi).await?;
+        let Some(vdi) = self.surviving(record.vdi).await? else {
+            self.replaced_by_recovery((0..as_u64(hashes.len())).map(|index| pba.plus(index)));
+            self.lose(record.vdi);
+            return Ok(());
+        };
         let mut done = 0;
         while done < hashes.len() {
             self.refuse_full_log()?;

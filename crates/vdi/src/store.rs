@@ -3,7 +3,7 @@
 use std::ops::Bound;
 use std::rc::Rc;
 
-use base::{BLOCK_SIZE_U64, SnapshotNumber, VdiId};
+use base::{BLOCK_SIZE_U64, ErrorKind, SnapshotNumber, VdiId};
 use device::{Device, DeviceError};
 use disk::Disk;
 use runtime::Runtime;
@@ -11,7 +11,7 @@ use runtime::Runtime;
 use crate::engine::{Engine, as_u64};
 use crate::handle::{SnapshotHandle, VdiHandle};
 use crate::manage::{find_snapshot, not_found};
-use crate::vdi::Snapshot;
+use crate::vdi::{Snapshot, Vdi};
 use crate::{GcReport, background, recovery};
 
 use crate::Error;
@@ -55,7 +55,8 @@ impl Store {
     }
 
     /// Opens a store: recovers it if it was not closed cleanly, and starts its background tasks
-    /// (group commit, periodic flush, checkpoints, heartbeat) on `runtime`.
+    /// (group commit, periodic flush, checkpoints, heartbeat) on `runtime`. If the log is damaged
+    /// in its middle, every VDI is read-only and as it was before that.
     ///
     /// # Errors
     /// `Corrupt` if no superblock or host slot is intact; `Unsupported` for an unknown
@@ -66,7 +67,9 @@ impl Store {
         options: &OpenOptions,
     ) -> Result<(Self, OpenReport), Error> {
         let (engine, report) = recovery::open(device, runtime, options).await?;
-        background::start(&engine);
+        if !engine.read_only {
+            background::start(&engine);
+        }
         Ok((Self(engine), report))
     }
 
@@ -126,7 +129,13 @@ impl Store {
         let mut entries = Vec::with_capacity(ids.len());
         for id in ids {
             // One that is deleted meanwhile is left out.
-            entries.extend(self.entry(id).await?);
+            entries.extend(match self.0.vdi(id).await {
+                Ok(vdi) => self.entry(id, Some(&vdi)),
+                Err(error) if error.kind() == ErrorKind::NotFound => None,
+                // A damaged one does not hide the others.
+                Err(error) if error.kind() == ErrorKind::Corrupt => self.entry(id, None),
+                Err(error) => return Err(error),
+            });
         }
         Ok(entries)
     }
@@ -153,7 +162,7 @@ impl Store {
     /// `NotFound`.
     pub async fn info(&self, name: &str) -> Result<VdiEntry, Error> {
         let vdi = self.0.find(name).await?;
-        self.entry(vdi.id).await?.ok_or_else(|| not_found(name))
+        self.entry(vdi.id, Some(&vdi)).ok_or_else(|| not_found(name))
     }
 
     /// Counts the space of a VDI or snapshot by walking its tree.
@@ -241,10 +250,11 @@ impl Store {
     /// itself when it is needed.
     ///
     /// # Errors
-    /// `Corrupt` or `Io` if a node could not be read: nothing is freed then, as what it names is
-    /// not known. `Fenced` if the store was closed meanwhile.
+    /// `Io` if a node could not be read: nothing is freed then, as what it names is not known. A
+    /// damaged one is given up, with what it alone names. `Fenced` if the store was closed
+    /// meanwhile.
     pub async fn collect_garbage(&self) -> Result<GcReport, Error> {
-        let request = self.0.begin()?;
+        let request = self.0.begin_change()?;
         let engine = Rc::clone(&self.0);
         self.finish(async move {
             let _request = request;
@@ -261,7 +271,8 @@ impl Store {
         let cache = engine.nodes.cache().stats();
         Stats {
             capacity_bytes: engine.allocator.capacity_blocks() * BLOCK_SIZE_U64,
-            free_bytes: engine.allocator.free_blocks() * BLOCK_SIZE_U64,
+            free_bytes: (engine.allocator.free_blocks() + engine.reserve.block_count())
+                * BLOCK_SIZE_U64,
             vdi_count: as_u64(engine.registry.borrow().names.len()),
             device_flushes: engine.scheduler.flush_count(),
             log_blocks: engine.log.blocks_written(),
@@ -286,24 +297,21 @@ impl Store {
         self.0.runtime.spawn(work).await
     }
 
-    async fn entry(&self, id: VdiId) -> Result<Option<VdiEntry>, Error> {
-        if !self.0.registry.borrow().directory.contains_key(&id) {
-            return Ok(None);
-        }
-        let vdi = self.0.vdi(id).await?;
+    /// Describes a VDI that exists, or what is left of a damaged one: its name.
+    fn entry(&self, id: VdiId, vdi: Option<&Vdi>) -> Option<VdiEntry> {
         let registry = self.0.registry.borrow();
-        let Some(record) = registry.directory.get(&id) else { return Ok(None) };
+        let record = registry.directory.get(&id)?;
         let parent = (record.parent.get() != 0).then_some((record.parent, record.parent_snapshot));
         let parent_name = registry.directory.get(&record.parent).map(|parent| parent.name.clone());
-        Ok(Some(VdiEntry {
+        Some(VdiEntry {
             id,
             name: record.name.clone(),
-            size_bytes: vdi.block_count.get() * BLOCK_SIZE_U64,
+            size_bytes: vdi.map_or(0, |vdi| vdi.block_count.get() * BLOCK_SIZE_U64),
             created_ns: record.created_ns,
-            snapshot_count: as_u64(vdi.snapshots.borrow().len()),
+            snapshot_count: vdi.map_or(0, |vdi| as_u64(vdi.snapshots.borrow().len())),
             parent,
             parent_name,
-        }))
+        })
     }
 }
 

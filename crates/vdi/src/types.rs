@@ -83,7 +83,7 @@ pub struct VdiEntry {
     pub id: VdiId,
     /// Its name.
     pub name: String,
-    /// Logical size.
+    /// Logical size; 0 if the VDI is damaged so that nothing but its name is left.
     pub size_bytes: u64,
     /// When it was created, in nanoseconds since 1970.
     pub created_ns: u64,

@@ -141,6 +141,10 @@ impl Planes {
         self.dirty.insert(index);
     }
 
+    pub(super) fn mark_all_dirty(&mut self) {
+        self.dirty.extend(self.pages.keys());
+    }
+
     pub(super) fn dirty_count(&self) -> usize {
         self.dirty.len()
     }

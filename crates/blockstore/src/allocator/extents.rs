@@ -292,6 +292,13 @@ impl Extents {
         self.dirty.insert(index);
     }
 
+    /// Of those that the table has records of.
+    pub(super) fn mark_all_dirty(&mut self) {
+        let kinds = self.owned.iter().map(|(&index, extent)| (index, extent.kind));
+        let stored = kinds.filter(|(_, kind)| Space::of(*kind).is_some());
+        self.dirty.extend(stored.map(|(index, _)| index));
+    }
+
     pub(super) fn take_dirty(&mut self) -> Vec<(ExtentIndex, Option<ExtentKind>)> {
         let dirty = std::mem::take(&mut self.dirty);
         dirty.into_iter().map(|index| (ExtentIndex::new(index), self.kind(index))).collect()

@@ -42,29 +42,9 @@ pub struct Break {
     pub durable: Lsn,
 }
 
-/// Reads the segments of a log, oldest first. The last one is the live one if it is not sealed.
-///
-/// # Errors
-/// `Damaged`, with the place, if something that was durable does not validate.
-pub async fn replay(
-    device: &Device,
-    runtime: &Runtime,
-    geometry: &Geometry,
-    log_start: Pba,
-    checksums: &Checksums,
-    segments: &[LogSegment],
-) -> Result<Replayed, Error> {
-    let mut see = |_: &LogSegment, _: &LogBlock| {};
-    let surveyed =
-        survey(device, runtime, geometry, log_start, checksums, segments, &mut see).await?;
-    match surveyed {
-        (replayed, None) => Ok(replayed),
-        (_, Some(broken)) => Err(Error::Damaged { what: broken.what, at: broken.at }),
-    }
-}
-
-/// As [`replay`], but shows every valid block on the way, and does not give up where the log is
-/// damaged: returns what stands before the break, and the break.
+/// Reads the segments of a log, oldest first, and shows every valid block on the way. The last one
+/// is the live one if it is not sealed. Where something that was durable does not validate, it ends:
+/// then it returns what stands before the break, and the break.
 ///
 /// # Errors
 /// Device errors.

@@ -3,7 +3,6 @@
 use std::collections::VecDeque;
 
 use base::{BirthLabel, Lsn, Pba};
-use device::Cause;
 use ondisk::{Entry, EntryState, FANOUT, Node, RootRef};
 
 use super::{slot, span};
@@ -57,6 +56,18 @@ pub struct Outcome {
     pub nodes_written: u64,
 }
 
+/// What an update does where a node of the old tree is damaged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnDamage {
+    /// It fails: what stood there is known from elsewhere, or must not be given up silently.
+    Fail,
+    /// It gives up what stood there: what the changes do not write is marked as damaged, so that
+    /// the rest of the tree, and every other tree, goes on.
+    Mark,
+    /// It forgets what stood there, as if nothing had.
+    Forget,
+}
+
 /// Where updates put what they build.
 pub struct TreeWriter<'a> {
     /// Loads old nodes, writes new ones.
@@ -65,6 +76,8 @@ pub struct TreeWriter<'a> {
     pub batch: &'a Batch,
     /// Gives a free metadata block.
     pub allocate: &'a mut dyn FnMut() -> Result<Pba, Error>,
+    /// What to do where the old tree is damaged.
+    pub on_damage: OnDamage,
     /// What has been done.
     pub outcome: Outcome,
 }
@@ -73,9 +86,6 @@ pub struct TreeWriter<'a> {
 /// left to garbage collection, so that discarding 16 TiB does not stop the checkpoint (rule 29).
 const DROPPED_NODES_MAX: u32 = 1024;
 
-/// The errno of a block that the medium fails.
-const EIO: i32 = 5;
-
 /// Nodes built between two breaths of the thread.
 const NODES_PER_TURN: u64 = 32;
 
@@ -83,8 +93,9 @@ const NODES_PER_TURN: u64 = 32;
 /// `root.height` may be less than `height`: the tree grows.
 ///
 /// # Errors
-/// `NoSpace` if there is no block for a node; device errors of nodes that must be read. Nothing
-/// that the old root names was changed; what was allocated is in the writer's outcome.
+/// `NoSpace` if there is no block for a node; device errors of nodes that must be read; `Damaged`
+/// as the writer says. Nothing that the old root names was changed; what was allocated is in the
+/// writer's outcome.
 pub async fn update(
     writer: &mut TreeWriter<'_>,
     births: Births,
@@ -104,27 +115,12 @@ pub async fn update(
     }
     let top = root.height - 1;
     let old = match root.entry.state() {
-        EntryState::Mapped => usable(root.entry, nodes.load(root.entry).await)?,
+        EntryState::Mapped => updater.usable(root.entry, nodes.load(root.entry).await)?,
         _ => (root.entry, None),
     };
     let (entry, hash) = updater.update_node(top, 0, old, changes, Lsn::default()).await?;
     let hash = if entry == root.entry { root.hash } else { hash };
     Ok(RootRef { entry, hash, height: root.height })
-}
-
-/// The entry and node to start from. Of a damaged node nothing is left: what the changes do not
-/// write is marked as damaged, so that the rest of the tree, and every other tree, goes on.
-fn usable(entry: Entry, loaded: Result<Node, Error>) -> Result<(Entry, Option<Node>), Error> {
-    match loaded {
-        Ok(node) => Ok((entry, Some(node))),
-        Err(Error::Damaged { .. }) => Ok((Entry::DAMAGED, None)),
-        // A latent sector error, after repeated reads: as lost as a damaged one.
-        Err(Error::Device(error)) if error.cause == Cause::Errno(EIO) => {
-            tracing::error!(%error, "a metadata block cannot be read");
-            Ok((Entry::DAMAGED, None))
-        }
-        Err(error) => Err(error),
-    }
 }
 
 struct Updater<'a, 'w> {
@@ -134,6 +130,20 @@ struct Updater<'a, 'w> {
 }
 
 impl Updater<'_, '_> {
+    /// The entry and node to start from, or what is left of a damaged one.
+    fn usable(
+        &self,
+        entry: Entry,
+        loaded: Result<Node, Error>,
+    ) -> Result<(Entry, Option<Node>), Error> {
+        match (loaded, self.writer.on_damage) {
+            (Ok(node), _) => Ok((entry, Some(node))),
+            (Err(Error::Damaged { .. }), OnDamage::Mark) => Ok((Entry::DAMAGED, None)),
+            (Err(Error::Damaged { .. }), OnDamage::Forget) => Ok((Entry::UNMAPPED, None)),
+            (Err(error), _) => Err(error),
+        }
+    }
+
     /// A tree one level higher with the same contents.
     fn grow(&mut self, root: RootRef) -> Result<RootRef, Error> {
         let height = root.height + 1;
@@ -249,7 +259,7 @@ impl Updater<'_, '_> {
             let Some(entry) = entries.get_mut(index) else { continue };
             let old = match entry.state() {
                 EntryState::Mapped => match loaded.pop_front() {
-                    Some(loaded) => usable(*entry, loaded)?,
+                    Some(loaded) => self.usable(*entry, loaded)?,
                     None => (*entry, None),
                 },
                 _ => (*entry, None),
@@ -305,9 +315,8 @@ impl Updater<'_, '_> {
                     return Ok(());
                 }
                 self.dropped_nodes_left -= 1;
-                let (_, Some(node)) = usable(entry, self.writer.nodes.load(entry).await)? else {
-                    return Ok(());
-                };
+                let loaded = self.writer.nodes.load(entry).await;
+                let (_, Some(node)) = self.usable(entry, loaded)? else { return Ok(()) };
                 for child in node.entries() {
                     self.drop_subtree(child, level - 1).await?;
                 }

@@ -43,7 +43,11 @@ pub(super) async fn ls(context: &Context, space: bool) -> Result<(), Error> {
     let row = |vdi: Vdi| {
         let origin = origin(&vdi).unwrap_or_default();
         let snapshots = vdi.snapshot_count.to_string();
-        vec![vdi.name, bytes(vdi.size_bytes), snapshots, time(vdi.created), origin]
+        let size = match vdi.size_bytes {
+            0 => "damaged".to_owned(),
+            size => bytes(size),
+        };
+        vec![vdi.name, size, snapshots, time(vdi.created), origin]
     };
     output::print(&output::table(&columns, vdis.into_iter().map(row).collect()))
 }

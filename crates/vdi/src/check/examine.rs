@@ -66,6 +66,8 @@ pub(super) struct Space {
     /// Whether all nodes and pages could be read.
     pub(super) is_complete: bool,
     pub(super) bitmaps_are_complete: bool,
+    /// Whether all VDIs are known, and all nodes and pages below them could be read.
+    pub(super) trees_are_complete: bool,
     pub(super) directory_state: TableState,
     pub(super) extents_state: TableState,
     pub(super) bad_blocks_state: TableState,
@@ -183,12 +185,15 @@ impl Examiner<'_> {
         self.directory(slot).await;
         self.vdi_table(slot).await;
         self.step(CheckStage::Vdis);
+        let unread = self.audit.unread;
         let ids: Vec<u64> = self.space.vdis.keys().copied().collect();
         for id in ids {
             if let Some(record) = self.space.vdis.get(&id).cloned() {
                 self.vdi(&record, slot).await;
             }
         }
+        self.space.trees_are_complete =
+            self.space.vdis_state.is_complete && self.audit.unread == unread;
         self.compare_space();
         self.step(CheckStage::OlderSlot);
         if let Some(older) = &pair.older {
@@ -528,8 +533,11 @@ impl Examiner<'_> {
         let retired: Vec<Pba> =
             self.space.bad.iter().filter(|&pba| reached.contains(pba)).collect();
         for pba in retired {
-            let message = format!("block {pba} is reached, but was retired after a failed write");
-            self.audit.error(FindingKind::Record, Some(pba), message);
+            let (kind, why) = match self.audit.data.contains(pba) {
+                true => (FindingKind::Record, "was retired after a failed write"),
+                false => (FindingKind::Metadata, "was given up as damaged, with what it names"),
+            };
+            self.audit.error(kind, Some(pba), format!("block {pba} is reached, but {why}"));
         }
         // What lies below a node that could not be read is not known to be leaked.
         if self.audit.unread == 0 {

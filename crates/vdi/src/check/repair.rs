@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use base::{Buffer, ClaimGeneration, ErrorKind, Lsn, Pba, SnapshotNumber, VdiId};
 use blockstore::scheduler::Batch;
 use blockstore::slots::{SlotPair, SlotWriter};
-use blockstore::tree::{Outcome, TreeWriter};
+use blockstore::tree::{OnDamage, Outcome, TreeWriter};
 use blockstore::{NodeStore, WriteScheduler, superblock, table};
 use device::Device;
 use ondisk::{
@@ -307,6 +307,7 @@ impl<'a> Repairer<'a> {
             nodes: &self.nodes,
             batch: &self.batch,
             allocate: &mut allocate,
+            on_damage: OnDamage::Fail,
             outcome: Outcome::default(),
         };
         let root = table::store(&mut writer, RootRef::empty(1), records).await?;
@@ -322,6 +323,7 @@ impl<'a> Repairer<'a> {
             nodes: &self.nodes,
             batch: &self.batch,
             allocate: &mut allocate,
+            on_damage: OnDamage::Fail,
             outcome: Outcome::default(),
         };
         let root = table::store_pages(&mut writer, RootRef::empty(1), pages).await?;

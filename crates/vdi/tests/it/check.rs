@@ -1,9 +1,14 @@
 //! The offline check: silent about healthy stores, and naming what is planted in sick ones.
 
+use std::collections::BTreeMap;
+
 use base::{Block, Buffer, HostId, Lsn, Pba};
 use blockstore::slots::{SlotPair, read_slots};
 use blockstore::{Geometry, superblock};
-use ondisk::{Checksums, Entry, EntryState, HostSlot, LogBlock, Node, RootRef};
+use ondisk::{
+    Checksums, Entry, EntryState, ExtentKind, ExtentRecord, HostSlot, LogBlock, Node, RootRef,
+    TableRecord,
+};
 use parallax_vdi::check::{CheckOptions, CheckReport, FindingKind, check};
 use parallax_vdi::dump::Dump;
 use parallax_vdi::{Store, Target};
@@ -12,7 +17,7 @@ use runtime::Runtime;
 use crate::ram::{Ram, run};
 use crate::{STORE_BLOCKS, disk, open, read, with_store, write};
 
-const OPTIONS: CheckOptions =
+pub(crate) const OPTIONS: CheckOptions =
     CheckOptions { repair: false, read_data: true, boot_id: [1; 16], nonce: 5 };
 
 pub(crate) fn checked(ram: &Ram, options: CheckOptions) -> CheckReport {
@@ -57,15 +62,15 @@ fn small_store(clean: bool) -> Ram {
 }
 
 /// What a test needs to find its way around a store.
-struct Anatomy {
+pub(crate) struct Anatomy {
     ram: Ram,
-    geometry: Geometry,
+    pub(crate) geometry: Geometry,
     checksums: Checksums,
     pair: SlotPair,
 }
 
 impl Anatomy {
-    fn of(ram: &Ram) -> Self {
+    pub(crate) fn of(ram: &Ram) -> Self {
         let ram = ram.clone();
         run(3, |runtime| async move {
             let device = ram.device(STORE_BLOCKS);
@@ -78,7 +83,7 @@ impl Anatomy {
         })
     }
 
-    fn slot(&self) -> &HostSlot {
+    pub(crate) fn slot(&self) -> &HostSlot {
         &self.pair.newest
     }
 
@@ -87,7 +92,7 @@ impl Anatomy {
     }
 
     /// The first mapped entry on each level of a tree, from its root to what a leaf names.
-    fn path(&self, root: &RootRef) -> Vec<Entry> {
+    pub(crate) fn path(&self, root: &RootRef) -> Vec<Entry> {
         let mut path = vec![root.entry];
         for _ in 0..root.height {
             let node = self.node(*path.last().unwrap());
@@ -97,9 +102,26 @@ impl Anatomy {
         path
     }
 
-    fn vdi(&self, index: u64) -> ondisk::VdiRecord {
+    pub(crate) fn vdi(&self, index: u64) -> ondisk::VdiRecord {
         let page = *self.path(&self.slot().roots.vdis).last().unwrap();
         ondisk::TableRecord::get(self.node(page).block(), index).unwrap().unwrap()
+    }
+
+    /// What a node names.
+    pub(crate) fn entries(&self, node: Entry) -> Vec<Entry> {
+        let entries = self.node(node).entries().into_iter();
+        entries.filter(|entry| entry.state() == EntryState::Mapped).collect()
+    }
+
+    /// What the first page of the extent table says.
+    pub(crate) fn extents(&self) -> BTreeMap<u64, ExtentKind> {
+        let page = *self.path(&self.slot().roots.extents).last().unwrap();
+        let page = self.node(page);
+        let kind = |index| {
+            let record: ExtentRecord = ondisk::TableRecord::get(page.block(), index).unwrap()?;
+            Some((index, record.kind))
+        };
+        (0..ExtentRecord::PER_PAGE).filter_map(kind).collect()
     }
 
     /// Replaces the slot's copies by `slot`.
@@ -128,13 +150,6 @@ impl Anatomy {
         let entry = Entry::mapped(node_entry.pba(), hash, node_entry.birth());
         RootRef { entry, hash, height: 1 }
     }
-}
-
-/// Where the first leaf of a VDI stands.
-pub(crate) fn leaf_of(ram: &Ram, vdi: u64) -> Pba {
-    let anatomy = Anatomy::of(ram);
-    let path = anatomy.path(&anatomy.vdi(vdi).root);
-    path[path.len() - 2].pba()
 }
 
 fn kinds(report: &CheckReport) -> Vec<FindingKind> {

@@ -5,14 +5,14 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use base::{Buffer, ErrorKind};
-use disk::Request;
+use disk::{Disk, Request};
 use parallax_vdi::check::CheckOptions;
 use parallax_vdi::{Store, Target};
 use runtime::Runtime;
 
-use crate::check::{assert_sound, checked};
+use crate::check::{Anatomy, assert_sound, checked};
 use crate::ram::run;
-use crate::{disk, open, read, with_store, write};
+use crate::{disk, open, open_with_cache, read, with_store, write};
 
 /// Fails instead of hanging if `work` takes longer than a minute of the runtime's time.
 async fn in_time<T: 'static>(runtime: &Runtime, work: impl Future<Output = T> + 'static) -> T {
@@ -234,31 +234,117 @@ fn a_crash_in_the_middle_loses_nothing() {
     }
 }
 
-/// Blocks below a node that cannot be read are not known: nothing is freed.
+/// Writes the first MiBs of a disk.
+async fn fill(disk: &Rc<dyn Disk>, mebibytes: u64, byte: u8) {
+    for index in 0..mebibytes {
+        write(disk, index << 20, &vec![byte; 1 << 20]).await;
+    }
+}
+
+async fn is_filled(disk: &Rc<dyn Disk>, mebibytes: u64, byte: u8) -> bool {
+    for index in 0..mebibytes {
+        if read(disk, index << 20, 1 << 20).await != vec![byte; 1 << 20] {
+            return false;
+        }
+    }
+    true
+}
+
+/// A damaged node kept all garbage from being collected, until every disk was full.
 #[test]
-fn a_damaged_node_stops_the_collection_and_nothing_else() {
+fn a_damaged_node_is_given_up_and_the_rest_is_collected() {
     let (ram, ()) = with_store(|_, store| async move {
-        store.create("web01", 64 << 20).await.unwrap();
-        store.create("doomed", 64 << 20).await.unwrap();
-        write(&disk(&store, "web01").await, 0, &vec![1; 1 << 20]).await;
-        write(&disk(&store, "doomed").await, 0, &vec![2; 1 << 20]).await;
+        for name in ["web01", "doomed"] {
+            store.create(name, 64 << 20).await.unwrap();
+            fill(&disk(&store, name).await, 2, 1).await;
+        }
+        // The damaged node is shared, and names what the head does not name any more.
+        store.snapshot("web01", Some("first")).await.unwrap();
+        write(&disk(&store, "web01").await, 0, &[2; 4096]).await;
         store.close().await.unwrap();
     });
-    let leaf = crate::check::leaf_of(&ram, 1);
-    ram.rot(leaf);
+    let anatomy = Anatomy::of(&ram);
+    let root = anatomy.vdi(1).root.entry;
+    let second = anatomy.entries(root)[1].pba();
+    let whole = ram.block(second);
+    ram.rot(second);
     let device = ram.clone();
     run(2, |runtime| async move {
         let (store, _) = open(&device, &runtime).await;
         store.remove(&Target::parse("doomed")).await.unwrap();
-        let error = store.collect_garbage().await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Corrupt);
-        let disk = disk(&store, "web01").await;
-        write(&disk, 1 << 21, &[3; 4096]).await;
-        assert_eq!(read(&disk, 1 << 21, 4096).await, [3; 4096]);
-        // Without the damaged VDI there is nothing in the way.
-        store.remove(&Target::parse("web01")).await.unwrap();
         assert!(store.collect_garbage().await.unwrap().freed_blocks > 500);
+        // What it named may be somebody else's now: it must not come back.
+        device.set_block(second, &whole);
+        for name in ["web01", "web01@first"] {
+            let disk = disk(&store, name).await;
+            assert_eq!(read(&disk, 4096, 4096).await, [1; 4096]);
+            let read = Request::Read { offset: 1 << 20, length: 4096 };
+            assert!(disk.submit(read).await.is_err(), "{name}");
+        }
+        store.create("new", 8 << 20).await.unwrap();
+        fill(&disk(&store, "new").await, 4, 3).await;
+        store.checkpoint().await.unwrap();
+    });
+    let device = ram.clone();
+    run(3, |runtime| async move {
+        let (store, _) = open(&device, &runtime).await;
+        let head = disk(&store, "web01").await;
+        let read_lost = Request::Read { offset: 1 << 20, length: 4096 };
+        assert!(head.submit(read_lost).await.is_err());
+        write(&head, 1 << 20, &vec![4; 1 << 20]).await;
+        store.collect_garbage().await.unwrap();
+        assert_eq!(read(&head, 1 << 20, 4096).await, [4; 4096]);
+        assert!(is_filled(&disk(&store, "new").await, 4, 3).await);
+        // With the last tree that names it the damage goes.
+        store.remove(&Target::parse("web01@first")).await.unwrap();
+        store.collect_garbage().await.unwrap();
         store.close().await.unwrap();
     });
     assert_sound(&ram, 0);
+}
+
+/// The same of the tables: VDIs and snapshots in use are written again before anything is freed.
+#[test]
+fn damaged_tables_cost_nobody_who_is_in_use() {
+    let (ram, ()) = with_store(|_, store| async move {
+        for name in ["web01", "doomed"] {
+            store.create(name, 64 << 20).await.unwrap();
+            fill(&disk(&store, name).await, 2, 1).await;
+        }
+        store.snapshot("web01", Some("first")).await.unwrap();
+        fill(&disk(&store, "web01").await, 2, 2).await;
+        store.close().await.unwrap();
+    });
+    let anatomy = Anatomy::of(&ram);
+    let roots = anatomy.slot().roots;
+    let pages = |root: &ondisk::RootRef| anatomy.path(root).into_iter().map(|entry| entry.pba());
+    let blocks: Vec<_> = pages(&roots.vdis)
+        .chain(pages(&anatomy.vdi(1).snapshots))
+        .chain([roots.directory.entry.pba(), roots.extents.entry.pba()])
+        .collect();
+    for at in blocks {
+        let ram = ram.copy();
+        let device = ram.clone();
+        run(2, move |runtime| async move {
+            let (store, _) = open_with_cache(&device, &runtime, 0).await;
+            let (head, first) = (disk(&store, "web01").await, disk(&store, "web01@first").await);
+            store.remove(&Target::parse("doomed")).await.unwrap();
+            device.rot(at);
+            store.collect_garbage().await.unwrap();
+            store.create("new", 8 << 20).await.unwrap();
+            fill(&disk(&store, "new").await, 4, 3).await;
+            assert!(is_filled(&head, 2, 2).await && is_filled(&first, 2, 1).await, "block {at}");
+            store.close().await.unwrap();
+        });
+        let device = ram.clone();
+        run(3, move |runtime| async move {
+            let (store, _) = open(&device, &runtime).await;
+            for (name, byte) in [("web01", 2), ("web01@first", 1)] {
+                let disk = disk(&store, name).await;
+                assert!(is_filled(&disk, 2, byte).await, "{name}, block {at}");
+            }
+            store.close().await.unwrap();
+        });
+        assert_sound(&ram, 0);
+    }
 }

@@ -7,12 +7,15 @@
 )]
 
 mod check;
+mod damage;
+mod faults;
 mod gate;
 mod gc;
 mod golden;
 mod guarantees;
 mod model;
 mod ram;
+mod space;
 mod stuck;
 
 use std::rc::Rc;
@@ -36,7 +39,15 @@ pub(crate) fn format_options() -> FormatOptions {
 }
 
 pub(crate) async fn open(ram: &Ram, runtime: &Runtime) -> (Store, OpenReport) {
-    let options = OpenOptions { cache_bytes: 1 << 20, boot_id: [1; 16], nonce: runtime.random() };
+    open_with_cache(ram, runtime, 1 << 20).await
+}
+
+pub(crate) async fn open_with_cache(
+    ram: &Ram,
+    runtime: &Runtime,
+    cache_bytes: usize,
+) -> (Store, OpenReport) {
+    let options = OpenOptions { cache_bytes, boot_id: [1; 16], nonce: runtime.random() };
     Store::open(ram.device(STORE_BLOCKS), runtime.clone(), &options).await.expect("opens")
 }
 

@@ -11,10 +11,24 @@ use runtime::{Clock, Options, Order, Runtime, Time};
 
 /// Contents outlive the runtime that uses them, as a disk outlives a daemon.
 #[derive(Clone, Default)]
-pub(crate) struct Ram {
-    blocks: Rc<RefCell<HashMap<u64, Block>>>,
-    spoiled: Rc<RefCell<HashSet<u64>>>,
-    blocks_read: Rc<Cell<u64>>,
+pub(crate) struct Ram(Rc<State>);
+
+#[derive(Default)]
+struct State {
+    blocks: RefCell<HashMap<u64, Block>>,
+    /// Blocks whose writes fail.
+    spoiled: RefCell<HashSet<u64>>,
+    /// Blocks whose reads fail.
+    unreadable: RefCell<HashSet<u64>>,
+    /// Blocks that are really allocated below, and how many can be.
+    backed: RefCell<HashSet<u64>>,
+    space: Cell<Option<usize>>,
+    /// First blocks of writes that found no space below.
+    refused: RefCell<Vec<Pba>>,
+    blocks_read: Cell<u64>,
+    operations: Cell<u64>,
+    /// The operation that fails, and with what.
+    failing: Cell<Option<(u64, i32)>>,
 }
 
 struct RamBackend {
@@ -34,44 +48,104 @@ impl Ram {
 
     /// The bytes of a block.
     pub(crate) fn block(&self, at: Pba) -> Block {
-        self.blocks.borrow().get(&at.get()).cloned().unwrap_or(Block([0; base::BLOCK_SIZE]))
+        self.0.blocks.borrow().get(&at.get()).cloned().unwrap_or(Block([0; base::BLOCK_SIZE]))
     }
 
     /// Replaces a block behind everybody's back.
     pub(crate) fn set_block(&self, at: Pba, block: &base::Block) {
-        self.blocks.borrow_mut().insert(at.get(), block.clone());
+        self.0.blocks.borrow_mut().insert(at.get(), block.clone());
     }
 
     /// Makes every write of this block fail from now on.
     pub(crate) fn spoil(&self, at: Pba) {
-        self.spoiled.borrow_mut().insert(at.get());
+        self.0.spoiled.borrow_mut().insert(at.get());
+    }
+
+    /// Makes every read of this block fail from now on, or no longer.
+    pub(crate) fn set_unreadable(&self, at: Pba, unreadable: bool) {
+        let mut blocks = self.0.unreadable.borrow_mut();
+        if unreadable {
+            blocks.insert(at.get());
+        } else {
+            blocks.remove(&at.get());
+        }
+    }
+
+    /// Leaves space below for so many blocks beyond those that have some; `None` for any number.
+    pub(crate) fn limit_space(&self, more: Option<usize>) {
+        let backed = self.0.backed.borrow().len();
+        self.0.space.set(more.map(|more| backed + more));
+    }
+
+    /// First blocks of the writes that found no space below.
+    pub(crate) fn refused(&self) -> Vec<Pba> {
+        self.0.refused.borrow().clone()
     }
 
     /// Blocks that were read in its life.
     pub(crate) fn blocks_read(&self) -> u64 {
-        self.blocks_read.get()
+        self.0.blocks_read.get()
+    }
+
+    /// Operations so far.
+    pub(crate) fn operations(&self) -> u64 {
+        self.0.operations.get()
+    }
+
+    /// Makes operation `number`, counted from 1, fail with `errno`; a write is torn then.
+    pub(crate) fn fail(&self, number: u64, errno: i32) {
+        self.0.failing.set(Some((number, errno)));
     }
 
     /// A device with the same contents of its own.
     pub(crate) fn copy(&self) -> Self {
-        let blocks = Rc::new(RefCell::new(self.blocks.borrow().clone()));
-        Self { blocks, ..Self::default() }
+        let blocks = self.0.blocks.clone();
+        Self(Rc::new(State { blocks, ..State::default() }))
     }
 
     /// Flips one bit of a block.
     pub(crate) fn rot(&self, at: Pba) {
-        if let Some(block) = self.blocks.borrow_mut().get_mut(&at.get()) {
+        if let Some(block) = self.0.blocks.borrow_mut().get_mut(&at.get()) {
             block.0[17] ^= 4;
         }
+    }
+
+    /// Takes space below for some blocks; `false` if there is none.
+    fn take_space(&self, at: Pba, count: u64) -> bool {
+        let mut backed = self.0.backed.borrow_mut();
+        let missing: Vec<u64> =
+            (at.get()..at.get() + count).filter(|block| !backed.contains(block)).collect();
+        let fits = self.0.space.get().is_none_or(|space| backed.len() + missing.len() <= space);
+        if fits || missing.is_empty() {
+            backed.extend(missing);
+            return true;
+        }
+        false
     }
 }
 
 impl Backend for RamBackend {
     fn submit(&self, operation: Operation) {
-        let mut blocks = self.ram.blocks.borrow_mut();
+        let state = &self.ram.0;
+        state.operations.set(state.operations.get() + 1);
+        let failing = state.failing.get().filter(|(number, _)| *number == state.operations.get());
+        if let Some((_, errno)) = failing {
+            self.fail(operation, errno);
+            return;
+        }
+        let fail = |cause, at| Err(DeviceError::new(cause, at));
+        let hits = |set: &RefCell<HashSet<u64>>, at: Pba, count: u64| {
+            let set = set.borrow();
+            (at.get()..at.get() + count).any(|block| set.contains(&block))
+        };
         match operation {
             Operation::Read { at, block_count, mut buffer, done } => {
-                self.ram.blocks_read.set(self.ram.blocks_read.get() + block_count as u64);
+                state.blocks_read.set(state.blocks_read.get() + block_count as u64);
+                if hits(&state.unreadable, at, block_count as u64) {
+                    done.send(Err(DeviceError::new(Cause::Errno(5), at)));
+                    return;
+                }
+                let blocks = state.blocks.borrow();
                 for (index, block) in (at.get()..).zip(&mut buffer.blocks_mut()[..block_count]) {
                     block.0 = blocks.get(&index).map_or([0; base::BLOCK_SIZE], |block| block.0);
                 }
@@ -80,19 +154,28 @@ impl Backend for RamBackend {
             Operation::Write { at, blocks: slices, done } => {
                 let new = slices.iter().flat_map(|slice| slice.blocks());
                 let count = new.clone().count() as u64;
-                let spoiled = self.ram.spoiled.borrow();
-                if (at.get()..at.get() + count).any(|index| spoiled.contains(&index)) {
-                    done.send(Err(DeviceError::new(Cause::Errno(5), at)));
+                if hits(&state.spoiled, at, count) {
+                    done.send(fail(Cause::Errno(5), at));
                     return;
                 }
+                if !self.ram.take_space(at, count) {
+                    state.refused.borrow_mut().push(at);
+                    done.send(fail(Cause::NoSpace, at));
+                    return;
+                }
+                let mut blocks = state.blocks.borrow_mut();
                 for (index, block) in (at.get()..).zip(new) {
                     blocks.insert(index, block.clone());
                 }
                 done.send(Ok(()));
             }
-            Operation::Flush { done }
-            | Operation::Discard { done, .. }
-            | Operation::Allocate { done, .. } => done.send(Ok(())),
+            Operation::Allocate { at, block_count, done } => {
+                match self.ram.take_space(at, block_count) {
+                    true => done.send(Ok(())),
+                    false => done.send(fail(Cause::NoSpace, at)),
+                }
+            }
+            Operation::Flush { done } | Operation::Discard { done, .. } => done.send(Ok(())),
         }
     }
 
@@ -102,6 +185,28 @@ impl Backend for RamBackend {
 
     fn describe(&self) -> String {
         "memory".to_owned()
+    }
+}
+
+impl RamBackend {
+    fn fail(&self, operation: Operation, errno: i32) {
+        let error = |at| DeviceError::new(Cause::Errno(errno), at);
+        match operation {
+            Operation::Read { at, done, .. } => done.send(Err(error(at))),
+            Operation::Write { at, blocks: slices, done } => {
+                let mut blocks = self.ram.0.blocks.borrow_mut();
+                let new = slices.iter().flat_map(|slice| slice.blocks());
+                for (index, block) in (at.get()..).zip(new) {
+                    let torn = blocks.entry(index).or_insert(Block([0; base::BLOCK_SIZE]));
+                    torn.0[..512].copy_from_slice(&block.0[..512]);
+                }
+                done.send(Err(error(at)));
+            }
+            Operation::Flush { done } => done.send(Err(error(Pba::new(0)))),
+            Operation::Discard { at, done, .. } | Operation::Allocate { at, done, .. } => {
+                done.send(Err(error(at)));
+            }
+        }
     }
 }
 

@@ -1,0 +1,78 @@
+//! A store on a sparse file whose file system is full (G10, design rule 26).
+
+use base::ErrorKind;
+use disk::Request;
+use ondisk::ExtentKind;
+
+use crate::check::{Anatomy, assert_sound};
+use crate::ram::{Ram, run};
+use crate::{STORE_BLOCKS, disk, format_options, open, read, reopened, write};
+use parallax_vdi::{Store, Target};
+
+/// A checkpoint found no space for a node, so that no space was made, and the log filled up.
+#[test]
+fn no_space_below_fails_writes_of_guests_and_nothing_else() {
+    for space in [2000, 4200, 6000, 8300] {
+        let ram = Ram::default();
+        let device = ram.clone();
+        run(1, move |runtime| async move {
+            let options = format_options();
+            Store::format(&device.device(STORE_BLOCKS), &runtime, &options).await.unwrap();
+            let (store, _) = open(&device, &runtime).await;
+            device.limit_space(Some(space));
+            if store.create("web01", 64 << 20).await.is_err() {
+                return;
+            }
+            let head = disk(&store, "web01").await;
+            let mut written: Vec<u64> = Vec::new();
+            let mut refused = 0;
+            for block in 0..14_000u64 {
+                // Far apart, so that many nodes change.
+                let block = block * 37 % 16_384;
+                let data = base::Buffer::from_bytes(&[block as u8 | 1; 4096]);
+                let request =
+                    Request::Write { offset: block * 4096, length: 4096, data, fua: false };
+                match head.submit(request).await {
+                    Ok(_) => written.push(block),
+                    Err(error) => {
+                        assert_eq!(error.kind, ErrorKind::NoSpace, "{error}");
+                        refused += 1;
+                    }
+                }
+                if refused > 20 {
+                    break;
+                }
+            }
+            assert!(refused > 0, "{space}: there was space for all");
+            // Everything else goes on.
+            head.submit(Request::Flush).await.unwrap();
+            store.checkpoint().await.unwrap();
+            store.collect_garbage().await.unwrap();
+            for &block in &written {
+                let bytes = read(&head, block * 4096, 4096).await;
+                assert_eq!(bytes, [block as u8 | 1; 4096], "{space}: block {block}");
+            }
+            // Space below heals it.
+            device.limit_space(None);
+            write(&head, 0, &[0xaa; 4096]).await;
+            write(&head, 63 << 20, &[0xaa; 4096]).await;
+            store.close().await.unwrap();
+        });
+        if ram.refused().is_empty() {
+            continue;
+        }
+        let anatomy = Anatomy::of(&ram);
+        for at in ram.refused() {
+            let extent = anatomy.geometry.extent_of(at);
+            let kinds = anatomy.extents();
+            let kind = kinds.get(&u64::from(extent.get()));
+            assert!(kind.is_none_or(|kind| *kind == ExtentKind::Data), "{space}: {at} {kind:?}");
+        }
+        assert_sound(&ram, 0);
+        reopened(&ram, |_, store, _| async move {
+            let head = disk(&store, "web01").await;
+            assert_eq!(read(&head, 0, 4096).await, [0xaa; 4096]);
+            store.remove(&Target::parse("web01")).await.unwrap();
+        });
+    }
+}
