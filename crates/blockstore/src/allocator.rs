@@ -134,9 +134,10 @@ struct Division {
 }
 
 impl Division {
-    /// Design rule 25: a 32nd of the extents, and one at least.
+    /// Design rule 25: a 32nd of the store, and half an extent at least. Not a whole one: where
+    /// there are few, metadata that nearly fills none would keep data from a quarter of the store.
     fn metadata_reserve_blocks(self) -> u64 {
-        (self.block_count / self.extent_blocks / 32).max(1) * self.extent_blocks
+        (self.block_count / 32).max(self.extent_blocks / 2)
     }
 
     /// Most blocks of a window; fewer in short extents, so that an extent serves many windows.

@@ -341,7 +341,7 @@ impl Model {
         let length = |extent: u64| self.blocks_of(extent).count() as u64;
         let kept = self.free_in(Some(ExtentKind::Metadata))
             + free_extents.iter().map(|&extent| length(extent)).sum::<u64>();
-        let reserve = (self.block_count / self.extent_blocks / 32).max(1) * self.extent_blocks;
+        let reserve = (self.block_count / 32).max(self.extent_blocks / 2);
         let mut may = free_extents
             .iter()
             .filter(|&&extent| space == Space::Metadata || kept >= reserve + length(extent));
