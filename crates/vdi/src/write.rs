@@ -16,6 +16,7 @@ use base::{
 use blockstore::allocator::Run;
 use blockstore::tree::Change;
 use device::DeviceError;
+use disk::{Extent, ExtentState};
 use ondisk::{Entry, RangeState, Record, RecordBody};
 use runtime::sync::OneshotReceiver;
 
@@ -74,7 +75,8 @@ impl Engine {
         self.finish(fua).await
     }
 
-    /// Makes the bytes read as zeroes: whole blocks by their mapping, partial ones by writing.
+    /// Makes the bytes read as zeroes: whole blocks by their mapping, partial ones by writing. The
+    /// mapping comes first: on a full store what it frees makes room for the rest.
     ///
     /// # Errors
     /// As [`Self::write`].
@@ -89,12 +91,12 @@ impl Engine {
     ) -> Result<(), Error> {
         let end = offset + length;
         let (first, last) = (offset.div_ceil(BLOCK_SIZE_U64), end / BLOCK_SIZE_U64);
+        if last > first {
+            self.write_range(vdi, incarnation, first, last - first, state).await?;
+        }
         let head_end = end.min(first * BLOCK_SIZE_U64);
         if head_end > offset {
             self.zero_bytes(vdi, incarnation, offset, head_end).await?;
-        }
-        if last > first {
-            self.write_range(vdi, incarnation, first, last - first, state).await?;
         }
         let tail = (last * BLOCK_SIZE_U64).max(head_end);
         if end > tail {
@@ -103,6 +105,8 @@ impl Engine {
         self.finish(fua).await
     }
 
+    /// Zeroes a part of one block. A block without data stays without: a write of the block that
+    /// is on its way meanwhile counts as the later one.
     async fn zero_bytes(
         self: &Rc<Self>,
         vdi: &Rc<Vdi>,
@@ -110,6 +114,10 @@ impl Engine {
         from: u64,
         to: u64,
     ) -> Result<(), Error> {
+        let extents = self.block_status(&vdi.head(), from, to - from, 1).await?;
+        if !matches!(extents.as_slice(), [Extent { state: ExtentState::Data, .. }]) {
+            return refuse_severed(vdi, incarnation);
+        }
         let length = usize::try_from(to - from).unwrap_or(0);
         let mut zeroes = self.runtime.buffers().take(1);
         zeroes.bytes_mut().fill(0);

@@ -242,6 +242,45 @@ fn a_full_store_refuses_writes_and_heals() {
     });
 }
 
+/// A discard that did not end at whole blocks asked a full store for room before it freed any, and
+/// filled holes with zeroes.
+#[test]
+fn discarding_parts_of_blocks_needs_no_room() {
+    with_store(|_, store| async move {
+        store.create("big", 1 << 30).await.unwrap();
+        let disk = disk(&store, "big").await;
+        let mut filled = 0;
+        loop {
+            let data = Buffer::from_bytes(&vec![7; 1 << 20]);
+            let request = Request::Write { offset: filled, length: 1 << 20, data, fua: false };
+            if disk.submit(request).await.is_err() {
+                break;
+            }
+            filled += 1 << 20;
+        }
+        let holes = (1 << 29) + 512;
+        disk.submit(Request::Discard { offset: holes, length: 1024, fua: false }).await.unwrap();
+        let no_hole = Request::WriteZeroes {
+            offset: holes,
+            length: 8192,
+            fua: false,
+            no_hole: true,
+            fast_only: false,
+        };
+        disk.submit(no_hole).await.unwrap();
+        disk.submit(Request::Discard { offset: 512, length: 8 << 20, fua: true }).await.unwrap();
+        let head = read(&disk, 0, 4096).await;
+        assert_eq!((&head[..512], &head[512..]), (&[7; 512][..], &[0; 3584][..]));
+        assert_eq!(read(&disk, 4 << 20, 1 << 20).await, vec![0; 1 << 20]);
+        let tail = read(&disk, 8 << 20, 4096).await;
+        assert_eq!((&tail[..512], &tail[512..]), (&[0; 512][..], &[7; 3584][..]));
+        let status =
+            Request::BlockStatus { offset: 1 << 29, length: 16_384, extents_max: usize::MAX };
+        let Response::Extents(extents) = disk.submit(status).await.unwrap() else { panic!() };
+        assert!(extents.iter().all(|extent| extent.state != ExtentState::Data), "{extents:?}");
+    });
+}
+
 #[test]
 fn names_and_sizes_are_checked() {
     with_store(|_, store| async move {
