@@ -11,6 +11,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 use base::Buffer;
 use rustix::io::Errno;
@@ -25,6 +26,13 @@ use crate::socket::{Segment, Socket};
 /// What we ask for as buffers of a unix socket; the kernel gives what net.core.[rw]mem_max allows.
 /// A TCP socket keeps the kernel's own sizing, which an explicit size would end.
 const UNIX_BUFFER_BYTES: usize = 1 << 20;
+
+/// A TCP peer that is silent for this long is asked whether it is still there, this often, and
+/// given up after so many questions: a machine that vanished must not hold a connection for ever.
+/// One that is there may be silent for as long as it likes.
+const TCP_KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
+const TCP_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
+const TCP_KEEPALIVE_COUNT: u32 = 4;
 
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 1024;
@@ -228,6 +236,10 @@ impl Io {
             }
             _ => {
                 sockopt::set_tcp_nodelay(&fd, true)?;
+                sockopt::set_tcp_keepidle(&fd, TCP_KEEPALIVE_IDLE)?;
+                sockopt::set_tcp_keepintvl(&fd, TCP_KEEPALIVE_INTERVAL)?;
+                sockopt::set_tcp_keepcnt(&fd, TCP_KEEPALIVE_COUNT)?;
+                sockopt::set_socket_keepalive(&fd, true)?;
                 let address = rustix::net::getpeername(&fd)?;
                 address
                     .and_then(|address| SocketAddr::try_from(address).ok())

@@ -163,6 +163,35 @@ fn a_peer_that_goes_away_in_the_middle_is_an_error_not_a_signal() {
     });
 }
 
+/// A client whose machine lost power held its connection for ever.
+#[test]
+fn a_silent_tcp_peer_is_asked_whether_it_is_there() {
+    on_each_engine(|reactor| {
+        let (runtime, io) = (reactor.runtime().clone(), reactor.io().clone());
+        let run = async move {
+            let (listener, bound) = connected(&io, &loopback());
+            let Address::Tcp(address) = bound else { panic!("not TCP") };
+            let accepting = runtime.spawn(async move { listener.accept().await.unwrap() });
+            let client = std::net::TcpStream::connect(address).unwrap();
+            let (_server, _) = accepting.await;
+            let port = format!(":{:04X}", address.port());
+            let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+            let timer = table.lines().find_map(|line| {
+                let columns: Vec<&str> = line.split_whitespace().collect();
+                match columns[..] {
+                    // An established connection of this port.
+                    [_, local, _, "01", _, timer, ..] if local.ends_with(&port) => Some(timer),
+                    _ => None,
+                }
+            });
+            // 02 is the keepalive timer.
+            assert!(timer.is_some_and(|timer| timer.starts_with("02:")), "{port}\n{table}");
+            drop(client);
+        };
+        reactor.run(run).unwrap();
+    });
+}
+
 #[test]
 fn shutdown_ends_what_waits() {
     on_each_engine(|reactor| {
