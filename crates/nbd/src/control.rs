@@ -5,16 +5,19 @@ use std::rc::Rc;
 use std::task::{Context, Waker};
 
 use disk::Disk;
+use runtime::Time;
 
 use crate::end::End;
+use crate::session::Budget;
 
 /// Shared by a connection and its server.
 #[derive(Default)]
 pub(crate) struct Control {
     shutting_down: Cell<bool>,
     severed: Cell<bool>,
+    stalled: Cell<bool>,
     waker: RefCell<Option<Waker>>,
-    disk: RefCell<Option<Rc<dyn Disk>>>,
+    served: RefCell<Option<(Rc<dyn Disk>, Rc<Budget>)>>,
 }
 
 impl Control {
@@ -26,9 +29,9 @@ impl Control {
         }
     }
 
-    /// Says which disk the connection serves.
-    pub(crate) fn attach(&self, disk: Rc<dyn Disk>) {
-        *self.disk.borrow_mut() = Some(disk);
+    /// Says which disk the connection serves, and what it has in flight.
+    pub(crate) fn attach(&self, disk: Rc<dyn Disk>, budget: Rc<Budget>) {
+        *self.served.borrow_mut() = Some((disk, budget));
     }
 
     /// Whether the connection should end.
@@ -37,6 +40,8 @@ impl Control {
             Err(End::Severed)
         } else if self.shutting_down.get() {
             Err(End::ShuttingDown)
+        } else if self.stalled.get() {
+            Err(End::Stalled)
         } else {
             Ok(())
         }
@@ -56,9 +61,18 @@ impl Control {
 
     /// Ends the connection if its disk is dead.
     pub(crate) fn sever_if_dead(&self) {
-        let severed = self.disk.borrow().as_ref().is_some_and(|disk| disk.severed());
+        let severed = self.served.borrow().as_ref().is_some_and(|(disk, _)| disk.severed());
         if severed {
             self.sever();
+        }
+    }
+
+    /// Ends the connection if its client holds what others wait for, and does not move.
+    pub(crate) fn cut_if_stalled(&self, now: Time) {
+        let stalled = self.served.borrow().as_ref().is_some_and(|(_, held)| held.is_stalled(now));
+        if stalled {
+            self.stalled.set(true);
+            self.wake();
         }
     }
 

@@ -19,6 +19,9 @@ pub(crate) enum End {
     /// The disk is dead for good; see `Disk::severed`.
     #[error("the disk was taken away")]
     Severed,
+    /// The client held memory that others waited for; see `session::Budget`.
+    #[error("the client took no replies or sent no payload while others waited for room")]
+    Stalled,
     /// Negotiation was not done in time.
     #[error("the client did not finish the handshake in time")]
     HandshakeTimeout,

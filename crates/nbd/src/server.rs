@@ -16,11 +16,12 @@ use crate::control::Control;
 use crate::end::End;
 use crate::metrics::{Metrics, Snapshot};
 use crate::negotiation::{Environment, Negotiated, negotiate};
-use crate::session::Session;
+use crate::session::{Budget, Pool, Session};
 use crate::tls::Security;
 
-/// How often connections are looked over for disks that died under idle clients.
-const SEVERED_CHECK_PERIOD: Duration = Duration::from_secs(1);
+/// How often connections are looked over for disks that died under idle clients, and for clients
+/// that stall.
+const CHECK_PERIOD: Duration = Duration::from_secs(1);
 
 /// Time that TLS has to say goodbye.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -30,8 +31,8 @@ const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
 pub struct Config {
     /// Whether clients may or must use TLS.
     pub security: Security,
-    /// Most connections at a time; further ones are closed at once. Each may hold 16 MiB of
-    /// payloads, or one of 32 MiB, when its client is busy, and about 20 KiB when it is idle.
+    /// Most connections at a time; further ones are closed at once. Each may hold 1 MiB of
+    /// payloads when its client is busy, all together 128 MiB more, and about 20 KiB when idle.
     pub connections_max: usize,
     /// Time from the start of a connection to the selection of an export.
     pub handshake_timeout: Duration,
@@ -59,6 +60,7 @@ struct Inner {
     catalog: Rc<dyn Catalog>,
     config: Config,
     metrics: Rc<Metrics>,
+    pool: Rc<Pool>,
     connections: RefCell<BTreeMap<u64, Rc<Control>>>,
     next_connection: Cell<u64>,
     shutting_down: Cell<bool>,
@@ -75,6 +77,7 @@ impl Server {
             catalog,
             config,
             metrics: Rc::default(),
+            pool: Rc::default(),
             connections: RefCell::default(),
             next_connection: Cell::new(0),
             shutting_down: Cell::new(false),
@@ -99,7 +102,7 @@ impl Server {
                 tracing::warn!(peer, "{}", End::TooManyConnections);
                 return;
             };
-            server.watch_disks();
+            server.watch_connections();
             let end = connection.run(&peer).await;
             if end.is_failure() {
                 tracing::warn!(peer, reason = ErrorChain(&end).to_string(), "connection failed");
@@ -130,8 +133,9 @@ impl Server {
     }
 
     /// Ends connections whose disk died while their clients ask for nothing; a request would
-    /// notice by itself. Runs while there are connections.
-    fn watch_disks(&self) {
+    /// notice by itself. Ends those that stall while others wait for room, too. Runs while there
+    /// are connections.
+    fn watch_connections(&self) {
         if self.0.watching.replace(true) {
             return;
         }
@@ -139,14 +143,18 @@ impl Server {
         let runtime = self.0.runtime.clone();
         self.0.runtime.spawn(async move {
             loop {
-                runtime.sleep(SEVERED_CHECK_PERIOD).await;
+                runtime.sleep(CHECK_PERIOD).await;
                 let Some(server) = server.upgrade() else { return };
                 if server.connections.borrow().is_empty() {
                     server.watching.set(false);
                     return;
                 }
+                let short = server.pool.is_short();
                 for control in server.connections.borrow().values() {
                     control.sever_if_dead();
+                    if short {
+                        control.cut_if_stalled(runtime.now());
+                    }
                 }
             }
         });
@@ -207,9 +215,10 @@ impl<'a> Connection<'a> {
     async fn transmit(&self, negotiated: Negotiated) -> End {
         let Negotiated { terms, name: _, socket, tls, mut input } = negotiated;
         let Inner { runtime, config, metrics, .. } = self.server;
-        self.control.attach(Rc::clone(&terms.disk));
+        let budget = Rc::new(Budget::new(&self.server.pool));
+        self.control.attach(Rc::clone(&terms.disk), Rc::clone(&budget));
         let control = Rc::clone(&self.control);
-        let session = Session::new(runtime, socket, terms, control, Rc::clone(metrics));
+        let session = Session::new(runtime, socket, terms, budget, control, Rc::clone(metrics));
         let end = session.run(&mut input, config.drain_timeout).await;
         if let Some(tls) = tls {
             // A courtesy; the client may be gone.

@@ -31,7 +31,7 @@ use runtime::socket::Socket;
 
 use self::admission::{Admitted, Limits, Refusal, admit, admit_status};
 use self::answer::Expected;
-use self::budget::Budget;
+pub(crate) use self::budget::{Budget, Pool};
 use self::in_flight::{InFlight, Outcome, Pending};
 use self::outbox::Outbox;
 use crate::control::Control;
@@ -70,7 +70,7 @@ pub(crate) struct Session {
     metrics: Rc<Metrics>,
     in_flight: RefCell<InFlight<Ticket>>,
     outbox: RefCell<Outbox>,
-    budget: Budget,
+    budget: Rc<Budget>,
     /// Whether no more requests will come.
     reading_ended: Cell<bool>,
     /// Whether replies are no longer waited for.
@@ -91,6 +91,7 @@ impl Session {
         runtime: &Runtime,
         socket: Rc<dyn Socket>,
         terms: Terms,
+        budget: Rc<Budget>,
         control: Rc<Control>,
         metrics: Rc<Metrics>,
     ) -> Self {
@@ -102,7 +103,7 @@ impl Session {
             metrics,
             in_flight: RefCell::new(InFlight::new()),
             outbox: RefCell::new(Outbox::new(runtime.buffers().clone())),
-            budget: Budget::default(),
+            budget,
             reading_ended: Cell::new(false),
             abandoned: Cell::new(false),
         }
@@ -123,6 +124,8 @@ impl Session {
                 && let Poll::Ready(Err(reason)) = reader.as_mut().poll(context)
             {
                 self.reading_ended.set(true);
+                // Others wait for what a stalled client holds.
+                let drain = if matches!(reason, End::Stalled) { Duration::ZERO } else { drain };
                 patience = Some(Box::pin(self.runtime.sleep(drain)));
                 end = Some(reason);
             }
@@ -203,6 +206,9 @@ impl Session {
         self.charge(charge).await?;
         let disk = &*self.terms.disk;
         let length = length as usize;
+        if input.bytes().len() < length {
+            self.budget.receiving.set(Some(self.runtime.now()));
+        }
         let pending = if length <= disk::REQUEST_BYTES_MAX {
             let data = self.receive_payload(length, input).await?;
             disk.submit(Request::Write { offset: header.offset, length, data, fua })
@@ -214,6 +220,7 @@ impl Session {
             }
             split::together(disk, requests.into_iter())
         };
+        self.budget.receiving.set(None);
         self.metrics.written_bytes.add(charge);
         self.start(header, Expected::Nothing, charge, pending);
         Ok(())
@@ -389,7 +396,9 @@ impl Session {
         while std::future::poll_fn(|_| self.poll_replies()).await {
             let batch = self.outbox.borrow_mut().take();
             self.metrics.sends.add(1);
+            self.budget.sending.set(Some(self.runtime.now()));
             self.socket.send(batch.segments).await?;
+            self.budget.sending.set(None);
             self.budget.credit(batch.requests, batch.bytes);
         }
         Ok(())

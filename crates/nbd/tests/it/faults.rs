@@ -60,6 +60,60 @@ fn a_client_that_does_not_read_holds_a_bounded_amount() {
     assert_eq!(harness.server.metrics().reads, answers + 1, "once it reads, all are answered");
 }
 
+/// Clients that asked for much and read nothing held 16 to 32 MiB each, as many as there were: a
+/// few dozen could take all memory.
+#[test]
+fn clients_that_do_not_read_hold_a_bounded_amount_together() {
+    let harness = Harness::new(TestCatalog::memory(64 * MIB));
+    let greedy: Vec<Client> = (0..20).map(|number| greedy(&harness, number % 2 == 0)).collect();
+    harness.settle();
+    let held = harness.server.metrics().reads;
+    assert!(held < 20 * 16, "{held} requests were started");
+    let socket = harness.connect(100_000);
+    let (other, answered) = harness.run(async move {
+        let mut other = Client::attach(socket, "d", Framing::Simple).await;
+        let answered = other.read(0, MIB).await.data.len();
+        (other, answered)
+    });
+    assert_eq!(answered, MIB, "others are served");
+    let start = harness.runtime.now();
+    harness.run(async move {
+        let mut other = other;
+        assert_eq!(other.read(0, 32 * MIB).await.data.len(), 32 * MIB);
+    });
+    let waited = harness.runtime.now().since(start);
+    // The others wait as well: they get what the first ones held, and are cut off in their turn.
+    assert!(waited <= Duration::from_secs(40), "room was made after {waited:?}");
+    assert!(harness.server.metrics().sessions_failed > 0);
+    drop(greedy);
+}
+
+/// A client that asks for 16 MiB, at once or piece by piece, and reads nothing.
+fn greedy(harness: &Harness, pieces: bool) -> Client {
+    let socket = harness.connect(100_000);
+    harness.run(async move {
+        let mut client = Client::attach(socket, "d", Framing::Simple).await;
+        let count = if pieces { 16 } else { 1 };
+        for _ in 0..count {
+            client.submit(Command::Read, 0, 0, 16 * MIB as u64 / count, &[]).await;
+        }
+        client
+    })
+}
+
+#[test]
+fn a_client_that_does_not_read_may_take_its_time_if_nobody_needs_room() {
+    let harness = Harness::new(TestCatalog::memory(64 * MIB));
+    let mut client = greedy(&harness, true);
+    let runtime = harness.runtime.clone();
+    harness.run(async move {
+        runtime.sleep(Duration::from_secs(3600)).await;
+        for _ in 0..16 {
+            assert_eq!(client.read_answer(0, MIB).await.unwrap().error, 0);
+        }
+    });
+}
+
 #[test]
 fn requests_in_flight_are_bounded_in_number() {
     let (gate, harness, mut client) = held(Framing::Structured, Config::default());
