@@ -51,12 +51,25 @@ const SCENARIOS: [Scenario; 10] = [
     Scenario { name: "clones", quick: false, guests: true, run: clones::run },
 ];
 
+/// How much is done.
+#[derive(Default)]
+struct Form {
+    /// Short form, for the gate.
+    quick: bool,
+    /// Instead of fresh seeds.
+    seed: Option<u64>,
+    /// Instead of the rounds that a scenario would do.
+    rounds: Option<u64>,
+}
+
 /// Where a scenario runs, and what it found.
 pub(crate) struct Bed {
     /// The server to test.
     kind: Kind,
     /// Short form, for the gate.
     quick: bool,
+    /// How often to do what is done again and again, if the caller has an opinion.
+    rounds: Option<u64>,
     /// Large files of this scenario; gone when it has passed.
     data: PathBuf,
     /// Sockets and logs of this scenario; gone when it has passed.
@@ -73,33 +86,30 @@ pub(crate) struct Bed {
 /// # Errors
 /// If any check fails.
 pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<()> {
-    let mut quick = false;
+    let mut form = Form::default();
     let mut peer = false;
-    let mut seed = None;
     let mut binary = None;
     let mut names = Vec::new();
     let mut rest = arguments.iter();
     while let Some(argument) = rest.next() {
         match argument.as_str() {
-            "--quick" => quick = true,
+            "--quick" => form.quick = true,
             "--peer" => peer = true,
-            "--seed" => {
-                seed =
-                    Some(rest.next().context("--seed takes a number")?.parse().context("--seed")?);
-            }
+            "--seed" => form.seed = Some(number(argument, rest.next())?),
+            "--rounds" => form.rounds = Some(number(argument, rest.next())?),
             "--binary" => {
                 binary = Some(PathBuf::from(rest.next().context("--binary takes a path")?))
             }
             name if SCENARIOS.iter().any(|scenario| scenario.name == name) => names.push(name),
             other => bail!(
                 "e2e does not know '{other}': [--quick] [--peer] [--binary PATH] [--seed N] \
-                 [scenario…]; the scenarios are {}",
+                 [--rounds N] [scenario…]; the scenarios are {}",
                 SCENARIOS.map(|scenario| scenario.name).join(", ")
             ),
         }
     }
     let chosen = |scenario: &&Scenario| match names.is_empty() {
-        true => !quick || scenario.quick,
+        true => !form.quick || scenario.quick,
         false => names.contains(&scenario.name),
     };
     let kind = match peer {
@@ -107,7 +117,7 @@ pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<()> {
         false => Kind::Parallax(workspace.parallax(binary.as_deref())?),
     };
     let scenarios: Vec<&Scenario> = SCENARIOS.iter().filter(chosen).collect();
-    let count = scenarios_on(workspace, &kind, quick, seed, &scenarios)?;
+    let count = scenarios_on(workspace, &kind, &form, &scenarios)?;
     console::say(&format!("{} passed, {} failed", count.passed, count.failed));
     ensure!(count.failed == 0, "{} end-to-end checks failed", count.failed);
     Ok(())
@@ -125,14 +135,18 @@ pub(crate) fn names() -> impl Iterator<Item = &'static str> {
 pub(crate) fn quick(workspace: &Workspace) -> Result<Count> {
     let kind = Kind::Parallax(workspace.parallax(None)?);
     let quick: Vec<&Scenario> = SCENARIOS.iter().filter(|scenario| scenario.quick).collect();
-    scenarios_on(workspace, &kind, true, None, &quick)
+    scenarios_on(workspace, &kind, &Form { quick: true, ..Form::default() }, &quick)
+}
+
+/// The number that follows an option.
+fn number(option: &str, given: Option<&String>) -> Result<u64> {
+    given.and_then(|text| text.parse().ok()).with_context(|| format!("{option} takes a number"))
 }
 
 fn scenarios_on(
     workspace: &Workspace,
     kind: &Kind,
-    quick: bool,
-    seed: Option<u64>,
+    form: &Form,
     scenarios: &[&Scenario],
 ) -> Result<Count> {
     let guests = scenarios.iter().any(|scenario| scenario.guests);
@@ -140,12 +154,13 @@ fn scenarios_on(
     let mut total = Count::default();
     for scenario in scenarios {
         let heading = Heading::new(&format!("e2e {}", scenario.name));
-        let seed = seed.unwrap_or_else(Random::fresh_seed);
+        let seed = form.seed.unwrap_or_else(Random::fresh_seed);
         console::say(&format!("replay with: cargo xtask e2e {} --seed {seed}", scenario.name));
         let name = format!("{}-{}", scenario.name, std::process::id());
         let mut bed = Bed {
             kind: kind.clone(),
-            quick,
+            quick: form.quick,
+            rounds: form.rounds,
             data: workspace.target.join("e2e").join(&name),
             scratch: std::env::temp_dir().join(format!("parallax-e2e-{name}")),
             cache: workspace.target.join("guest"),
@@ -182,6 +197,11 @@ impl Bed {
 
     fn server_with(&self, options: &Options) -> Result<Server> {
         Server::create(&self.kind, options, &self.data, &self.scratch)
+    }
+
+    /// How often to do what a scenario does again and again.
+    fn rounds(&self, quick: u64, full: u64) -> u64 {
+        self.rounds.unwrap_or(if self.quick { quick } else { full })
     }
 
     /// Our binary; `None` when the peer is tested.

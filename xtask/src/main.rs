@@ -40,7 +40,10 @@ const TASKS: [(&str, &str); 9] = [
     ("docs", "* the API documentation, warnings denied"),
     ("sim", "* the simulator; without arguments its smoke test, `sim help` tells more"),
     ("fuzz", "the fuzz targets: [--seconds N] [target…]; needs cargo-fuzz and a nightly toolchain"),
-    ("e2e", "* end to end, the gate a part of it: [--quick] [--peer] [--seed N] [scenario…]"),
+    (
+        "e2e",
+        "* end to end, the gate a part of it: [--quick] [--peer] [--seed N] [--rounds N] [scenario…]",
+    ),
     ("bench", "figures beside those of peers: [--quick] [--peers-only] [--write] [--rows a,b]"),
     ("packages", "install the Debian packages that any task needs"),
     ("help", "this list"),

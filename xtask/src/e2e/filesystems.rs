@@ -26,7 +26,7 @@ const DISK_BYTES: u64 = 1 << 30;
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
 const CHECK_LIMIT: Duration = Duration::from_secs(300);
 /// Guests killed, and daemons killed under each.
-const CYCLES: u32 = 3;
+const CYCLES: u64 = 3;
 const DAEMON_KILLS: u32 = 3;
 
 /// What a file system needs in the guest.
@@ -106,7 +106,7 @@ fn run(bed: &mut Bed, file_system: &FileSystem) -> Result<()> {
         last: 0,
         clones: Vec::new(),
     };
-    for cycle in 1..=CYCLES {
+    for cycle in 1..=bed.rounds(CYCLES, CYCLES) {
         let name = file_system.name;
         bed.check(&format!("{name}, cycle {cycle}: writing while the daemon is killed"), || {
             let filled = story.fill(cycle, takes_snapshots);
@@ -130,7 +130,7 @@ fn run(bed: &mut Bed, file_system: &FileSystem) -> Result<()> {
 
 impl Story<'_> {
     /// A guest writes; daemon and guest are killed.
-    fn fill(&mut self, cycle: u32, takes_snapshots: bool) -> Result<()> {
+    fn fill(&mut self, cycle: u64, takes_snapshots: bool) -> Result<()> {
         let new = u32::from(cycle == 1);
         let append = format!("plx.mode=fill plx.new={new} plx.from={}", self.last);
         let mut guest = self.machine(&append, EXPORT).start()?;
