@@ -17,7 +17,13 @@ pub(crate) struct Control {
     severed: Cell<bool>,
     stalled: Cell<bool>,
     waker: RefCell<Option<Waker>>,
-    served: RefCell<Option<(Rc<dyn Disk>, Rc<Budget>)>>,
+    served: RefCell<Option<Served>>,
+}
+
+/// What a connection is about once it is past negotiation.
+struct Served {
+    disk: Rc<dyn Disk>,
+    held: Rc<Budget>,
 }
 
 impl Control {
@@ -30,8 +36,8 @@ impl Control {
     }
 
     /// Says which disk the connection serves, and what it has in flight.
-    pub(crate) fn attach(&self, disk: Rc<dyn Disk>, budget: Rc<Budget>) {
-        *self.served.borrow_mut() = Some((disk, budget));
+    pub(crate) fn attach(&self, disk: Rc<dyn Disk>, held: Rc<Budget>) {
+        *self.served.borrow_mut() = Some(Served { disk, held });
     }
 
     /// Whether the connection should end.
@@ -61,7 +67,7 @@ impl Control {
 
     /// Ends the connection if its disk is dead.
     pub(crate) fn sever_if_dead(&self) {
-        let severed = self.served.borrow().as_ref().is_some_and(|(disk, _)| disk.severed());
+        let severed = self.served.borrow().as_ref().is_some_and(|served| served.disk.severed());
         if severed {
             self.sever();
         }
@@ -69,7 +75,8 @@ impl Control {
 
     /// Ends the connection if its client holds what others wait for, and does not move.
     pub(crate) fn cut_if_stalled(&self, now: Time) {
-        let stalled = self.served.borrow().as_ref().is_some_and(|(_, held)| held.is_stalled(now));
+        let stalled =
+            self.served.borrow().as_ref().is_some_and(|served| served.held.is_stalled(now));
         if stalled {
             self.stalled.set(true);
             self.wake();
