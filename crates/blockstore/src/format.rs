@@ -94,7 +94,7 @@ pub async fn format(device: &Device, runtime: &Runtime, options: &Options) -> Re
 /// `progress` is told how many blocks of how many are done. Durable on return.
 ///
 /// # Errors
-/// As [`format`]; a device that is refused is as it was.
+/// As [`format()`]; a device that is refused is as it was.
 pub async fn zero(
     device: &Device,
     runtime: &Runtime,
