@@ -31,6 +31,7 @@ pub(crate) fn start(engine: &Rc<Engine>) {
         watched.scheduler.failed().await;
         // Whoever waits for room or for a record sees now that there is nothing to wait for.
         watched.log.wake_all();
+        watched.releases.wake_all();
         watched.request_checkpoint();
     }));
 }

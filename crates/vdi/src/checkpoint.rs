@@ -9,7 +9,7 @@
 //! 4. *Publish*: flush, slot, flush. The next checkpoint may merge meanwhile; they publish in order
 //!    (rule 23).
 //! 5. *Release*: what this one replaced becomes free when the next one is published: until then
-//!    the older slot still names it (rules 17, 18).
+//!    the older slot still names it (rules 17, 18). No checkpoint waits for it: `release.rs`.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -220,6 +220,7 @@ impl Engine {
                     let mut outcome = engine.checkpoint(SlotState::Running).await;
                     if outcome.is_ok() {
                         outcome = engine.checkpoint(SlotState::Running).await;
+                        engine.released().await;
                     }
                     let outcome = outcome.map_err(|error| error.kind());
                     for waiting in joined {
@@ -460,7 +461,7 @@ impl Engine {
         } else {
             std::mem::replace(&mut *self.checkpoints.replaced.borrow_mut(), prepared.replaced)
         };
-        self.release(free).await;
+        self.release(free);
         self.trim_reserve();
         let mut stats = self.stats.borrow_mut();
         stats.checkpoints += 1;

@@ -21,12 +21,10 @@ use crate::branch::{Base, Branch, Generation, Point};
 use crate::checkpoint::Checkpoints;
 use crate::damage::{Table, is_damage};
 use crate::gc::Collector;
+use crate::release::Releases;
 use crate::reserve::Reserve;
 use crate::vdi::{Snapshot, Vdi};
 use crate::{Error, Stats};
-
-/// Blocks that are released between two breaths of the thread.
-const BLOCKS_PER_TURN: usize = 4096;
 
 /// The parts of an open store.
 pub(crate) struct Engine {
@@ -52,6 +50,7 @@ pub(crate) struct Engine {
     pub(crate) checkpoints: Checkpoints,
     pub(crate) reserve: Reserve,
     pub(crate) collector: Collector,
+    pub(crate) releases: Releases,
     /// Set if the log is damaged: what is shown is the state before, and nothing is written.
     pub(crate) read_only: bool,
     /// Requests under way, and who waits for their end.
@@ -354,24 +353,6 @@ impl Engine {
         branch.insert(generation, change);
         let added = generation.overlay.borrow().node_count() - before;
         self.changed_nodes.set(self.changed_nodes.get() + as_u64(added));
-    }
-
-    /// Makes blocks that nothing can reach allocatable. The only caller is the publication of a
-    /// checkpoint, when both slots are past the replacement (design rules 17, 18).
-    pub(crate) async fn release(&self, blocks: Vec<Pba>) {
-        if !base::mutant::active("release_ignores_readers") {
-            self.epochs.quiesce().await;
-        }
-        // Garbage collection may still be reading trees that name them.
-        let blocks = self.collector.hold(blocks);
-        for part in blocks.chunks(BLOCKS_PER_TURN) {
-            for pba in part {
-                self.nodes.cache().remove(*pba);
-            }
-            self.allocator.release(part.iter().copied());
-            self.runtime.yield_now().await;
-        }
-        self.full.set(false);
     }
 
     /// Counts and reports a block that is not what was written.

@@ -224,7 +224,7 @@ impl Engine {
         let marked = self.mark(&roots).await;
         // In the same breath in which the walk ended, or failed.
         let held = self.collector.held.take().unwrap_or_default();
-        self.release(held.iter().collect()).await;
+        self.release(held.iter().collect());
         let marked = marked?;
         let reached_blocks = marked.len();
         let candidates = if base::mutant::active("gc_frees_newly_live") {
@@ -332,8 +332,9 @@ impl Engine {
         if swept > 0 {
             // The blocks of the last part are released when the older slot is past them too.
             self.checkpoint(SlotState::Running).await?;
-            self.allocator.reclaim_empty_extents();
         }
+        self.released().await;
+        self.allocator.reclaim_empty_extents();
         Ok(swept)
     }
 

@@ -33,6 +33,7 @@ mod overlay;
 mod ranges;
 mod read;
 mod recovery;
+mod release;
 mod reserve;
 pub mod store;
 mod types;

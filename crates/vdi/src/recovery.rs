@@ -36,6 +36,7 @@ use crate::checkpoint::Checkpoints;
 use crate::damage::is_damage;
 use crate::engine::{Engine, Registry, as_u64};
 use crate::gc::Collector;
+use crate::release::Releases;
 use crate::reserve::Reserve;
 use crate::types::{OpenOptions, OpenReport};
 use crate::vdi::Vdi;
@@ -285,6 +286,7 @@ fn build(
         checkpoints: Checkpoints::new(),
         reserve: Reserve::new(),
         collector: Collector::new(opened_at),
+        releases: Releases::default(),
         read_only: broken.is_some(),
         active: Cell::new(0),
         idle: Signal::default(),

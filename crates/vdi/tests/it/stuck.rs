@@ -3,15 +3,17 @@
 use std::cell::Cell;
 use std::future::poll_fn;
 use std::ops::Range;
+use std::rc::Rc;
 use std::task::Poll;
 use std::time::Duration;
 
 use base::{Buffer, Epoch, HostId, Pba, StoreUuid};
 use device::Operation;
-use disk::Request;
+use disk::{Disk, Request};
 use ondisk::{Checksums, Heartbeat};
+use runtime::Runtime;
 
-use crate::gate::{ends, start_writers, with_gated_store};
+use crate::gate::{Gate, ends, start_writers, with_gated_store};
 use crate::{disk, format_options, read, reopened, write};
 
 /// First block that can hold data in these stores: behind the system extent and that of the log.
@@ -150,4 +152,54 @@ fn a_heartbeat_names_its_epoch_also_while_a_slot_is_written() {
     let checksums = Checksums::new(StoreUuid(options.uuid), &options.secret);
     let beat = Heartbeat::decode(&ram.block(HEARTBEAT), &checksums, HEARTBEAT).expect("beats");
     assert!(beat.host == HostId::new(0) && beat.epoch > Epoch::new(0), "{beat:?}");
+}
+
+/// Begins a read of the first block, and keeps its device read.
+async fn begin_stuck_read(runtime: &Runtime, gate: &Gate, disk: &Rc<dyn Disk>) {
+    gate.hold(|operation| matches!(operation, Operation::Read { .. }));
+    drop(runtime.spawn(disk.submit(Request::Read { offset: 0, length: 4096 })));
+    runtime.sleep(Duration::from_millis(1)).await;
+    assert_eq!(gate.held(), 1);
+    gate.hold(|_| false);
+}
+
+/// Publishing a checkpoint used to wait for all readers, as it released what it had replaced. The
+/// next one waited for it, the log filled up, and every VDI stood still.
+#[test]
+fn a_stuck_read_stops_no_writes() {
+    with_gated_store(|runtime, gate, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        store.create("web02", 1 << 30).await.unwrap();
+        let (one, two) = (disk(&store, "web01").await, disk(&store, "web02").await);
+        write(&one, 0, &[7; 4096]).await;
+        store.checkpoint().await.unwrap();
+        begin_stuck_read(&runtime, &gate, &one).await;
+        let done = start_writers(&runtime, &two, 1, 1000, 4096);
+        runtime.sleep(Duration::from_secs(60)).await;
+        assert_eq!(done.get(), 1000, "writes while a read is stuck");
+        gate.release();
+        assert_eq!(read(&one, 0, 4096).await, [7; 4096]);
+    });
+}
+
+/// What a reader may still see is not free before it has ended, and then it is.
+#[test]
+fn replaced_blocks_wait_for_readers_in_the_background() {
+    with_gated_store(|runtime, gate, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        let disk = disk(&store, "web01").await;
+        write(&disk, 0, &vec![1; 1 << 20]).await;
+        store.checkpoint().await.unwrap();
+        let free = store.stats().free_bytes;
+        begin_stuck_read(&runtime, &gate, &disk).await;
+        let discard = Request::Discard { offset: 0, length: 1 << 20, fua: false };
+        disk.submit(discard).await.unwrap();
+        let forced = store.clone();
+        let ended = ends(&runtime, async move { forced.checkpoint().await.unwrap() });
+        assert!(!ended.await, "a forced checkpoint ends when the space is free");
+        assert!(store.stats().free_bytes < free + (1 << 20));
+        gate.release();
+        runtime.sleep(Duration::from_secs(1)).await;
+        assert!(store.stats().free_bytes >= free + (1 << 20));
+    });
 }

@@ -1,0 +1,97 @@
+//! Giving back blocks that were replaced. A read that began before may still look at them, however
+//! long its device takes (design rule 19); so they wait in the background, and nothing but the
+//! reuse of these blocks waits with them. Only who needs the space waits for it.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use base::Pba;
+use runtime::sync::Signal;
+
+use crate::engine::{Engine, as_u64};
+
+/// Blocks that are released between two breaths of the thread.
+const BLOCKS_PER_TURN: usize = 4096;
+
+/// Blocks on their way from replaced to free.
+#[derive(Default)]
+pub(crate) struct Releases {
+    /// Blocks that both slots are past, and that readers may still see.
+    waiting: RefCell<Vec<Pba>>,
+    /// How many have come, and how many have left.
+    begun: Cell<u64>,
+    ended: Cell<u64>,
+    /// Whether a task releases them. One at a time: what comes while it waits for readers waits
+    /// for the same ones.
+    running: Cell<bool>,
+    changed: Signal,
+}
+
+impl Releases {
+    /// Wakes everybody who waits, so that they see that the store has failed.
+    pub(crate) fn wake_all(&self) {
+        self.changed.notify();
+    }
+}
+
+impl Engine {
+    /// Makes blocks that nothing can reach allocatable, when no reader sees them any more. The
+    /// only callers are the publication of a checkpoint, when both slots are past the replacement
+    /// (design rules 17, 18), and the end of a mark, with what it held back.
+    pub(crate) fn release(self: &Rc<Self>, blocks: Vec<Pba>) {
+        if blocks.is_empty() {
+            self.full.set(false);
+            return;
+        }
+        let releases = &self.releases;
+        releases.begun.set(releases.begun.get() + as_u64(blocks.len()));
+        releases.waiting.borrow_mut().extend(blocks);
+        if releases.running.replace(true) {
+            return;
+        }
+        let engine = Rc::clone(self);
+        drop(self.runtime.spawn(async move {
+            let releases = &engine.releases;
+            loop {
+                let blocks = std::mem::take(&mut *releases.waiting.borrow_mut());
+                if blocks.is_empty() {
+                    releases.running.set(false);
+                    return;
+                }
+                let count = as_u64(blocks.len());
+                engine.release_unread(blocks).await;
+                releases.ended.set(releases.ended.get() + count);
+                releases.changed.notify();
+            }
+        }));
+    }
+
+    /// Waits until everything is free that was to be released before this call, but for what a
+    /// mark holds back; or until the store has failed.
+    pub(crate) async fn released(&self) {
+        let begun = self.releases.begun.get();
+        loop {
+            let changed = self.releases.changed.changed();
+            if self.releases.ended.get() >= begun || self.scheduler.failure().is_some() {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    async fn release_unread(&self, blocks: Vec<Pba>) {
+        if !base::mutant::active("release_ignores_readers") {
+            self.epochs.quiesce().await;
+        }
+        // Garbage collection may still be reading trees that name them.
+        let blocks = self.collector.hold(blocks);
+        for part in blocks.chunks(BLOCKS_PER_TURN) {
+            for pba in part {
+                self.nodes.cache().remove(*pba);
+            }
+            self.allocator.release(part.iter().copied());
+            self.runtime.yield_now().await;
+        }
+        self.full.set(false);
+    }
+}
