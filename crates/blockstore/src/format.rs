@@ -28,6 +28,8 @@ pub struct Options {
     pub uuid: StoreUuid,
     /// Checksum key.
     pub key: [u8; 32],
+    /// Boot of the machine that formats.
+    pub boot_id: [u8; 16],
 }
 
 /// Blocks at the start of the device that must be zero for it to look unused: all superblock
@@ -80,7 +82,7 @@ pub async fn format(device: &Device, runtime: &Runtime, options: &Options) -> Re
     zero_blocks(device, Geometry::lock_slots_start(), u64::from(geometry::LOCK_SLOT_COUNT)).await?;
 
     let checksums = Checksums::new(options.uuid, &options.key);
-    let slot = empty_slot(log_start, runtime.wall_ns());
+    let slot = empty_slot(log_start, runtime.wall_ns(), options.boot_id);
     let at = places.host_slot(slot.host, 0);
     let block = BlockSlice::whole(Rc::new(slot.encode(&checksums, at)));
     device.write(at, vec![block]).await?;
@@ -115,13 +117,13 @@ pub async fn zero(
     Ok(device.flush().await?)
 }
 
-fn empty_slot(log_start: Pba, wall_ns: u64) -> HostSlot {
+fn empty_slot(log_start: Pba, wall_ns: u64, boot_id: [u8; 16]) -> HostSlot {
     HostSlot {
         host: HostId::new(0),
         state: SlotState::Clean,
         sequence: 1,
         epoch: Epoch::new(0),
-        boot_id: [0; 16],
+        boot_id,
         ballot: Ballot::new(0),
         cut: Lsn::new(0),
         vdi_id_next: 1,

@@ -112,6 +112,7 @@ fn run(
         force: format.force,
         uuid: open::random()?,
         secret: open::random()?,
+        boot_id: open::boot_id()?,
     };
     let formatted = Formatted {
         size_bytes: device.block_count() * base::BLOCK_SIZE_U64,

@@ -64,7 +64,8 @@ layout! {
         epoch: U64,
         sequence: U64,
         wall_ns: U64,
-        reserved: [u8; 4052],
+        boot_id: [u8; 16],
+        reserved: [u8; 4036],
         reserved_1: U32,
         checksum: U64,
     }
@@ -268,17 +269,20 @@ fn decode_segment(raw: &RawSegment) -> LogSegment {
     }
 }
 
-/// A sign of life of a host, written every second while it runs.
+/// A sign of life of a host, written every second while it runs, and before that to claim the
+/// store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Heartbeat {
     /// Whose.
     pub host: HostId,
     /// Epoch of the writer.
     pub epoch: Epoch,
-    /// Rises with each beat.
+    /// Rises with each beat; a random number in a claim.
     pub sequence: u64,
     /// Wall time in nanoseconds since 1970.
     pub wall_ns: u64,
+    /// Boot of the machine that the writer runs on.
+    pub boot_id: [u8; 16],
 }
 
 impl Heartbeat {
@@ -292,7 +296,8 @@ impl Heartbeat {
             epoch: self.epoch.get().into(),
             sequence: self.sequence.into(),
             wall_ns: self.wall_ns.into(),
-            reserved: [0; 4052],
+            boot_id: self.boot_id,
+            reserved: [0; 4036],
             reserved_1: 0.into(),
             checksum: 0.into(),
         };
@@ -322,6 +327,7 @@ impl Heartbeat {
             epoch: Epoch::new(raw.epoch.get()),
             sequence: raw.sequence.get(),
             wall_ns: raw.wall_ns.get(),
+            boot_id: raw.boot_id,
         })
     }
 }

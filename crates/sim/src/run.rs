@@ -144,6 +144,7 @@ impl Run {
                 force: attempt > 0,
                 uuid: bytes(&mut random),
                 secret: bytes(&mut random),
+                boot_id: [self.boots; 16],
             };
             let executor = Executor::new(&world);
             if random.chance(20) {

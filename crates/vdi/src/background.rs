@@ -69,6 +69,7 @@ async fn beat(engine: &Engine, sequence: u64) {
         epoch: engine.epoch,
         sequence,
         wall_ns: engine.runtime.wall_ns(),
+        boot_id: engine.boot_id,
     };
     let block = BlockSlice::whole(Rc::new(heartbeat.encode(&engine.checksums, at)));
     if let Ok(Err(error)) = engine.scheduler.write(at, vec![block]).await {

@@ -4,7 +4,7 @@
 //! does not lie below it. Shows what is published: what the log adds to it, [`Dump::log`] lists.
 //! The lines are for reading, not for parsing: they may change with any version.
 
-use base::{BLOCK_SIZE_U64, ErrorKind, HostId, SnapshotNumber};
+use base::{BLOCK_SIZE_U64, ErrorKind, HostId, SnapshotNumber, StoreUuid};
 use blockstore::log::survey;
 use blockstore::slots::{SlotPair, read_slots};
 use blockstore::{Geometry, NodeStore, WriteScheduler, superblock, table, tree};
@@ -120,8 +120,11 @@ impl Dump {
         let beat = self.block(at).await?;
         match beat.map(|block| Heartbeat::decode(&block, &self.checksums, at)) {
             Some(Ok(beat)) => line(format!(
-                "heartbeat at block {at}: epoch {}, sequence {}, {} ns after 1970",
-                beat.epoch, beat.sequence, beat.wall_ns
+                "heartbeat at block {at}: epoch {}, sequence {}, boot {}, {} ns after 1970",
+                beat.epoch,
+                beat.sequence,
+                StoreUuid(beat.boot_id),
+                beat.wall_ns
             )),
             Some(Err(error)) => line(format!("heartbeat at block {at}: {error}")),
             None => line(format!("heartbeat at block {at}: none")),

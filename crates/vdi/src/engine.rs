@@ -35,6 +35,8 @@ pub(crate) struct Engine {
     pub(crate) host: HostId,
     /// Epoch of this run.
     pub(crate) epoch: Epoch,
+    /// Boot of the machine that it runs on.
+    pub(crate) boot_id: [u8; 16],
     pub(crate) log_start: Pba,
     pub(crate) scheduler: WriteScheduler,
     pub(crate) log: Log,

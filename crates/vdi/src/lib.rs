@@ -20,6 +20,7 @@ mod background;
 mod branch;
 pub mod check;
 mod checkpoint;
+mod claim;
 mod compare;
 mod damage;
 pub mod dump;

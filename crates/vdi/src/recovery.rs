@@ -11,7 +11,6 @@
 use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
 use std::rc::Rc;
-use std::time::Duration;
 
 use base::{
     BirthLabel, BlockSlice, Epoch, ErrorKind, ExtentIndex, HostId, Lsn, Pba, REQUEST_BLOCKS_MAX,
@@ -24,15 +23,15 @@ use blockstore::slots::{SlotPair, SlotWriter, check_vouched, read_slots};
 use blockstore::{Geometry, NodeStore, ReadEpochs, WriteScheduler, superblock, table, tree};
 use device::{Device, DeviceError};
 use ondisk::{
-    Checksums, DirectoryRecord, Entry, EntryState, ExtentRecord, Heartbeat, HostSlot,
-    LOG_SEGMENTS_MAX, LogBlock, LogSegment, Record, RecordBody, RootRef, SUPERBLOCK_COPIES,
-    SlotState,
+    Checksums, DirectoryRecord, Entry, EntryState, ExtentRecord, HostSlot, LOG_SEGMENTS_MAX,
+    LogBlock, LogSegment, Record, RecordBody, RootRef, SUPERBLOCK_COPIES, SlotState,
 };
 use runtime::Runtime;
 use runtime::sync::{OneshotReceiver, Semaphore, Signal};
 
 use crate::branch::Base;
 use crate::checkpoint::Checkpoints;
+use crate::claim::{Claim, Place};
 use crate::damage::is_damage;
 use crate::engine::{Engine, Registry, as_u64};
 use crate::gc::Collector;
@@ -44,9 +43,6 @@ use crate::{Error, check};
 
 /// The one host that runs today.
 const HOST: HostId = HostId::new(0);
-
-/// How long a host that may be alive is watched for a heartbeat.
-const WATCH: Duration = Duration::from_secs(5);
 
 /// Opens the store on `device`.
 ///
@@ -102,7 +98,16 @@ async fn open_as_is(
     if pair.other_damaged {
         report.alarms.push("one copy of the host slot was damaged; the other one was used".into());
     }
-    refuse_alive(&device, &runtime, &geometry, &checksums, &pair.newest, options).await?;
+    let claim = {
+        let place = Place {
+            device: &device,
+            runtime: &runtime,
+            geometry: &geometry,
+            checksums: &checksums,
+            host: HOST,
+        };
+        Claim::make(&place, &pair.newest, options.boot_id, options.nonce).await?
+    };
     let (replayed, broken) =
         read_log(&device, &runtime, &geometry, &checksums, &pair.newest).await?;
     report.clean = pair.newest.state == SlotState::Clean;
@@ -139,7 +144,9 @@ async fn open_as_is(
     let doubtful = engine.verify(doubtful, &mut report).await?;
     // Whatever was verified may have been read from a volatile cache (rule 8).
     engine.scheduler.flush().await.map_err(blockstore::Error::from)?;
+    claim.verify(&engine.place(), &pair.newest).await?;
     engine.begin_epoch(&found, &pair, options, doubtful, replayed.durable, &mut report).await?;
+    claim.verify(&engine.place(), &engine.published()?).await?;
     engine.nodes.set_patient(false);
     // From now on deletions, which make space, find room for their nodes.
     if !engine.fill_reserve(engine.nodes_needed()).await? {
@@ -152,38 +159,6 @@ async fn open_as_is(
     }));
     drop(registry);
     Ok((engine, report))
-}
-
-/// Refuses a store whose last user may be alive on another machine, where no file lock shows it
-/// (design rule 15).
-pub(crate) async fn refuse_alive(
-    device: &Device,
-    runtime: &Runtime,
-    geometry: &Geometry,
-    checksums: &Checksums,
-    slot: &HostSlot,
-    options: &OpenOptions,
-) -> Result<(), Error> {
-    if slot.state != SlotState::Running || slot.boot_id == options.boot_id {
-        return Ok(());
-    }
-    let at = geometry.heartbeat(HOST);
-    let beat = || async {
-        let buffer = device.read(at, 1, runtime.buffers().take(1)).await?;
-        let block = buffer.blocks().first();
-        let beat = block.and_then(|block| Heartbeat::decode(block, checksums, at).ok());
-        Ok::<_, device::DeviceError>(beat.map(|beat| (beat.epoch, beat.sequence)))
-    };
-    let before = beat().await.map_err(blockstore::Error::from)?;
-    tracing::info!("the store was not closed on another machine or boot: watching for its daemon");
-    runtime.sleep(WATCH).await;
-    if beat().await.map_err(blockstore::Error::from)? != before {
-        return Err(Error::refused(
-            ErrorKind::Busy,
-            "a daemon on another machine is using this store; stop it first",
-        ));
-    }
-    Ok(())
 }
 
 /// The log, and where it is damaged: in its middle, as something behind proves that what is missing
@@ -272,6 +247,7 @@ fn build(
         device,
         host: HOST,
         epoch,
+        boot_id: options.boot_id,
         log_start: slot.log_start,
         geometry,
         checksums,
@@ -681,11 +657,26 @@ impl Engine {
         Ok(())
     }
 
+    fn place(&self) -> Place<'_> {
+        Place {
+            device: &self.device,
+            runtime: &self.runtime,
+            geometry: &self.geometry,
+            checksums: &self.checksums,
+            host: self.host,
+        }
+    }
+
+    /// The newest slot that is durable, while none is being published.
+    fn published(&self) -> Result<HostSlot, Error> {
+        let slots = self.slots.borrow();
+        let writer = slots.as_ref().ok_or_else(published_already)?;
+        Ok(writer.current().clone())
+    }
+
     async fn publish_open(&self, slot: HostSlot) -> Result<(), Error> {
         let writer = self.slots.borrow_mut().take();
-        let Some(mut writer) = writer else {
-            return Err(Error::refused(ErrorKind::Fenced, "the store is being published already"));
-        };
+        let mut writer = writer.ok_or_else(published_already)?;
         let current = writer.current();
         let slot = HostSlot { epoch: current.epoch, boot_id: current.boot_id, ..slot };
         let outcome = writer.publish(slot, &Batch::default()).await;
@@ -754,6 +745,10 @@ impl Engine {
         }
         Ok(())
     }
+}
+
+fn published_already() -> Error {
+    Error::refused(ErrorKind::Fenced, "the store is being published already")
 }
 
 /// What a read of a write's blocks gave.
@@ -833,5 +828,6 @@ pub(crate) fn format_options(options: &crate::FormatOptions) -> blockstore::form
         force: options.force,
         uuid: StoreUuid(options.uuid),
         key: options.secret,
+        boot_id: options.boot_id,
     }
 }

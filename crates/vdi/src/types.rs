@@ -16,6 +16,8 @@ pub struct FormatOptions {
     pub uuid: [u8; 16],
     /// Key of the store's checksums.
     pub secret: [u8; 32],
+    /// Identity of this boot of this machine, which may open the store at once.
+    pub boot_id: [u8; 16],
 }
 
 /// How to open a store.
@@ -23,8 +25,8 @@ pub struct FormatOptions {
 pub struct OpenOptions {
     /// Bytes that the node cache may hold.
     pub cache_bytes: usize,
-    /// Identity of this boot of this machine (`/proc/sys/kernel/random/boot_id`): an unclean
-    /// store last used under another one is watched for a lease time first (design rule 15).
+    /// Identity of this boot of this machine (`/proc/sys/kernel/random/boot_id`): a store last
+    /// used under another one is watched for a lease time first (design rule 15).
     pub boot_id: [u8; 16],
     /// Random nonce of the new epoch.
     pub nonce: u64,

@@ -17,9 +17,10 @@ use runtime::Runtime;
 use super::audit::{Audit, Tree, TreeKind, runs};
 use super::data::{self, DataBlock, Fault, GATHER_BLOCKS};
 use super::{CheckOptions, CheckProgress, CheckReport, CheckStage, FindingKind};
+use crate::Error;
+use crate::claim::{self, Place};
 use crate::engine::as_u64;
 use crate::mark::{BlockSet, Named, Walk, words_of};
-use crate::{Error, OpenOptions, recovery};
 
 /// The one host that there is today.
 pub(super) const HOST: HostId = HostId::new(0);
@@ -32,6 +33,7 @@ const PAGES_AT_ONCE: usize = 64;
 
 /// What an examination found, for a repair to go on from.
 pub(super) struct Examined {
+    pub(super) options: CheckOptions,
     pub(super) report: CheckReport,
     pub(super) superblock: superblock::Found,
     pub(super) geometry: Geometry,
@@ -128,6 +130,7 @@ pub(super) async fn examine(
         examiner.audit.error(FindingKind::Superblock, Some(at), message);
     }
     let mut examined = Examined {
+        options,
         report: CheckReport::default(),
         superblock: found,
         geometry: geometry.clone(),
@@ -139,10 +142,9 @@ pub(super) async fn examine(
     };
     match read_slots(device, runtime, &geometry, &checksums, HOST).await {
         Ok(pair) => {
-            let watch =
-                OpenOptions { cache_bytes: 0, boot_id: options.boot_id, nonce: options.nonce };
-            recovery::refuse_alive(device, runtime, &geometry, &checksums, &pair.newest, &watch)
-                .await?;
+            let (geometry, checksums) = (&geometry, &checksums);
+            let place = Place { device, runtime, geometry, checksums, host: HOST };
+            claim::refuse_alive(&place, &pair.newest, options.boot_id).await?;
             (examined.log, examined.log_break) = examiner.run(&pair).await?;
             examined.slots = Some(pair);
         }

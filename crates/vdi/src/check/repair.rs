@@ -20,6 +20,7 @@ use runtime::Runtime;
 use super::FindingKind;
 use super::examine::{Examined, HOST};
 use crate::Error;
+use crate::claim::{Claim, Place};
 use crate::engine::as_u64;
 use crate::mark::BlockSet;
 
@@ -39,6 +40,12 @@ pub(super) async fn repair(
     examined: &Examined,
 ) -> Result<Vec<String>, Error> {
     let mut repairs = Vec::new();
+    if let Some(pair) = &examined.slots {
+        let Examined { geometry, checksums, options, .. } = examined;
+        let place = Place { device, runtime, geometry, checksums, host: HOST };
+        let claim = Claim::make(&place, &pair.newest, options.boot_id, options.nonce).await?;
+        claim.verify(&place, &pair.newest).await?;
+    }
     let damaged = &examined.superblock.damaged;
     if !damaged.is_empty() {
         let [primary, secondary] = SUPERBLOCK_COPIES;

@@ -13,6 +13,7 @@ mod gate;
 mod gc;
 mod golden;
 mod guarantees;
+mod machines;
 mod model;
 mod ram;
 mod space;
@@ -35,6 +36,7 @@ pub(crate) fn format_options() -> FormatOptions {
         force: false,
         uuid: [7; 16],
         secret: [9; 32],
+        boot_id: [1; 16],
     }
 }
 
