@@ -335,6 +335,13 @@ impl Log {
         above >= self.0.config.geometry.ring_blocks / 8 && self.flush_would_cover()
     }
 
+    /// Whether guests wait for a checkpoint to make room.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        let state = self.0.state.borrow();
+        self.used_blocks(&state) + state.reserved >= self.high_water()
+    }
+
     /// Whether another record can be appended at all.
     #[must_use]
     pub fn has_reserve(&self) -> bool {

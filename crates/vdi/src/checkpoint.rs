@@ -14,6 +14,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::rc::Rc;
+use std::time::Duration;
 
 use base::{BLOCK_SIZE, BirthLabel, ErrorKind, ExtentIndex, Lsn, Pba, VdiId};
 use blockstore::scheduler::Batch;
@@ -44,6 +45,15 @@ const RECORDS_MAX: u64 = 256 << 10;
 
 /// Longest time that changes wait for a checkpoint, in nanoseconds.
 const AGE_MAX_NS: u64 = 5_000_000_000;
+
+/// How long checkpoints may fail while guests wait for them.
+const FAILING_MAX: Duration = Duration::from_secs(60);
+
+/// Pause after one that failed: whatever it was needs time or space.
+const RETRY_AFTER: Duration = Duration::from_millis(100);
+
+/// The errno that a store stops with when checkpoints fail for another reason than space.
+const EIO: i32 = 5;
 
 /// State of the checkpointing.
 pub(crate) struct Checkpoints {
@@ -472,20 +482,40 @@ impl Engine {
     /// Runs checkpoints when they are due, until the store is closed: while it closes, requests
     /// under way may wait for the room that only a checkpoint makes.
     pub(crate) async fn checkpoint_when_due(self: Rc<Self>) {
+        let mut failing_since = None;
         loop {
             let wanted = self.checkpoints.wanted.changed();
             if self.closed.get() || self.scheduler.failure().is_some() {
                 return;
             }
             if self.checkpoint_is_due() {
-                if self.checkpoint(SlotState::Running).await.is_err() {
-                    // Not at once again: whatever failed needs time or space.
-                    self.runtime.sleep(std::time::Duration::from_millis(100)).await;
+                match self.checkpoint(SlotState::Running).await {
+                    Ok(()) => failing_since = None,
+                    Err(error) => {
+                        let since = *failing_since.get_or_insert(self.runtime.now());
+                        self.stop_if_hopeless(since, &error);
+                        self.runtime.sleep(RETRY_AFTER).await;
+                    }
                 }
                 continue;
             }
             wanted.await;
         }
+    }
+
+    /// Stops the store if checkpoints have failed for long and guests wait for one: an error is
+    /// better than to hang for ever (G10).
+    fn stop_if_hopeless(&self, since: Time, error: &Error) {
+        let guests_wait = self.log.is_full();
+        if !guests_wait || self.runtime.now().since(since) < FAILING_MAX {
+            return;
+        }
+        tracing::error!(%error, "no checkpoint succeeds, and guests wait for one");
+        let cause = match error.kind() {
+            ErrorKind::NoSpace => device::Cause::NoSpace,
+            _ => device::Cause::Errno(EIO),
+        };
+        self.scheduler.fail(device::DeviceError::new(cause, Pba::new(0)));
     }
 
     /// Blocks that recovery has no use for: free when a checkpoint has been published.

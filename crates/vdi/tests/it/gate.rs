@@ -1,11 +1,12 @@
-//! A device that holds operations back for as long as a test wants: a slow one, as others see it.
+//! A device that holds operations back for as long as a test wants, or finds no space for writes:
+//! a slow or full one, as others see it.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
 
-use base::Buffer;
-use device::{Backend, Device, Operation};
+use base::{Block, Buffer, Pba};
+use device::{Backend, Cause, Device, DeviceError, Operation};
 use disk::{Disk, Request};
 use parallax_vdi::{OpenOptions, Store};
 use runtime::Runtime;
@@ -14,6 +15,7 @@ use crate::ram::{Ram, run};
 use crate::{STORE_BLOCKS, format_options};
 
 type Wanted = Rc<dyn Fn(&Operation) -> bool>;
+type Refused = Rc<dyn Fn(Pba, &Block) -> bool>;
 
 /// Passes operations on, but keeps those that it was told to hold. Clones share it.
 #[derive(Clone)]
@@ -21,11 +23,16 @@ pub(crate) struct Gate {
     inner: Rc<dyn Backend>,
     wanted: Rc<RefCell<Option<Wanted>>>,
     held: Rc<RefCell<Vec<Operation>>>,
+    refused: Rc<RefCell<Option<Refused>>>,
 }
 
 impl Gate {
-    fn new(inner: Rc<dyn Backend>) -> Self {
-        Self { inner, wanted: Rc::default(), held: Rc::default() }
+    pub(crate) fn new(inner: Rc<dyn Backend>) -> Self {
+        Self { inner, wanted: Rc::default(), held: Rc::default(), refused: Rc::default() }
+    }
+
+    pub(crate) fn device(&self) -> Device {
+        Device::new(Rc::new(self.clone()))
     }
 
     /// Holds the operations that are `wanted` from now on.
@@ -41,6 +48,18 @@ impl Gate {
         }
     }
 
+    /// Finds no space below for writes that begin with a `refused` block from now on.
+    pub(crate) fn refuse(&self, refused: impl Fn(Pba, &Block) -> bool + 'static) {
+        *self.refused.borrow_mut() = Some(Rc::new(refused));
+    }
+
+    fn refuses(&self, operation: &Operation) -> bool {
+        let Operation::Write { at, blocks, .. } = operation else { return false };
+        let first = blocks.first().and_then(|slice| slice.blocks().first());
+        let refused = self.refused.borrow().clone();
+        refused.zip(first).is_some_and(|(refused, first)| refused(*at, first))
+    }
+
     /// Number of operations that are held.
     pub(crate) fn held(&self) -> usize {
         self.held.borrow().len()
@@ -52,6 +71,10 @@ impl Backend for Gate {
         let wanted = self.wanted.borrow().clone();
         if wanted.is_some_and(|wanted| wanted(&operation)) {
             self.held.borrow_mut().push(operation);
+        } else if self.refuses(&operation)
+            && let Operation::Write { at, done, .. } = operation
+        {
+            done.send(Err(DeviceError::new(Cause::NoSpace, at)));
         } else {
             self.inner.submit(operation);
         }
@@ -73,7 +96,7 @@ pub(crate) fn with_gated_store<T: 'static, F: Future<Output = T> + 'static>(
     let ram = Ram::default();
     let gate = Gate::new(ram.backend(STORE_BLOCKS));
     let outcome = run(1, |runtime| async move {
-        let device = Device::new(Rc::new(gate.clone()));
+        let device = gate.device();
         Store::format(&device, &runtime, &format_options()).await.unwrap();
         let options =
             OpenOptions { cache_bytes: 1 << 20, boot_id: [1; 16], nonce: runtime.random() };

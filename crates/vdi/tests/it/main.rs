@@ -7,6 +7,7 @@
 )]
 
 mod check;
+mod checkpoints;
 mod damage;
 mod faults;
 mod gate;
