@@ -113,14 +113,20 @@ impl Batch {
         self.0.failure.get().map_or(Ok(()), Err)
     }
 
+    /// Waits until fewer than `count` writes of the batch are under way: what they hold in memory
+    /// stays bounded.
+    pub async fn below(&self, count: usize) {
+        while self.0.pending.get() >= count {
+            self.0.changed.changed().await;
+        }
+    }
+
     fn finish_one(&self, outcome: Result<(), DeviceError>) {
         if let Err(error) = outcome {
             self.0.failure.set(Some(self.0.failure.get().unwrap_or(error)));
         }
         self.0.pending.set(self.0.pending.get() - 1);
-        if self.0.pending.get() == 0 {
-            self.0.changed.notify();
-        }
+        self.0.changed.notify();
     }
 }
 

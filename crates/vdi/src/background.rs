@@ -32,6 +32,7 @@ pub(crate) fn start(engine: &Rc<Engine>) {
         // Whoever waits for room or for a record sees now that there is nothing to wait for.
         watched.log.wake_all();
         watched.releases.wake_all();
+        watched.checkpoints.merged.notify();
         watched.request_checkpoint();
     }));
 }

@@ -37,8 +37,11 @@ use crate::vdi::{Snapshot, Vdi};
 /// Overlay nodes gathered between two breaths of the thread.
 const NODES_PER_TURN: usize = 256;
 
-/// Changed nodes that force a checkpoint: it holds one block of memory for each.
-const CHANGED_NODES_MAX: u64 = 16 << 10;
+/// Changed nodes that force a checkpoint: each holds up to about two blocks of memory.
+const CHANGED_NODES_DUE: u64 = 16 << 10;
+
+/// Changed nodes at which changes wait for a checkpoint: half a gigabyte at the very most.
+const CHANGED_NODES_MAX: u64 = 4 * CHANGED_NODES_DUE;
 
 /// Records that force a checkpoint, so that replay stays short whatever their size.
 const RECORDS_MAX: u64 = 256 << 10;
@@ -62,6 +65,8 @@ pub(crate) struct Checkpoints {
     /// Replaced by the newest published checkpoint; free after the next.
     replaced: RefCell<Vec<Pba>>,
     pub(crate) wanted: Signal,
+    /// Notified when changes have been merged.
+    pub(crate) merged: Signal,
     forced: RefCell<Forced>,
     /// The log when the last checkpoint cut it.
     last_cut: RefCell<Option<LogSegment>>,
@@ -84,6 +89,7 @@ impl Checkpoints {
             publishing: Semaphore::new(1),
             replaced: RefCell::default(),
             wanted: Signal::default(),
+            merged: Signal::default(),
             forced: RefCell::default(),
             last_cut: RefCell::default(),
             last_at: Cell::default(),
@@ -191,8 +197,31 @@ impl Engine {
         self.log_blocks_since_cut() >= ring / 4
             || used >= ring * 5 / 8
             || since_cut >= RECORDS_MAX
-            || self.changed_nodes.get() >= CHANGED_NODES_MAX
+            || self.changed_nodes.get() >= CHANGED_NODES_DUE
             || (aged && pending)
+    }
+
+    /// Waits until there is memory for another change: guests can change more than checkpoints
+    /// merge meanwhile.
+    ///
+    /// # Errors
+    /// If the store has failed.
+    pub(crate) async fn room_in_memory(&self) -> Result<(), Error> {
+        loop {
+            let merged = self.checkpoints.merged.changed();
+            if let Some(error) = self.scheduler.failure() {
+                return Err(crate::engine::stopped(&error));
+            }
+            if !self.is_full_of_changes() {
+                return Ok(());
+            }
+            self.request_checkpoint();
+            merged.await;
+        }
+    }
+
+    fn is_full_of_changes(&self) -> bool {
+        self.changed_nodes.get() >= CHANGED_NODES_MAX
     }
 
     fn records_since_cut(&self) -> u64 {
@@ -403,6 +432,7 @@ impl Engine {
         let nodes: usize =
             shed.iter().map(|generation| generation.overlay.borrow().node_count()).sum();
         self.changed_nodes.set(self.changed_nodes.get().saturating_sub(as_u64(nodes)));
+        self.checkpoints.merged.notify();
         self.shed(shed);
         *self.checkpoints.last_cut.borrow_mut() = Some(frozen.segment);
         let mut replaced = merge.replaced;
@@ -506,7 +536,7 @@ impl Engine {
     /// Stops the store if checkpoints have failed for long and guests wait for one: an error is
     /// better than to hang for ever (G10).
     fn stop_if_hopeless(&self, since: Time, error: &Error) {
-        let guests_wait = self.log.is_full();
+        let guests_wait = self.log.is_full() || self.is_full_of_changes();
         if !guests_wait || self.runtime.now().since(since) < FAILING_MAX {
             return;
         }

@@ -156,8 +156,9 @@ impl Engine {
         self.opened_store_ns.saturating_add(u64::try_from(since).unwrap_or(u64::MAX))
     }
 
-    /// Waits for room in the log for one record.
+    /// Waits for room in the log for one record, and in memory for what it changes.
     pub(crate) async fn room(&self) -> Result<Admission, Error> {
+        self.room_in_memory().await?;
         Ok(self.log.admit().await.map_err(blockstore::Error::from)?)
     }
 

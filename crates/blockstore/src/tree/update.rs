@@ -89,6 +89,9 @@ const DROPPED_NODES_MAX: u32 = 1024;
 /// Nodes built between two breaths of the thread.
 const NODES_PER_TURN: u64 = 32;
 
+/// New nodes whose writes may be under way at once: 16 MiB.
+const NODES_IN_FLIGHT_MAX: usize = 4096;
+
 /// Merges `changes`, in [`Change::order`] and at most one per subtree, into the tree of `root`.
 /// `root.height` may be less than `height`: the tree grows.
 ///
@@ -192,6 +195,7 @@ impl Updater<'_, '_> {
                     return Ok((uniform, 0));
                 }
             }
+            self.writer.batch.below(NODES_IN_FLIGHT_MAX).await;
             let built = self.build(&entries)?;
             if self.writer.outcome.nodes_written.is_multiple_of(NODES_PER_TURN) {
                 self.writer.nodes.runtime().yield_now().await;

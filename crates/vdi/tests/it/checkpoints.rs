@@ -1,14 +1,17 @@
-//! Checkpoints that fail.
+//! Checkpoints that fail, or do not keep up.
 
 use std::cell::Cell;
 use std::rc::Rc;
 use std::time::Duration;
 
 use base::{Buffer, ErrorKind};
+use device::Operation;
 use disk::Request;
+use parallax_vdi::{FormatOptions, OpenOptions, Store};
 
-use crate::disk;
-use crate::gate::with_gated_store;
+use crate::gate::{Gate, with_gated_store};
+use crate::ram::{Ram, run};
+use crate::{disk, format_options};
 
 /// First block of the first extent of data or metadata.
 const EXTENTS: u64 = (32 << 20) / 4096;
@@ -41,5 +44,50 @@ fn a_store_whose_checkpoints_keep_failing_stops_with_an_error() {
         assert_eq!(failure.get(), Some(ErrorKind::NoSpace), "the guest is told");
         store.failed().await;
         assert!(store.close().await.is_err());
+    });
+}
+
+/// A burst of small writes made more changes than checkpoints merged meanwhile, without bound.
+#[test]
+fn changes_wait_for_a_checkpoint_that_does_not_keep_up() {
+    const BLOCKS: u64 = (4 << 30) / 4096;
+    const LEAVES: u64 = 70_000;
+    let ram = Ram::default();
+    run(1, |runtime| async move {
+        let gate = Gate::new(ram.backend(BLOCKS));
+        let options = FormatOptions {
+            extent_bytes: Some(64 << 20),
+            log_bytes: Some(16 << 20),
+            ..format_options()
+        };
+        Store::format(&gate.device(), &runtime, &options).await.unwrap();
+        let options =
+            OpenOptions { cache_bytes: 1 << 20, boot_id: [1; 16], nonce: runtime.random() };
+        let (store, _) =
+            Store::open(gate.device(), runtime.clone(), &options).await.expect("opens");
+        store.create("web01", 1 << 40).await.unwrap();
+        let disk = disk(&store, "web01").await;
+        // No node is ever written.
+        let first = (128 << 20) / 4096;
+        gate.hold(
+            move |operation| matches!(operation, Operation::Write { at, .. } if at.get() >= first),
+        );
+        let done = Rc::new(Cell::new(0));
+        for task in 0..70 {
+            let (disk, done) = (Rc::clone(&disk), Rc::clone(&done));
+            drop(runtime.spawn(async move {
+                for leaf in (task..LEAVES).step_by(70) {
+                    let (offset, length) = (leaf << 20, 4096);
+                    disk.submit(Request::Discard { offset, length, fua: false }).await.unwrap();
+                    done.set(done.get() + 1);
+                }
+            }));
+        }
+        runtime.sleep(Duration::from_secs(20)).await;
+        let stuck = done.get();
+        assert!((32 << 10..LEAVES - 100).contains(&stuck), "{stuck} leaves changed");
+        gate.release();
+        runtime.sleep(Duration::from_secs(20)).await;
+        assert_eq!(done.get(), LEAVES);
     });
 }
