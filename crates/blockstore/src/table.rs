@@ -2,6 +2,7 @@
 //! blocks; a table changes only at a checkpoint.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::rc::Rc;
 
 use base::{BLOCK_SIZE, BirthLabel, Lsn};
@@ -12,6 +13,9 @@ use crate::{Error, NodeStore};
 
 /// Tables share nothing: every page and node is private.
 const TABLE_BIRTHS: Births = Births { label: BirthLabel::new(1), shared_up_to: BirthLabel::new(0) };
+
+/// Pages that a scan reads at once.
+const PAGES_AT_ONCE: u64 = 64;
 
 /// Reads the page that holds record `index`.
 ///
@@ -62,6 +66,9 @@ pub async fn scan<R: TableRecord>(
         let leaf = tree::leaf_left(nodes, root, number).await?;
         let end = leaf.end(number);
         for current in number..end {
+            if (current - number).is_multiple_of(PAGES_AT_ONCE) {
+                fetch(nodes, &leaf, current..end.min(current + PAGES_AT_ONCE)).await;
+            }
             let page = match page_of(nodes, leaf.entry(current)).await {
                 Err(Error::Damaged { .. }) => {
                     damaged = true;
@@ -94,6 +101,14 @@ pub async fn scan<R: TableRecord>(
         number = end;
     }
     if damaged { Err(Error::Damaged { what: "table", at: root.entry.pba() }) } else { Ok(()) }
+}
+
+/// Has pages of a leaf in memory soon, all at once; who needs one learns what is wrong with it.
+async fn fetch(nodes: &NodeStore, leaf: &tree::Leaf, pages: Range<u64>) {
+    if matches!(leaf, tree::Leaf::Node(_)) {
+        let entries = pages.map(|page| leaf.entry(page));
+        nodes.load_all(entries.filter(|e| e.state() == EntryState::Mapped).collect()).await;
+    }
 }
 
 /// Stores records (`None` clears) and returns the new root. If damage is to be forgotten, so are the

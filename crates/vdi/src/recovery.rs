@@ -41,6 +41,9 @@ use crate::types::{OpenOptions, OpenReport};
 use crate::vdi::Vdi;
 use crate::{Error, check};
 
+/// Nodes and pages that are read at once.
+const NODES_AT_ONCE: usize = 64;
+
 /// The one host that runs today.
 const HOST: HostId = HostId::new(0);
 
@@ -310,9 +313,12 @@ impl Engine {
         for pba in own {
             self.allocator.mark_busy(pba, 1, Space::Metadata)?;
         }
-        for (index, entry) in pages {
-            let page = self.nodes.load(entry).await?;
-            self.allocator.load_live_page(index, &page.block().0)?;
+        for part in pages.chunks(NODES_AT_ONCE) {
+            let entries = part.iter().map(|&(_, entry)| entry).collect();
+            let loaded = self.nodes.load_all(entries).await;
+            for (&(index, _), page) in part.iter().zip(loaded) {
+                self.allocator.load_live_page(index, &page?.block().0)?;
+            }
         }
         let bad = self.load_bad_blocks(roots.bad_blocks).await?;
         if bad > 0 {
@@ -348,24 +354,30 @@ impl Engine {
         visit: &mut dyn FnMut(Entry, Option<u64>),
     ) -> Result<(), Error> {
         let mut stack = vec![(root.entry, root.height, 0u64)];
-        while let Some((entry, level, start)) = stack.pop() {
-            match entry.state() {
-                EntryState::Mapped => {}
-                EntryState::Damaged => {
-                    let at = root.entry.pba();
-                    return Err(blockstore::Error::Damaged { what: "table", at }.into());
+        while !stack.is_empty() {
+            let mut inner = Vec::new();
+            while inner.len() < NODES_AT_ONCE
+                && let Some((entry, level, start)) = stack.pop()
+            {
+                match entry.state() {
+                    EntryState::Mapped => {}
+                    EntryState::Damaged => {
+                        let at = root.entry.pba();
+                        return Err(blockstore::Error::Damaged { what: "table", at }.into());
+                    }
+                    EntryState::Unmapped | EntryState::Zero => continue,
                 }
-                EntryState::Unmapped | EntryState::Zero => continue,
+                visit(entry, (level == 0).then_some(start));
+                if level > 0 {
+                    inner.push((entry, level, start));
+                }
             }
-            if level == 0 {
-                visit(entry, Some(start));
-                continue;
-            }
-            visit(entry, None);
-            let node = self.nodes.load(entry).await?;
-            let width = tree::span(level - 1);
-            for (slot, child) in (0u64..).zip(node.entries()) {
-                stack.push((child, level - 1, start + slot * width));
+            let loaded = self.nodes.load_all(inner.iter().map(|&(entry, ..)| entry).collect());
+            for (node, (_, level, start)) in loaded.await.into_iter().zip(inner) {
+                let width = tree::span(level - 1);
+                for (slot, child) in (0u64..).zip(node?.entries()) {
+                    stack.push((child, level - 1, start + slot * width));
+                }
             }
         }
         Ok(())

@@ -16,6 +16,7 @@ mod golden;
 mod guarantees;
 mod machines;
 mod model;
+mod opening;
 mod ram;
 mod space;
 mod stuck;
