@@ -153,7 +153,7 @@ impl Log {
                 let state = self.0.state.borrow();
                 (self.blocks_above_durable(&state), state.reserved)
             };
-            if above + reserved >= self.0.config.geometry.ring_blocks * 3 / 16 {
+            if above + reserved >= self.above_durable_max() {
                 // What others were admitted for has to be written first, and what is written has
                 // to complete before a flush can cover it.
                 if self.flush_would_cover() {
@@ -342,6 +342,14 @@ impl Log {
         self.used_blocks(&state) + state.reserved >= self.high_water()
     }
 
+    /// Whether there is room for more than what recovery writes again at most, as it stands: the
+    /// rest may be spent on records that fall into pieces.
+    #[must_use]
+    pub fn has_room_for_pieces(&self) -> bool {
+        let used = self.used_blocks(&self.0.state.borrow());
+        used + self.above_durable_max() + 2 < self.0.config.geometry.ring_blocks
+    }
+
     /// Whether another record can be appended at all.
     #[must_use]
     pub fn has_reserve(&self) -> bool {
@@ -377,6 +385,12 @@ impl Log {
 
     fn used_blocks(&self, state: &State) -> u64 {
         state.position.distance_from(state.tail) + u64::from(state.open.record_count() > 0)
+    }
+
+    /// Guests fill three sixteenths of the ring above F, so that recovery, which needs as much
+    /// again, leaves a sixteenth of it.
+    fn above_durable_max(&self) -> u64 {
+        self.0.config.geometry.ring_blocks * 3 / 16
     }
 
     /// Guests use three quarters of the ring.

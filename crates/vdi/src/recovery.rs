@@ -697,6 +697,17 @@ impl Engine {
         Ok(())
     }
 
+    /// New blocks for data that is written again. None if there are none; nor fewer than `count`
+    /// if the log has no room for the pieces that the record would fall into.
+    fn room_to_move(&self, vdi: &Vdi, count: u64) -> Option<Run> {
+        let run = self.allocator.allocate(Space::Data, &mut vdi.window.borrow_mut(), count)?;
+        if run.count == count || self.log.has_room_for_pieces() {
+            return Some(run);
+        }
+        self.allocator.free_now(run);
+        None
+    }
+
     fn refuse_full_log(&self) -> Result<(), Error> {
         if self.log.has_reserve() {
             return Ok(());
@@ -729,14 +740,11 @@ impl Engine {
         let mut done = 0;
         while done < hashes.len() {
             self.refuse_full_log()?;
-            let run = {
-                let mut window = vdi.window.borrow_mut();
-                let left = as_u64(hashes.len() - done);
-                self.allocator.allocate(Space::Data, &mut window, left)
-            };
+            let left = as_u64(hashes.len() - done);
+            let run = self.room_to_move(&vdi, left);
             // A full store keeps the data where it was verified; the flush before covers it,
             // unless the device failed one and forgot that it did.
-            let stays = Run { start: pba.plus(as_u64(done)), count: 1 };
+            let stays = Run { start: pba.plus(as_u64(done)), count: left };
             let moves = run.is_some();
             let run = run.unwrap_or(stays);
             let count = usize::try_from(run.count).unwrap_or(0);

@@ -28,6 +28,11 @@ fn writes_data(operation: &Operation) -> bool {
     matches!(operation, Operation::Write { at, .. } if at.get() >= DATA_START)
 }
 
+fn write_of(offset: u64, length: usize) -> Request {
+    let data = Buffer::from_bytes(&vec![7; length]);
+    Request::Write { offset, length, data, fua: false }
+}
+
 fn writes_slot(operation: &Operation) -> bool {
     matches!(operation, Operation::Write { at, .. } if SLOTS.contains(&at.get()))
 }
@@ -53,9 +58,7 @@ fn a_store_opens_after_a_crash_with_one_data_write_that_hung() {
         write(&two, 0, &[1; 4096]).await;
         let first = Cell::new(true);
         gate.hold(move |operation| writes_data(operation) && first.replace(false));
-        let data = Buffer::from_bytes(&[7; 4096]);
-        let request = Request::Write { offset: 0, length: 4096, data, fua: false };
-        drop(runtime.spawn(one.submit(request)));
+        drop(runtime.spawn(one.submit(write_of(0, 4096))));
         runtime.sleep(Duration::from_millis(1)).await;
         assert_eq!(gate.held(), 1);
         let done = start_writers(&runtime, &two, 60, 20, 64 << 10);
@@ -105,9 +108,7 @@ fn a_resize_that_nobody_waits_for_is_done() {
         store.create("web01", 1 << 30).await.unwrap();
         let disk = disk(&store, "web01").await;
         gate.hold(writes_data);
-        let data = Buffer::from_bytes(&[7; 4096]);
-        let request = Request::Write { offset: 0, length: 4096, data, fua: false };
-        drop(runtime.spawn(disk.submit(request)));
+        drop(runtime.spawn(disk.submit(write_of(0, 4096))));
         runtime.sleep(Duration::from_millis(1)).await;
         abandon(store.resize("web01", 2 << 30)).await;
         gate.release();
@@ -201,5 +202,40 @@ fn replaced_blocks_wait_for_readers_in_the_background() {
         gate.release();
         runtime.sleep(Duration::from_secs(1)).await;
         assert!(store.stats().free_bytes >= free + (1 << 20));
+    });
+}
+
+/// In a full store recovery leaves data where it stands. It wrote a record for each block then,
+/// and a log that was three quarters full had no room for them.
+#[test]
+fn a_full_store_opens_after_a_crash_with_a_full_log() {
+    const MIB: u64 = 1 << 20;
+    let (ram, ()) = with_gated_store(|runtime, gate, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        let disk = disk(&store, "web01").await;
+        let mut filled = 0;
+        while disk.submit(write_of(filled, 1 << 20)).await.is_ok() {
+            filled += MIB;
+        }
+        disk.submit(Request::Discard { offset: 0, length: 13 * MIB, fua: true }).await.unwrap();
+        store.checkpoint().await.unwrap();
+        // The tail stays where it is, while the log fills.
+        gate.hold(writes_slot);
+        for block in 0..30 {
+            write(&disk, filled + block * 4096, &[1; 4096]).await;
+        }
+        disk.submit(Request::Flush).await.unwrap();
+        gate.hold(|operation| {
+            writes_slot(operation) || matches!(operation, Operation::Flush { .. })
+        });
+        for megabyte in 0..12 {
+            drop(runtime.spawn(disk.submit(write_of(megabyte << 20, 1 << 20))));
+        }
+        runtime.sleep(Duration::from_secs(2)).await;
+        let stats = store.stats();
+        assert!(stats.log_used_percent >= 50, "{stats:?}");
+    });
+    reopened(&ram, |_, store, _| async move {
+        assert_eq!(read(&disk(&store, "web01").await, 0, 4096).await, [7; 4096]);
     });
 }
