@@ -263,6 +263,7 @@ impl Engine {
         Rc::new(Vdi {
             id: record.id,
             claim: record.claim,
+            born: Cell::default(),
             branch: RefCell::new(branch),
             block_count: Cell::new(record.block_count),
             window: RefCell::default(),

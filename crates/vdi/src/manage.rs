@@ -229,7 +229,7 @@ impl Engine {
         name: &str,
         parent: Option<(VdiId, SnapshotNumber)>,
         base: Base,
-    ) {
+    ) -> Rc<Vdi> {
         let (parent, parent_snapshot) = parent.unwrap_or_default();
         // A root of its own has nothing that is shared; a point's labels are known when it is
         // merged.
@@ -237,6 +237,7 @@ impl Engine {
         let vdi = Rc::new(Vdi {
             id,
             claim: FIRST_CLAIM,
+            born: Cell::default(),
             branch: RefCell::new(branch),
             block_count: Cell::new(block_count),
             window: RefCell::default(),
@@ -267,6 +268,7 @@ impl Engine {
             registry.loaded.insert(id, Rc::clone(&vdi));
         }
         self.touch(&vdi);
+        vdi
     }
 
     pub(crate) fn apply_clone(
@@ -286,7 +288,9 @@ impl Engine {
             None => (self.point_now(source, lsn), source.block_count.get()),
         };
         let number = snapshot.map_or(SnapshotNumber::new(0), |snapshot| snapshot.number);
-        self.apply_create(id, block_count, wall_ns, name, Some((source.id, number)), base);
+        let parent = Some((source.id, number));
+        let vdi = self.apply_create(id, block_count, wall_ns, name, parent, base);
+        vdi.born.set(lsn);
     }
 
     /// A clone of what is lost: there is a name, and nothing else.

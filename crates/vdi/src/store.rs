@@ -220,18 +220,26 @@ impl Store {
         self.0.diff(from, to).await
     }
 
-    /// Opens a VDI for reading and writing, or a snapshot for reading.
+    /// Opens a VDI for reading and writing, or a snapshot for reading. Waits until a snapshot or a
+    /// clone that is being made is durable: what is written to a clone and flushed must not go with
+    /// it, and a snapshot must not change under its reader.
     ///
     /// # Errors
     /// `NotFound`.
     pub async fn open_disk(&self, target: &Target) -> Result<Rc<dyn Disk>, Error> {
         let vdi = self.0.find(&target.vdi).await?;
+        let snapshot = match &target.snapshot {
+            Some(label) => Some(find_snapshot(&vdi, &target.vdi, label)?),
+            None => None,
+        };
+        let born = snapshot.as_ref().map_or(vdi.born.get(), |snapshot| snapshot.position);
+        self.0.log.durable(born).await.map_err(blockstore::Error::from)?;
+        if vdi.deleted.get() {
+            return Err(not_found(&target.vdi));
+        }
         let engine = Rc::clone(&self.0);
-        Ok(match &target.snapshot {
-            Some(label) => {
-                let snapshot = find_snapshot(&vdi, &target.vdi, label)?;
-                Rc::new(SnapshotHandle::new(engine, vdi, snapshot))
-            }
+        Ok(match snapshot {
+            Some(snapshot) => Rc::new(SnapshotHandle::new(engine, vdi, snapshot)),
             None => Rc::new(VdiHandle::new(engine, vdi)),
         })
     }

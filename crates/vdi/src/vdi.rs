@@ -16,6 +16,9 @@ use crate::ranges::RangeLocks;
 pub(crate) struct Vdi {
     pub(crate) id: VdiId,
     pub(crate) claim: ClaimGeneration,
+    /// The record that cloned it, if that was in this run: until it is durable, a crash may take
+    /// the VDI away (design rule 31).
+    pub(crate) born: Cell<Lsn>,
     /// What its head continues. Replaced by a rollback.
     pub(crate) branch: RefCell<Rc<Branch>>,
     /// Size in blocks.

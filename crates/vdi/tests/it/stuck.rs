@@ -11,6 +11,7 @@ use base::{Buffer, Epoch, HostId, Pba, StoreUuid};
 use device::Operation;
 use disk::{Disk, Request};
 use ondisk::{Checksums, Heartbeat};
+use parallax_vdi::Target;
 use runtime::Runtime;
 
 use crate::gate::{Gate, ends, start_writers, with_gated_store};
@@ -237,5 +238,31 @@ fn a_full_store_opens_after_a_crash_with_a_full_log() {
     });
     reopened(&ram, |_, store, _| async move {
         assert_eq!(read(&disk(&store, "web01").await, 0, 4096).await, [7; 4096]);
+    });
+}
+
+/// A clone of a running disk counts after a crash only if every write before it does. It could be
+/// opened by name before that was certain, and then lost what was written to it and flushed.
+#[test]
+fn a_clone_can_be_opened_when_it_is_durable() {
+    with_gated_store(|runtime, gate, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        gate.hold(writes_data);
+        drop(runtime.spawn(disk(&store, "web01").await.submit(write_of(0, 4096))));
+        runtime.sleep(Duration::from_millis(1)).await;
+        let cloning = store.clone();
+        drop(runtime.spawn(async move {
+            cloning.clone_vdi(&Target::parse("web01"), "web02").await.unwrap();
+        }));
+        runtime.sleep(Duration::from_millis(1)).await;
+        let opening = store.clone();
+        let opened = runtime.spawn(async move {
+            let clone = disk(&opening, "web02").await;
+            assert_eq!(read(&clone, 0, 4096).await, [7; 4096]);
+        });
+        runtime.sleep(Duration::from_secs(1)).await;
+        assert_eq!(gate.held(), 1);
+        gate.release();
+        opened.await;
     });
 }
