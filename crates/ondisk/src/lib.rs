@@ -18,7 +18,9 @@ mod superblock;
 mod table;
 
 pub use checksum::{Checksums, StructureKind};
-pub use entry::{Entry, EntryState, FANOUT, FANOUT_BITS, HEIGHT_MAX, Node, RootRef};
+pub use entry::{
+    Entry, EntryState, FANOUT, FANOUT_BITS, HEIGHT_MAX, Node, RootRef, VDI_BLOCKS_MAX,
+};
 pub use host_slot::{
     HEARTBEAT_LAYOUT, HOST_SLOT_LAYOUT, Heartbeat, HostSlot, LOG_SEGMENT_LAYOUT, LOG_SEGMENTS_MAX,
     LogSegment, Roots, SlotState,

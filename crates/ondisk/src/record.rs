@@ -8,6 +8,7 @@ use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::DecodeError;
+use crate::entry::VDI_BLOCKS_MAX;
 use crate::layout::layout;
 use crate::table::{LABEL_BYTES_MAX, NAME_BYTES_MAX};
 
@@ -250,7 +251,8 @@ impl Record {
     /// Decodes the first record of `bytes`; returns the rest too.
     ///
     /// # Errors
-    /// `Invalid` for lengths out of bounds, unknown kinds and texts that are no UTF-8.
+    /// `Invalid` for lengths, ranges and sizes out of bounds, unknown kinds and texts that are no
+    /// UTF-8.
     pub fn decode(bytes: &[u8]) -> Result<(Self, &[u8]), DecodeError> {
         let (header, _) =
             RawHeader::ref_from_prefix(bytes).map_err(|_| DecodeError::Invalid("record length"))?;
@@ -307,9 +309,31 @@ impl Record {
             TIME => RecordBody::Time { wall_ns: reader.word()?, store_ns: reader.word()? },
             _ => return Err(DecodeError::Invalid("record kind")),
         };
+        if !body.is_within_bounds() {
+            return Err(DecodeError::Invalid("record range"));
+        }
         let vdi = VdiId::new(header.vdi.get());
         let claim = ClaimGeneration::new(header.claim.get());
         Ok((Self { vdi, claim, body }, rest))
+    }
+}
+
+impl RecordBody {
+    /// Whether it names only blocks, and sizes, that a VDI can have.
+    fn is_within_bounds(&self) -> bool {
+        let fits = |lba: Lba, count: u64| {
+            lba.get().checked_add(count).is_some_and(|end| end <= VDI_BLOCKS_MAX)
+        };
+        match self {
+            Self::Write { lba, hashes, .. } => {
+                fits(*lba, u64::try_from(hashes.len()).unwrap_or(u64::MAX))
+            }
+            Self::Range { lba, count, .. } => fits(*lba, *count),
+            Self::Create { block_count, .. } | Self::Resize { block_count } => {
+                (1..=VDI_BLOCKS_MAX).contains(block_count)
+            }
+            _ => true,
+        }
     }
 }
 
@@ -381,6 +405,43 @@ mod tests {
             assert!(bytes.len() <= crate::LOG_PAYLOAD_BYTES);
             bytes.push(0xee);
             assert_eq!(Record::decode(&bytes), Ok((record, &[0xee][..])));
+        }
+    }
+
+    #[test]
+    fn records_that_name_what_no_vdi_has_are_refused() {
+        let range = |lba, count| RecordBody::Range {
+            lba: Lba::new(lba),
+            count,
+            state: RangeState::Unmapped,
+        };
+        let write = |lba, count| RecordBody::Write {
+            lba: Lba::new(lba),
+            pba: Pba::new(100),
+            hashes: vec![1; count],
+        };
+        let create = |block_count| RecordBody::Create { block_count, wall_ns: 0, name: "a".into() };
+        let check = |body, accepted| {
+            let record = Record { vdi: VdiId::new(3), claim: ClaimGeneration::new(2), body };
+            let mut bytes = Vec::new();
+            record.encode(&mut bytes);
+            assert_eq!(Record::decode(&bytes).is_ok(), accepted, "{record:?}");
+        };
+        let last = VDI_BLOCKS_MAX - 1;
+        for (body, accepted) in [
+            (range(0, VDI_BLOCKS_MAX), true),
+            (range(1, VDI_BLOCKS_MAX), false),
+            (range(1, u64::MAX), false),
+            (write(last, 1), true),
+            (write(last, 2), false),
+            (write(u64::MAX, 1), false),
+            (create(VDI_BLOCKS_MAX), true),
+            (create(0), false),
+            (create(VDI_BLOCKS_MAX + 1), false),
+            (RecordBody::Resize { block_count: 0 }, false),
+            (RecordBody::Resize { block_count: u64::MAX }, false),
+        ] {
+            check(body, accepted);
         }
     }
 

@@ -7,6 +7,7 @@ use base::{
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
+use crate::entry::VDI_BLOCKS_MAX;
 use crate::layout::layout;
 use crate::{DecodeError, RootRef};
 
@@ -233,7 +234,7 @@ impl TableRecord for VdiRecord {
             return Ok(None);
         }
         let block_count = raw.block_count.get();
-        if block_count == 0 || block_count > 1 << 40 {
+        if block_count == 0 || block_count > VDI_BLOCKS_MAX {
             return Err(DecodeError::Invalid("VDI size"));
         }
         Ok(Some(Self {

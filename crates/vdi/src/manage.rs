@@ -10,6 +10,7 @@ use std::rc::Rc;
 use base::{BLOCK_SIZE_U64, BirthLabel, ClaimGeneration, ErrorKind, Lsn, SnapshotNumber, VdiId};
 use ondisk::{
     DirectoryRecord, LABEL_BYTES_MAX, NAME_BYTES_MAX, RangeState, Record, RecordBody, RootRef,
+    VDI_BLOCKS_MAX,
 };
 
 use crate::Error;
@@ -17,9 +18,6 @@ use crate::branch::{Base, Branch};
 use crate::engine::Engine;
 use crate::types::Target;
 use crate::vdi::{Snapshot, Vdi};
-
-/// Largest VDI: what a tree of the greatest height maps.
-const VDI_BLOCKS_MAX: u64 = 1 << 40;
 
 /// Claims rise when VDIs move between hosts; a host that never lets go stays in the first.
 const FIRST_CLAIM: ClaimGeneration = ClaimGeneration::new(1);

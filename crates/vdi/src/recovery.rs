@@ -467,7 +467,9 @@ impl Engine {
                 self.touch(&vdi);
                 let branch = Rc::clone(&vdi.branch.borrow());
                 let generation = branch.active();
-                for (index, &hash) in (0u64..).zip(hashes) {
+                // What lies behind the end is nobody's, whatever wrote the record.
+                let within = vdi.block_count.get().saturating_sub(lba.get());
+                for (index, &hash) in (0..within).zip(hashes) {
                     let entry = Entry::mapped(pba.plus(index), hash, BirthLabel::default());
                     let start = lba.get() + index;
                     let change = tree::Change { level: 0, start, lsn, entry };
@@ -478,7 +480,8 @@ impl Engine {
                 self.touch(&vdi);
                 let branch = Rc::clone(&vdi.branch.borrow());
                 let generation = branch.active();
-                let range = (lba.get(), lba.get().saturating_add(*count));
+                let end = lba.get().saturating_add(*count).min(vdi.block_count.get());
+                let range = (lba.get(), end);
                 let level_max = Self::level_max(vdi.block_count.get());
                 self.install_range(&branch, &generation, lsn, range, *state, level_max);
             }

@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use base::{Block, Buffer, HostId, Lsn, Pba};
+use base::{Block, Buffer, ClaimGeneration, HostId, Lsn, Pba, VdiId};
 use blockstore::slots::{SlotPair, read_slots};
 use blockstore::{Geometry, superblock};
 use ondisk::{
-    Checksums, Entry, EntryState, ExtentKind, ExtentRecord, HostSlot, LogBlock, Node, RootRef,
-    TableRecord,
+    Checksums, Entry, EntryState, ExtentKind, ExtentRecord, HostSlot, LogBlock, LogBlockBuilder,
+    Node, Record, RecordBody, RootRef, Seal, TableRecord,
 };
 use parallax_vdi::check::{CheckOptions, CheckReport, FindingKind, check};
 use parallax_vdi::dump::Dump;
@@ -150,6 +150,42 @@ impl Anatomy {
         let entry = Entry::mapped(node_entry.pba(), hash, node_entry.birth());
         RootRef { entry, hash, height: 1 }
     }
+}
+
+/// Appends a record to the log of a store that was not closed, as who knows its key can.
+pub(crate) fn forge_record(ram: &Ram, vdi: u64, body: RecordBody) {
+    let Anatomy { ram, geometry, checksums, pair } = Anatomy::of(ram);
+    let segment = pair.newest.segments.last().unwrap();
+    let (epoch, nonce) = (segment.epoch, segment.nonce);
+    let (mut position, mut first_lsn, mut previous) =
+        (segment.start, segment.first_lsn, segment.chain);
+    loop {
+        let at = geometry.log_block(pair.newest.log_start, position);
+        let Ok(block) = LogBlock::decode(&ram.block(at), &checksums, at, epoch, nonce) else {
+            break;
+        };
+        first_lsn = first_lsn.plus(block.records.len() as u64);
+        previous = block.checksum;
+        position = position.plus(1);
+    }
+    let at = geometry.log_block(pair.newest.log_start, position);
+    let (slot_sequence, cut) = (pair.newest.sequence, pair.newest.cut);
+    let seal = Seal {
+        epoch,
+        nonce,
+        position,
+        at,
+        first_lsn,
+        durable: first_lsn,
+        previous,
+        slot_sequence,
+        cut,
+    };
+    let mut builder = LogBlockBuilder::default();
+    builder.push(&Record { vdi: VdiId::new(vdi), claim: ClaimGeneration::new(1), body });
+    let mut buffer = Buffer::zeroed(1);
+    builder.seal(&checksums, &seal, &mut buffer);
+    ram.set_block(at, &buffer.blocks()[0]);
 }
 
 fn kinds(report: &CheckReport) -> Vec<FindingKind> {

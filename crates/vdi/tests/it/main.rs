@@ -18,6 +18,7 @@ mod machines;
 mod model;
 mod opening;
 mod ram;
+mod reopen;
 mod space;
 mod stuck;
 
