@@ -142,6 +142,27 @@ impl Branch {
         generation.dead.borrow_mut().extend(dead);
     }
 
+    /// No label that the merges of what is there now can give is greater.
+    pub(crate) fn label_bound(self: &Rc<Self>) -> u64 {
+        // A branch starts one above its base, and advances once in the merge that is under way and
+        // once in the next.
+        const PER_BRANCH: u64 = 3;
+        let mut branch = Rc::clone(self);
+        let (mut above, mut bound) = (0, 0);
+        loop {
+            above += PER_BRANCH;
+            bound = bound.max(u64::from(branch.label.get().get()) + above);
+            let base = branch.base.borrow().clone();
+            match base {
+                Base::Root(_) => return bound,
+                Base::Point(_, point) if point.root.get().is_some() => {
+                    return bound.max(u64::from(point.label.get().get()) + above);
+                }
+                Base::Point(older, _) => branch = older,
+            }
+        }
+    }
+
     /// Where block `index` stands, for a reader that sees LSNs below `before`.
     pub(crate) fn place(self: &Rc<Self>, index: u64, before: Lsn) -> Place {
         let mut branch = Rc::clone(self);
@@ -221,5 +242,27 @@ impl View {
                 None => branch.next_changed(index),
             },
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_are_bounded_over_bases_that_have_no_tree_yet() {
+        let root = || Base::Root(RootRef::empty(1));
+        let zero = BirthLabel::new(0);
+        let old = Branch::new(1, root(), BirthLabel::new(100), zero);
+        assert_eq!(old.label_bound(), 103);
+        let point = old.add_point(Lsn::new(7));
+        let base = || Base::Point(Rc::clone(&old), Rc::clone(&point));
+        let clone = Branch::new(2, base(), BirthLabel::new(1), zero);
+        assert_eq!(clone.label_bound(), 106);
+        let rolled_back = Branch::new(3, base(), BirthLabel::new(200), zero);
+        assert_eq!(rolled_back.label_bound(), 203);
+        point.label.set(BirthLabel::new(90));
+        point.root.set(Some(RootRef::empty(1)));
+        assert_eq!(clone.label_bound(), 93, "the base has its tree, and advances no more");
     }
 }

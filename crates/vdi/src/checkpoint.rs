@@ -31,6 +31,7 @@ use crate::Error;
 use crate::branch::{Base, Branch, Point};
 use crate::damage::{DamagedTables, Table, is_damage};
 use crate::engine::{Engine, as_u64};
+use crate::manage::labels_used_up;
 use crate::overlay::newest_only;
 use crate::vdi::{Snapshot, Vdi};
 
@@ -984,8 +985,5 @@ fn mapped(change: &Change) -> Option<Pba> {
 }
 
 fn next_label(label: BirthLabel) -> Result<BirthLabel, Error> {
-    label.get().checked_add(1).map(BirthLabel::new).ok_or_else(|| {
-        let message = "the VDI's birth labels are used up: clone it and delete the old one";
-        Error::refused(ErrorKind::NoSpace, message)
-    })
+    label.get().checked_add(1).map(BirthLabel::new).ok_or_else(labels_used_up)
 }

@@ -60,6 +60,8 @@ impl Engine {
             Some(label) => Some(find_snapshot(&vdi, &source.vdi, label)?),
             None => None,
         };
+        let branch = snapshot.as_ref().map(|snapshot| Rc::clone(&snapshot.branch));
+        refuse_without_labels(&branch.unwrap_or_else(|| Rc::clone(&vdi.branch.borrow())))?;
         let id = self.next_id();
         let wall_ns = self.runtime.wall_ns();
         let number = snapshot.as_ref().map_or(SnapshotNumber::new(0), |snapshot| snapshot.number);
@@ -92,6 +94,7 @@ impl Engine {
         if vdi.deleted.get() {
             return Err(not_found(name));
         }
+        refuse_without_labels(&vdi.branch.borrow())?;
         let number = vdi.snapshot_next.get();
         let (wall_ns, store_ns) = (self.runtime.wall_ns(), self.store_ns());
         let body = RecordBody::Snapshot { number, wall_ns, store_ns, label: label.to_owned() };
@@ -183,6 +186,8 @@ impl Engine {
         let one = self.management.acquire(1).await;
         let vdi = self.find(name).await?;
         let snapshot = find_snapshot(&vdi, name, label)?;
+        refuse_without_labels(&vdi.branch.borrow())?;
+        refuse_without_labels(&snapshot.branch)?;
         vdi.sever();
         let all = vdi.ranges.lock(0..u64::MAX).await;
         let appended = self.append(room, &vdi, RecordBody::Rollback { number: snapshot.number });
@@ -418,6 +423,23 @@ impl Engine {
         vdi.block_count.set(snapshot.block_count);
         self.touch(vdi);
     }
+}
+
+/// Labels that must be left for a snapshot, a clone or a rollback: more than each of them takes, so
+/// that no checkpoint ever lacks one (design rule 42).
+const LABELS_LEFT_MIN: u64 = 16;
+
+/// Refuses what would advance a branch whose labels are nearly used up.
+fn refuse_without_labels(branch: &Rc<Branch>) -> Result<(), Error> {
+    if branch.label_bound() + LABELS_LEFT_MIN > u64::from(u32::MAX) {
+        return Err(labels_used_up());
+    }
+    Ok(())
+}
+
+pub(crate) fn labels_used_up() -> Error {
+    let message = "the VDI's birth labels are used up: copy it to a new VDI, and delete this one";
+    Error::refused(ErrorKind::NoSpace, message)
 }
 
 pub(crate) fn find_snapshot(vdi: &Vdi, name: &str, label: &str) -> Result<Rc<Snapshot>, Error> {

@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use base::{Block, Buffer, ClaimGeneration, HostId, Lsn, Pba, VdiId};
+use base::{BirthLabel, Block, Buffer, ClaimGeneration, HostId, Lsn, Pba, VdiId};
 use blockstore::slots::{SlotPair, read_slots};
 use blockstore::{Geometry, superblock};
 use ondisk::{
     Checksums, Entry, EntryState, ExtentKind, ExtentRecord, HostSlot, LogBlock, LogBlockBuilder,
-    Node, Record, RecordBody, RootRef, Seal, TableRecord,
+    Node, Record, RecordBody, RootRef, Seal, TableRecord, VdiRecord,
 };
 use parallax_vdi::check::{CheckOptions, CheckReport, FindingKind, check};
 use parallax_vdi::dump::Dump;
@@ -186,6 +186,16 @@ pub(crate) fn forge_record(ram: &Ram, vdi: u64, body: RecordBody) {
     let mut buffer = Buffer::zeroed(1);
     builder.seal(&checksums, &seal, &mut buffer);
     ram.set_block(at, &buffer.blocks()[0]);
+}
+
+/// Gives a VDI of a closed store another newest birth label.
+pub(crate) fn set_label(ram: &Ram, vdi: u64, label: u32) {
+    let anatomy = Anatomy::of(ram);
+    let mut slot = anatomy.slot().clone();
+    let record = VdiRecord { label: BirthLabel::new(label), ..anatomy.vdi(vdi) };
+    slot.roots.vdis =
+        anatomy.replace_page(&slot.roots.vdis, |page| VdiRecord::set(page, vdi, Some(&record)));
+    anatomy.publish(&slot);
 }
 
 fn kinds(report: &CheckReport) -> Vec<FindingKind> {

@@ -1,9 +1,10 @@
 //! What opening a store makes of what it finds.
 
-use base::Lba;
+use base::{ErrorKind, Lba};
 use ondisk::{RangeState, RecordBody};
+use parallax_vdi::{Error, Target};
 
-use crate::check::forge_record;
+use crate::check::{forge_record, set_label};
 use crate::{disk, read, reopened, with_store, write};
 
 /// A record is bounded by what a VDI can have at most, but this one has a single block: cut into
@@ -19,6 +20,35 @@ fn a_forged_range_ends_where_the_disk_does() {
     reopened(&ram, |_, store, report| async move {
         assert!(report.records_replayed == 3, "{report:?}");
         assert_eq!(read(&disk(&store, "web01").await, 0, 4096).await, [0; 4096]);
+        store.close().await.unwrap();
+    });
+}
+
+/// Labels end after 2^32 snapshots that a checkpoint met. Then no checkpoint succeeded any more,
+/// and nothing could be written to any VDI.
+#[test]
+fn a_vdi_without_birth_labels_refuses_snapshots_and_nothing_else() {
+    let (ram, ()) = with_store(|_, store| async move {
+        for name in ["web01", "web02"] {
+            store.create(name, 1 << 20).await.unwrap();
+            write(&disk(&store, name).await, 0, &[1; 4096]).await;
+        }
+        store.snapshot("web01", Some("old")).await.unwrap();
+        store.close().await.unwrap();
+    });
+    set_label(&ram, 1, u32::MAX - 5);
+    reopened(&ram, |_, store, _| async move {
+        let full = |error: Option<Error>| error.map(|error| error.kind());
+        let no_space = Some(ErrorKind::NoSpace);
+        assert_eq!(full(store.snapshot("web01", None).await.err()), no_space);
+        assert_eq!(full(store.rollback("web01", "old").await.err()), no_space);
+        for source in ["web01", "web01@old"] {
+            let cloned = store.clone_vdi(&Target::parse(source), "clone").await;
+            assert_eq!(full(cloned.err()), no_space);
+        }
+        write(&disk(&store, "web01").await, 0, &[2; 4096]).await;
+        store.checkpoint().await.unwrap();
+        store.snapshot("web02", None).await.unwrap();
         store.close().await.unwrap();
     });
 }
