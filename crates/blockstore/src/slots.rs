@@ -71,15 +71,21 @@ pub async fn read_slots(
             Ok(SlotPair { newest, copy, older: Some(older), other_damaged: false })
         }
         [Ok(newest), Err(error)] => {
-            let other_damaged = error != DecodeError::Magic;
+            let other_damaged = is_damage(&newest, error);
             Ok(SlotPair { newest, copy: 0, older: None, other_damaged })
         }
         [Err(error), Ok(newest)] => {
-            let other_damaged = error != DecodeError::Magic;
+            let other_damaged = is_damage(&newest, error);
             Ok(SlotPair { newest, copy: 1, older: None, other_damaged })
         }
         [Err(_), Err(_)] => Err(Error::Damaged { what: "host slot (both copies)", at }),
     }
+}
+
+/// Whether the copy beside `valid` is damaged. Only a format leaves one that was never written: from
+/// the second publication on, zeroes stand where something was lost, which may be the newest slot.
+fn is_damage(valid: &HostSlot, error: DecodeError) -> bool {
+    error != DecodeError::Magic || valid.sequence > 1
 }
 
 /// Publishes one host's slots, one at a time.

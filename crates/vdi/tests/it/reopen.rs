@@ -1,6 +1,6 @@
 //! What opening a store makes of what it finds.
 
-use base::{ErrorKind, Lba};
+use base::{Block, ErrorKind, Lba, Pba};
 use ondisk::{RangeState, RecordBody};
 use parallax_vdi::{Error, Target};
 
@@ -51,4 +51,22 @@ fn a_vdi_without_birth_labels_refuses_snapshots_and_nothing_else() {
         store.snapshot("web02", None).await.unwrap();
         store.close().await.unwrap();
     });
+}
+
+/// A slot of zeroes was taken for one that was never written, although it may have been the newest.
+#[test]
+fn a_host_slot_that_was_zeroed_raises_an_alarm() {
+    let (ram, ()) = with_store(|_, store| async move {
+        store.create("web01", 1 << 20).await.unwrap();
+        write(&disk(&store, "web01").await, 0, &[1; 4096]).await;
+        store.close().await.unwrap();
+    });
+    for at in [2049, 2050].map(Pba::new) {
+        let ram = ram.copy();
+        ram.set_block(at, &Block([0; 4096]));
+        reopened(&ram, |_, store, report| async move {
+            assert_eq!(report.alarms.len(), 1, "{report:?}");
+            assert_eq!(read(&disk(&store, "web01").await, 0, 4096).await, [1; 4096]);
+        });
+    }
 }
