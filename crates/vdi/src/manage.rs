@@ -96,7 +96,8 @@ impl Engine {
         }
         refuse_without_labels(&vdi.branch.borrow())?;
         let number = vdi.snapshot_next.get();
-        let (wall_ns, store_ns) = (self.runtime.wall_ns(), self.store_ns());
+        let wall_ns = self.runtime.wall_ns().max(vdi.newest_snapshot_ns());
+        let store_ns = self.store_ns();
         let body = RecordBody::Snapshot { number, wall_ns, store_ns, label: label.to_owned() };
         let appended = self.append(room, &vdi, body);
         self.apply_snapshot(&vdi, number, appended.0, (wall_ns, store_ns), label);

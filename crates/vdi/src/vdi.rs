@@ -72,6 +72,13 @@ impl Vdi {
         by_label.or_else(|| snapshots.get(&number()?)).map(Rc::clone)
     }
 
+    /// Wall time of the newest snapshot. A later one is never older, whatever the clock does
+    /// (design rule 38).
+    pub(crate) fn newest_snapshot_ns(&self) -> u64 {
+        let snapshots = self.snapshots.borrow();
+        snapshots.last_key_value().map_or(0, |(_, newest)| newest.wall_ns)
+    }
+
     /// Ends every handle that is open now.
     pub(crate) fn sever(&self) {
         self.incarnation.set(self.incarnation.get() + 1);

@@ -1,6 +1,8 @@
 //! What opening a store makes of what it finds.
 
-use base::{Block, ErrorKind, Lba, Pba};
+use std::time::Duration;
+
+use base::{Block, ErrorKind, Lba, Pba, SnapshotNumber};
 use ondisk::{RangeState, RecordBody};
 use parallax_vdi::{Error, Target};
 
@@ -69,4 +71,20 @@ fn a_host_slot_that_was_zeroed_raises_an_alarm() {
             assert_eq!(read(&disk(&store, "web01").await, 0, 4096).await, [1; 4096]);
         });
     }
+}
+
+/// Each run of these tests begins at the same wall time, as a machine with a bad clock does.
+#[test]
+fn snapshots_are_in_order_of_time_although_the_clock_goes_back() {
+    let (ram, first) = with_store(|runtime, store| async move {
+        store.create("web01", 1 << 20).await.unwrap();
+        runtime.sleep(Duration::from_secs(3600)).await;
+        store.snapshot("web01", None).await.unwrap();
+        store.snapshots("web01", SnapshotNumber::new(0), 1).await.unwrap().remove(0).created_ns
+    });
+    reopened(&ram, move |_, store, _| async move {
+        store.snapshot("web01", None).await.unwrap();
+        let second = store.snapshots("web01", SnapshotNumber::new(1), 1).await.unwrap().remove(0);
+        assert_eq!(second.created_ns, first);
+    });
 }
