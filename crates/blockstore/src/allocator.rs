@@ -87,6 +87,19 @@ impl Space {
     }
 }
 
+/// Which free blocks are handed out first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Reuse {
+    /// Those behind the last ones, as long runs: what was freed is overwritten late, and random
+    /// writes become sequential ones.
+    #[default]
+    Late,
+    /// The first ones, without windows: what was freed is overwritten at once. For the simulator:
+    /// it shows within a few writes that a block was freed too early, which would otherwise take
+    /// a store that is nearly full.
+    Soon,
+}
+
 /// Adjacent blocks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Run {
@@ -160,6 +173,7 @@ struct State {
     bad: BTreeSet<Pba>,
     /// Blocks in windows.
     reserved: u64,
+    reuse: Reuse,
 }
 
 impl Allocator {
@@ -181,8 +195,14 @@ impl Allocator {
             cursors: [Pba::default(); 2],
             bad: BTreeSet::new(),
             reserved: 0,
+            reuse: Reuse::Late,
         };
         Self { division, state: RefCell::new(state) }
+    }
+
+    /// Says which free blocks are handed out first from now on.
+    pub fn prefer(&self, reuse: Reuse) {
+        self.state.borrow_mut().reuse = reuse;
     }
 
     // ── Opening a store ──────────────────────────────────────────────────────────────────────
@@ -550,12 +570,21 @@ impl State {
             Space::Data => self.extents.data_available(),
             Space::Metadata => self.extents.metadata_available(),
         };
-        let length = (available / WINDOW_SHARE)
-            .max(count)
-            .clamp(WINDOW_BLOCKS_MIN, division.window_blocks());
+        let length = match self.reuse {
+            Reuse::Late => (available / WINDOW_SHARE).max(count).max(WINDOW_BLOCKS_MIN),
+            Reuse::Soon => count,
+        };
+        let length = length.min(division.window_blocks());
         loop {
-            let cursor = self.cursors[space.slot()];
-            let candidate = match self.extents.candidate(space, DECENT_CLASS, cursor) {
+            let cursor = match self.reuse {
+                Reuse::Late => self.cursors[space.slot()],
+                Reuse::Soon => Pba::default(),
+            };
+            let decent = match self.reuse {
+                Reuse::Late => self.extents.candidate(space, DECENT_CLASS, cursor),
+                Reuse::Soon => self.extents.first(space),
+            };
+            let candidate = match decent {
                 Some(found) => found,
                 None if self.extents.take_free(space) => continue,
                 None => self.extents.candidate(space, 0, cursor)?,

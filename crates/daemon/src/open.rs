@@ -8,7 +8,7 @@ pub(crate) use device::{Access, OpenOptions as DeviceOptions};
 use device::{BlockFile, Device, OpenCause};
 use runtime::reactor::{EngineChoice, Io, Reactor};
 use rustix::rand::{GetRandomFlags, getrandom};
-use vdi::OpenOptions;
+use vdi::{OpenOptions, Reuse};
 
 /// A reactor on this thread, with the I/O engine that PARALLAX_IO_ENGINE names, if it does.
 pub(crate) fn reactor() -> Result<Reactor, Error> {
@@ -43,7 +43,8 @@ pub(crate) fn in_use(path: &Path) -> Error {
 
 /// Options for opening a store in a new epoch.
 pub(crate) fn options(cache_bytes: usize) -> Result<OpenOptions, Error> {
-    Ok(OpenOptions { cache_bytes, boot_id: boot_id()?, nonce: nonce()? })
+    let (boot_id, nonce) = (boot_id()?, nonce()?);
+    Ok(OpenOptions { cache_bytes, boot_id, nonce, reuse: Reuse::Late })
 }
 
 /// A random number for a new epoch.

@@ -7,7 +7,7 @@ use base::ErrorKind;
 use device::Device;
 use runtime::Clock;
 use vdi::check::CheckOptions;
-use vdi::{FormatOptions, OpenOptions, OpenReport, Store};
+use vdi::{FormatOptions, OpenOptions, OpenReport, Reuse, Store};
 
 use crate::client;
 use crate::executor::{Driven, Executor};
@@ -211,6 +211,7 @@ impl Run {
             cache_bytes: self.world.plan.cache_bytes,
             boot_id: [self.boots; 16],
             nonce: self.world.random.borrow_mut().number(),
+            reuse: Reuse::Late,
         };
         (Device::new(Rc::new(self.world.device.clone())), options)
     }

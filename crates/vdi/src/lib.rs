@@ -41,6 +41,7 @@ mod types;
 mod vdi;
 mod write;
 
+pub use blockstore::allocator::Reuse;
 pub use error::Error;
 pub use gc::GcReport;
 pub use store::Store;

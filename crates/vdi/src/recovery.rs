@@ -243,9 +243,11 @@ fn build(
         HostSlot { epoch, boot_id: options.boot_id, ..slot.clone() },
         pair.copy,
     );
+    let allocator = Allocator::new(geometry.block_count, geometry.extent_blocks);
+    allocator.prefer(options.reuse);
     let opened_at = runtime.now();
     Ok(Rc::new(Engine {
-        allocator: Allocator::new(geometry.block_count, geometry.extent_blocks),
+        allocator,
         runtime,
         device,
         host: HOST,

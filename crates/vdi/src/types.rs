@@ -1,6 +1,7 @@
 //! What the management interface takes and gives. Plain data; sizes in bytes.
 
 use base::{SnapshotNumber, VdiId};
+use blockstore::allocator::Reuse;
 
 /// How to format a store.
 #[derive(Clone, Debug)]
@@ -30,6 +31,8 @@ pub struct OpenOptions {
     pub boot_id: [u8; 16],
     /// Random nonce of the new epoch.
     pub nonce: u64,
+    /// Which free blocks are written first. Anything but the default is for the simulator.
+    pub reuse: Reuse,
 }
 
 /// What opening a store found.

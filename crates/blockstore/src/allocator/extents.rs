@@ -221,6 +221,12 @@ impl Extents {
         Some((*region, class))
     }
 
+    /// The first region with a free block, and the class of a single one.
+    pub(super) fn first(&self, space: Space) -> Option<(u64, usize)> {
+        let classes = self.classes[space.slot()].iter();
+        classes.filter_map(|regions| regions.first()).min().map(|&region| (region, 0))
+    }
+
     /// Notes that `count` free blocks of the region became busy.
     pub(super) fn used(&mut self, region: u64, count: u64) {
         self.change(region, |region| {

@@ -68,6 +68,22 @@ fn data_leaves_the_reserve_to_metadata() {
     check(4 << 16, 1 << 16, 3 << 16);
 }
 
+/// What a test frees too early must be overwritten by the next write.
+#[test]
+fn reused_soon_means_at_once() {
+    let allocator = Allocator::new(6 * 4096, 4096);
+    allocator.prefer(Reuse::Soon);
+    let mut window = Window::default();
+    let mut next = |count| allocator.allocate(Space::Data, &mut window, count);
+    assert_eq!(next(100), Some(run(0, 64)), "no more than a window");
+    assert_eq!(next(10), Some(run(64, 10)));
+    allocator.release([3, 20, 21, 22].map(pba));
+    assert_eq!(next(2), Some(run(3, 1)));
+    assert_eq!(next(2), Some(run(20, 2)));
+    assert_eq!(next(2), Some(run(22, 1)));
+    assert_eq!(next(2), Some(run(74, 2)));
+}
+
 #[test]
 fn long_runs_come_first_then_free_extents_then_crumbs() {
     let allocator = Allocator::new(4 * 256, 256);

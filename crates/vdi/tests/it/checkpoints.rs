@@ -7,11 +7,11 @@ use std::time::Duration;
 use base::{Buffer, ErrorKind};
 use device::Operation;
 use disk::Request;
-use parallax_vdi::{FormatOptions, OpenOptions, Store};
+use parallax_vdi::{FormatOptions, Store};
 
 use crate::gate::{Gate, with_gated_store};
 use crate::ram::{Ram, run};
-use crate::{disk, format_options};
+use crate::{disk, format_options, open_options};
 
 /// First block of the first extent of data or metadata.
 const EXTENTS: u64 = (32 << 20) / 4096;
@@ -61,8 +61,7 @@ fn changes_wait_for_a_checkpoint_that_does_not_keep_up() {
             ..format_options()
         };
         Store::format(&gate.device(), &runtime, &options).await.unwrap();
-        let options =
-            OpenOptions { cache_bytes: 1 << 20, boot_id: [1; 16], nonce: runtime.random() };
+        let options = open_options(runtime.random());
         let (store, _) =
             Store::open(gate.device(), runtime.clone(), &options).await.expect("opens");
         store.create("web01", 1 << 40).await.unwrap();

@@ -10,7 +10,9 @@ use parallax_vdi::{Store, Target};
 
 use crate::check::{Anatomy, assert_sound};
 use crate::ram::{Ram, run};
-use crate::{STORE_BLOCKS, disk, format_options, open, read, reopened, with_store, write};
+use crate::{
+    STORE_BLOCKS, disk, format_options, open, open_options, read, reopened, with_store, write,
+};
 
 const EIO: i32 = 5;
 const ENOLINK: i32 = 67;
@@ -218,8 +220,7 @@ fn filling_and_deleting_again_and_again_loses_no_space() {
         let blocks = 6 * 4096;
         let options = format_options();
         Store::format(&device.device(blocks), &runtime, &options).await.unwrap();
-        let options =
-            parallax_vdi::OpenOptions { cache_bytes: 1 << 20, boot_id: [1; 16], nonce: 3 };
+        let options = open_options(3);
         let (store, _) =
             Store::open(device.device(blocks), runtime.clone(), &options).await.unwrap();
         let mut filled_first = 0;

@@ -8,11 +8,11 @@ use std::time::Duration;
 use base::{Block, Buffer, Pba};
 use device::{Backend, Cause, Device, DeviceError, Operation};
 use disk::{Disk, Request};
-use parallax_vdi::{OpenOptions, Store};
+use parallax_vdi::Store;
 use runtime::Runtime;
 
 use crate::ram::{Ram, run};
-use crate::{STORE_BLOCKS, format_options};
+use crate::{STORE_BLOCKS, format_options, open_options};
 
 type Wanted = Rc<dyn Fn(&Operation) -> bool>;
 type Refused = Rc<dyn Fn(Pba, &Block) -> bool>;
@@ -98,8 +98,7 @@ pub(crate) fn with_gated_store<T: 'static, F: Future<Output = T> + 'static>(
     let outcome = run(1, |runtime| async move {
         let device = gate.device();
         Store::format(&device, &runtime, &format_options()).await.unwrap();
-        let options =
-            OpenOptions { cache_bytes: 1 << 20, boot_id: [1; 16], nonce: runtime.random() };
+        let options = open_options(runtime.random());
         let (store, _) = Store::open(device, runtime.clone(), &options).await.expect("opens");
         work(runtime, gate, store).await
     });

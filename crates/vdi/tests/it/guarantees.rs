@@ -5,14 +5,14 @@ use base::ErrorKind;
 use parallax_vdi::{OpenOptions, Store, Target};
 
 use crate::ram::{Ram, run};
-use crate::{STORE_BLOCKS, disk, format_options, open, read, write};
+use crate::{STORE_BLOCKS, disk, format_options, open, open_options, read, write};
 
 /// G6: a file lock shows nothing of another machine, so its heartbeat is watched.
 #[test]
 fn a_daemon_on_another_machine_is_noticed() {
     let ram = Ram::default();
     let shared = ram.clone();
-    let elsewhere = || OpenOptions { cache_bytes: 1 << 20, boot_id: [2; 16], nonce: 3 };
+    let elsewhere = || OpenOptions { boot_id: [2; 16], ..open_options(3) };
     run(1, |runtime| async move {
         let device = || shared.device(STORE_BLOCKS);
         Store::format(&device(), &runtime, &format_options()).await.unwrap();

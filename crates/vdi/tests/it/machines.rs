@@ -7,11 +7,10 @@ use parallax_vdi::{Error, OpenOptions, Store};
 use runtime::Runtime;
 
 use crate::ram::{Ram, run};
-use crate::{STORE_BLOCKS, disk, format_options, read, write};
+use crate::{STORE_BLOCKS, disk, format_options, open_options, read, write};
 
 async fn open_on(ram: &Ram, runtime: &Runtime, boot: u8) -> Result<Store, Error> {
-    let options =
-        OpenOptions { cache_bytes: 1 << 20, boot_id: [boot; 16], nonce: runtime.random() };
+    let options = OpenOptions { boot_id: [boot; 16], ..open_options(runtime.random()) };
     let opened = Store::open(ram.device(STORE_BLOCKS), runtime.clone(), &options).await;
     opened.map(|(store, _)| store)
 }

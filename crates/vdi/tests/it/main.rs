@@ -26,7 +26,7 @@ use std::rc::Rc;
 
 use base::{BLOCK_SIZE, Buffer, ErrorKind, SnapshotNumber};
 use disk::{Disk, ExtentState, Request, Response, copy_segments};
-use parallax_vdi::{FormatOptions, OpenOptions, OpenReport, Store, Target};
+use parallax_vdi::{FormatOptions, OpenOptions, OpenReport, Reuse, Store, Target};
 use ram::{Ram, run};
 use runtime::Runtime;
 
@@ -43,6 +43,11 @@ pub(crate) fn format_options() -> FormatOptions {
     }
 }
 
+/// Options of machine 1.
+pub(crate) fn open_options(nonce: u64) -> OpenOptions {
+    OpenOptions { cache_bytes: 1 << 20, boot_id: [1; 16], nonce, reuse: Reuse::Late }
+}
+
 pub(crate) async fn open(ram: &Ram, runtime: &Runtime) -> (Store, OpenReport) {
     open_with_cache(ram, runtime, 1 << 20).await
 }
@@ -52,7 +57,7 @@ pub(crate) async fn open_with_cache(
     runtime: &Runtime,
     cache_bytes: usize,
 ) -> (Store, OpenReport) {
-    let options = OpenOptions { cache_bytes, boot_id: [1; 16], nonce: runtime.random() };
+    let options = OpenOptions { cache_bytes, ..open_options(runtime.random()) };
     Store::open(ram.device(STORE_BLOCKS), runtime.clone(), &options).await.expect("opens")
 }
 
@@ -364,7 +369,6 @@ fn diff_lists_what_differs() {
 fn a_large_unaligned_write_is_replayed() {
     const BLOCKS: u64 = (2 << 30) / BLOCK_SIZE as u64;
     let ram = Ram::default();
-    let open_options = |nonce| OpenOptions { cache_bytes: 1 << 20, boot_id: [1; 16], nonce };
     let device = ram.clone();
     run(1, move |runtime| async move {
         let options = FormatOptions { extent_bytes: Some(256 << 20), ..format_options() };

@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use device::{Backend, Device, Operation};
-use parallax_vdi::{OpenOptions, Store};
+use parallax_vdi::Store;
 use runtime::Runtime;
 use std::rc::Rc;
 
 use crate::ram::run;
-use crate::{STORE_BLOCKS, with_store};
+use crate::{STORE_BLOCKS, open_options, with_store};
 
 /// A device whose reads take a while, however many there are at a time.
 struct Slow {
@@ -49,8 +49,7 @@ fn tables_are_read_many_pages_at_a_time() {
     });
     run(2, |runtime| async move {
         let slow = Slow { backend: ram.backend(STORE_BLOCKS), runtime: runtime.clone() };
-        let options =
-            OpenOptions { cache_bytes: 1 << 20, boot_id: [1; 16], nonce: runtime.random() };
+        let options = open_options(runtime.random());
         let before = runtime.now();
         let device = Device::new(Rc::new(slow));
         let (store, _) = Store::open(device, runtime.clone(), &options).await.expect("opens");
