@@ -170,6 +170,13 @@ fn guests_go_on_while_garbage_is_collected() {
                 })
             })
             .collect();
+        // Checkpoints at all times, so that blocks become live in the middle of each mark.
+        let (settling, ended) = (store.clone(), Rc::clone(&stop));
+        let settled = runtime.spawn(async move {
+            while !ended.get() {
+                settling.checkpoint().await.unwrap();
+            }
+        });
         for _ in 0..12 {
             let number = store.snapshot("web01", None).await.unwrap();
             let label = number.to_string();
@@ -185,6 +192,7 @@ fn guests_go_on_while_garbage_is_collected() {
             store.remove(&Target::parse("copy")).await.unwrap();
         }
         stop.set(true);
+        settled.await;
         for (writer, task) in (0u64..).zip(writers) {
             let round = task.await;
             let bytes = read(&disk(&store, "web01").await, writer << 20, 12_288).await;
