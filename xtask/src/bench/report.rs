@@ -186,7 +186,8 @@ pub(crate) fn update_document(document: &Path, directory: &Path) -> Result<()> {
     let table = std::fs::read_to_string(directory.join("table.md"))?;
     let (head, rest) = text.split_once(BEGIN).context("the document has no begin marker")?;
     let (_, tail) = rest.split_once(END).context("the document has no end marker")?;
-    std::fs::write(document, format!("{head}{BEGIN}\n\n{table}\n{END}{tail}"))?;
+    let chart = "![the figures below as bars](benchmarks/chart.svg)";
+    std::fs::write(document, format!("{head}{BEGIN}\n\n{chart}\n\n{table}\n{END}{tail}"))?;
     Ok(())
 }
 
