@@ -2,6 +2,7 @@
 
 use anyhow::{Context as _, Result, bail};
 use parallax_sim::faults::FaultKind;
+use parallax_sim::focus::Focus;
 use parallax_sim::plan::Limits;
 
 /// What is left of the command line.
@@ -52,6 +53,7 @@ impl Arguments {
             without: Vec::new(),
             cut_at_write: self.number("--cut-at-write")?,
             fail_operation: self.number("--fail-operation")?,
+            focus: self.focus()?,
         };
         while let Some(name) = self.text("--without")? {
             let Some(kind) = FaultKind::parse(&name) else {
@@ -61,6 +63,16 @@ impl Arguments {
             limits.without.push(kind);
         }
         Ok(limits)
+    }
+
+    /// What runs are to be about.
+    pub(crate) fn focus(&mut self) -> Result<Option<Focus>> {
+        let Some(name) = self.text("--focus")? else { return Ok(None) };
+        let Some(focus) = Focus::parse(&name) else {
+            let known: Vec<&str> = Focus::ALL.iter().map(|&(_, name)| name).collect();
+            bail!("unknown focus '{name}'; there are {}", known.join(", "));
+        };
+        Ok(Some(focus))
     }
 
     /// Refuses what nobody asked for.

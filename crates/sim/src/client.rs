@@ -11,7 +11,7 @@ use vdi::Target;
 use crate::content::{self, Tag};
 use crate::management;
 use crate::model::Place;
-use crate::plan::RequestKind;
+use crate::plan::{Fill, RequestKind};
 use crate::random::{Random, to_u64, to_usize};
 use crate::requests::{self, Wish};
 use crate::session::{Reach, Session};
@@ -35,14 +35,14 @@ pub async fn work(session: Rc<Session>, requests: u64) {
     }
 }
 
-/// Fills a VDI of its own until the store is full, empties it again and shows that the space is
-/// back. Nothing else is under way.
-pub async fn fill(session: Rc<Session>) {
+/// Fills a VDI of its own until the store is full, frees some of it or all, and shows that the space
+/// is back. Nothing else is under way.
+pub async fn fill(session: Rc<Session>, fill: Fill) {
     let world = &session.world;
-    let outcome = fill_and_empty(&session).await;
+    let outcome = fill_and_free(&session, fill).await;
     match outcome {
         Ok(()) => {}
-        Err(error) => session.excuse("fill", error.kind, &error, Reach::Metadata),
+        Err(error) => session.excuse("fill", error.kind, &error, FILL_REACH),
     }
     world.progressed();
 }
@@ -53,7 +53,10 @@ pub const FILL_NAME: &str = "fill";
 /// Bytes of each request that fills the store.
 const FILL_BYTES: usize = 1 << 20;
 
-async fn fill_and_empty(session: &Session) -> Result<(), DiskError> {
+/// What of the VDI is read again.
+const FILL_REACH: Reach = Reach::Blocks(0, 256);
+
+async fn fill_and_free(session: &Session, fill: Fill) -> Result<(), DiskError> {
     let world = &session.world;
     let size = world.plan.device_blocks * BLOCK_SIZE_U64;
     let target = Target { vdi: FILL_NAME.to_owned(), snapshot: None };
@@ -86,8 +89,16 @@ async fn fill_and_empty(session: &Session) -> Result<(), DiskError> {
             world.fail("a full store reads wrong");
         }
     }
-    disk.submit(Request::Discard { offset: 0, length: size, fua: true }).await?;
+    let kept = match fill {
+        Fill::AllFree => 0,
+        Fill::Blocks(blocks) => offset.saturating_sub(blocks * BLOCK_SIZE_U64),
+    };
+    disk.submit(Request::Discard { offset: kept, length: size - kept, fua: true }).await?;
     session.store.checkpoint().await?;
+    if kept > 0 {
+        world.probe("fill: tight");
+        return Ok(());
+    }
     match write_at(session, &disk, tag, 0).await {
         Ok(()) => world.probe("fill: healed"),
         Err(error) if error.kind == ErrorKind::NoSpace => {

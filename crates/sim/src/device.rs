@@ -18,14 +18,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use base::{BLOCK_SIZE, BlockSlice, Buffer, Pba};
+use blockstore::Geometry;
 use device::{Backend, Cause, DeviceError, Operation};
 use runtime::sync::OneshotSender;
 use runtime::{Clock, Time};
 
 use crate::clock::SimClock;
 use crate::content;
-use crate::faults::{Atlas, Damage, DamageKind, FaultKind, Faults};
+use crate::faults::{Atlas, Damage, DamageKind, FaultKind, Faults, Victim};
 use crate::medium::{CutStyle, Mark, Medium};
+use crate::plan::{EXTENT_BLOCKS, Erratic};
 use crate::random::{Random, to_u64, to_usize};
 use crate::trace::Trace;
 
@@ -35,9 +37,6 @@ const SECOND: u64 = 1_000_000_000;
 
 /// What a device answers that cannot read or write a block.
 const EIO: i32 = 5;
-
-/// What the kernel answers for a device that it cannot reach.
-const ENOLINK: i32 = 67;
 
 /// How long operations take, in nanoseconds: a minimum, and a random addition up to as much.
 #[derive(Clone, Copy, Debug)]
@@ -100,6 +99,8 @@ pub struct Counts {
     pub reads: u64,
     /// Writes.
     pub writes: u64,
+    /// Those of them that publish a slot.
+    pub slot_writes: u64,
     /// Flushes.
     pub flushes: u64,
     /// Discards.
@@ -176,6 +177,18 @@ impl SimDevice {
             fail_at: None,
             counts: Counts::default(),
         })))
+    }
+
+    /// Makes some operations take up to so many milliseconds, and others not: what overtakes what is
+    /// not to be relied upon.
+    pub fn make_erratic(&self, erratic: Erratic) {
+        let latencies = &mut self.0.borrow_mut().latencies;
+        match erratic {
+            Erratic::Nothing => {}
+            Erratic::Reads(ms) => latencies.read.1 = ms * MILLISECOND,
+            Erratic::Writes(ms) => latencies.write.1 = ms * MILLISECOND,
+            Erratic::Flushes(ms) => latencies.flush.1 = ms * MILLISECOND,
+        }
     }
 
     /// Starts or stops injecting faults. What is under way is not changed.
@@ -262,6 +275,11 @@ impl SimDevice {
         look(&self.0.borrow().atlas)
     }
 
+    /// Everything was compared with the model; see [`Atlas::compared`].
+    pub fn compared(&self) {
+        self.0.borrow_mut().atlas.compared();
+    }
+
     /// Whether the device is in trouble: hanging, slow or gone.
     #[must_use]
     pub fn in_trouble(&self) -> bool {
@@ -280,18 +298,32 @@ impl SimDevice {
         self.0.borrow().medium.hash()
     }
 
+    /// Forgets everything that is stored, at the end of a run: whatever still refers to the device
+    /// must not keep that.
+    pub fn clear(&self) {
+        let mut state = self.0.borrow_mut();
+        state.medium = Medium::default();
+        state.queue.clear();
+    }
+
     /// Reads a block past the queue, without faults.
     pub fn peek(&self, block: u64, into: &mut [u8]) {
         self.0.borrow().medium.read(block, into);
     }
 
+    /// Changes a block at rest, as rot does, without a note: nothing that follows is excused.
+    /// `false` if it is not at rest.
+    pub fn damage_silently(&self, block: u64, change: impl FnOnce(&mut [u8])) -> bool {
+        self.0.borrow_mut().medium.damage(block, |contents| change(contents))
+    }
+
     /// Changes a block at rest, as rot does, and notes it. `false` if it is not at rest.
     pub fn damage(&self, block: u64, change: impl FnOnce(&mut [u8])) -> bool {
         let mut state = self.0.borrow_mut();
-        let lba = state.lba_of(block);
+        let victim = state.victim_at(block);
         let changed = state.medium.damage(block, |contents| change(contents));
         if changed {
-            state.note_damage(block, DamageKind::Flipped, lba);
+            state.note_damage(block, DamageKind::Flipped, victim);
         }
         changed
     }
@@ -358,6 +390,8 @@ impl State {
             }
             Operation::Write { at, blocks, done } => {
                 self.counts.writes += 1;
+                let slot = Geometry::host_slots_start();
+                self.counts.slot_writes += u64::from(at == slot || at == slot.plus(1));
                 (Work::Write { at: at.get(), blocks, done }, 2)
             }
             Operation::Flush { done } => {
@@ -378,7 +412,7 @@ impl State {
     fn fate(&mut self, work: &Work) -> Fate {
         let gone = matches!(self.trouble, Some(Trouble { kind: TroubleKind::Gone { .. }, .. }));
         if gone {
-            return Fate::Fails(Cause::Errno(ENOLINK));
+            return Fate::Fails(Cause::Gone);
         }
         if let Work::Read { at, block_count, .. } = work
             && self.unreadable.range(*at..*at + to_u64(*block_count)).next().is_some()
@@ -401,6 +435,11 @@ impl State {
                 Fate::Fails(Cause::Errno(EIO))
             }
             Work::Write { .. } if self.strikes(FaultKind::LostWrite) => Fate::Lost,
+            Work::Write { at, blocks, .. }
+                if self.strikes(FaultKind::LostNode) && self.begins_with_node(*at, blocks) =>
+            {
+                Fate::Lost
+            }
             Work::Write { .. } if self.strikes(FaultKind::Misdirected) => {
                 match self.random.pick(self.medium.written()) {
                     Some(victim) if victim + work.block_count() <= self.block_count => {
@@ -414,6 +453,11 @@ impl State {
             }
             _ => Fate::Succeeds,
         }
+    }
+
+    fn begins_with_node(&self, at: u64, blocks: &[BlockSlice]) -> bool {
+        let first = blocks.first().and_then(|slice| slice.bytes().get(..BLOCK_SIZE));
+        first.is_some_and(|bytes| self.victim(at, bytes) == Victim::Node)
     }
 
     fn strikes(&mut self, kind: FaultKind) -> bool {
@@ -511,9 +555,9 @@ impl State {
             self.atlas.count(if to == at { "lost write" } else { "misdirected write" });
         }
         for (index, data) in bytes.enumerate() {
-            let before = if to == at { None } else { self.lba_of(to + to_u64(index)) };
             let target = at + to_u64(index);
             let block = to + to_u64(index);
+            let before = if block == target { Victim::Unknown } else { self.victim_at(block) };
             match fate {
                 Fate::Lost => {}
                 Fate::Fails(_) => {
@@ -524,8 +568,8 @@ impl State {
                 }
             }
             if damages {
-                let lba = content::identify_lba(data);
-                self.note_damage(target, DamageKind::Stale, lba);
+                let victim = self.victim(target, data);
+                self.note_damage(target, DamageKind::Stale, victim);
             }
             if block != target {
                 self.note_damage(block, DamageKind::Overwritten, before);
@@ -535,8 +579,8 @@ impl State {
         }
     }
 
-    fn note_damage(&mut self, pba: u64, kind: DamageKind, lba: Option<u64>) {
-        self.atlas.damage(pba, Damage { kind, lba, since: self.medium.mark() });
+    fn note_damage(&mut self, pba: u64, kind: DamageKind, victim: Victim) {
+        self.atlas.damage(pba, Damage { kind, victim, since: self.medium.mark() });
     }
 
     fn flush(&mut self, covers: Mark) {
@@ -595,7 +639,7 @@ impl State {
             return;
         }
         let Some(block) = self.random.pick(self.medium.written()) else { return };
-        let lba = self.lba_of(block);
+        let victim = self.victim_at(block);
         let byte = self.random.index(BLOCK_SIZE);
         let bit = 1u8 << self.random.below(8);
         let unreadable = self.random.chance(200);
@@ -612,17 +656,26 @@ impl State {
         if unreadable {
             self.unreadable.insert(block);
         }
-        self.note_damage(block, kind, lba);
+        self.note_damage(block, kind, victim);
         self.trace.event([11, block, to_u64(byte), u64::from(bit)], || {
-            format!("device  injected: {kind:?} block {block} (data of block {lba:?} of a VDI)")
+            format!("device  injected: {kind:?} block {block} ({victim:?})")
         });
     }
 
-    /// The block of a VDI whose data stands in `block`, if it is a client's.
-    fn lba_of(&self, block: u64) -> Option<u64> {
+    /// Whose a block is, by what stands there now.
+    fn victim_at(&self, block: u64) -> Victim {
         let mut bytes = [0; BLOCK_SIZE];
         self.medium.read(block, &mut bytes);
-        content::identify_lba(&bytes)
+        self.victim(block, &bytes)
+    }
+
+    /// Whose a block is that holds, or should hold, `bytes`.
+    fn victim(&self, block: u64, bytes: &[u8]) -> Victim {
+        match content::identify_lba(bytes) {
+            Some(lba) => Victim::Data(lba),
+            None if block >= NODES_START && is_node(bytes, self.block_count) => Victim::Node,
+            None => Victim::Unknown,
+        }
     }
 
     fn start_trouble(&mut self) {
@@ -652,7 +705,7 @@ impl State {
             if matches!(kind, TroubleKind::Gone { .. }) {
                 // What is under way does not come back.
                 for queued in self.queue.values_mut() {
-                    queued.fate = Fate::Fails(Cause::Errno(ENOLINK));
+                    queued.fate = Fate::Fails(Cause::Gone);
                 }
             }
             self.atlas.count(what);
@@ -701,6 +754,27 @@ impl State {
             }
         }
     }
+}
+
+/// The first block behind the extents of the system and the log.
+const NODES_START: u64 = 2 * EXTENT_BLOCKS;
+
+/// Whether bytes make sense as a tree node that names something. Nothing that clients write does.
+fn is_node(bytes: &[u8], block_count: u64) -> bool {
+    let mut named = 0;
+    let sensible = bytes.chunks_exact(16).all(|entry| {
+        let pba = entry.iter().take(5).rev().fold(0, |pba, &byte| pba << 8 | u64::from(byte));
+        match entry.get(5) {
+            Some(2) => {
+                named += 1;
+                (NODES_START..block_count).contains(&pba)
+            }
+            // Unmapped, zero or damaged, and nothing else.
+            Some(0 | 1 | 3) => (0..16).all(|at| at == 5 || entry[at] == 0),
+            _ => false,
+        }
+    });
+    sensible && named > 0
 }
 
 impl Work {

@@ -66,9 +66,17 @@ impl Executor {
         &self.runtime
     }
 
-    /// Says when the crash strikes.
+    /// Says when the crash strikes; what it counts, it counts from now on.
     pub fn strike_at(&self, strike: Strike) {
-        self.strike.set(strike);
+        self.strike.set(match strike {
+            Strike::AfterPromise(count, steps) => {
+                Strike::AfterPromise(self.world.promises() + count, steps)
+            }
+            Strike::AfterSlotWrite(count, steps) => {
+                Strike::AfterSlotWrite(self.world.device.counts().slot_writes + count, steps)
+            }
+            other => other,
+        });
     }
 
     /// Clients begin to work.
@@ -111,7 +119,20 @@ impl Executor {
         match self.strike.get() {
             Strike::Steps(steps) => self.steps.get() >= steps,
             Strike::DeviceWrites(writes) => self.world.device.counts().writes >= writes,
-            Strike::WorkSteps(_) | Strike::Never => false,
+            Strike::AfterPromise(count, steps) if self.world.promises() >= count => {
+                self.strike.set(Strike::Steps(self.steps.get() + steps));
+                false
+            }
+            Strike::AfterSlotWrite(count, steps)
+                if self.world.device.counts().slot_writes >= count =>
+            {
+                self.strike.set(Strike::Steps(self.steps.get() + steps));
+                false
+            }
+            Strike::AfterPromise(..)
+            | Strike::AfterSlotWrite(..)
+            | Strike::WorkSteps(_)
+            | Strike::Never => false,
         }
     }
 

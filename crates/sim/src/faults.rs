@@ -4,7 +4,7 @@
 //! most likely fault and never meets the rare ones. So each seed draws a few kinds, often none,
 //! and a rate for each.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::medium::Mark;
 use crate::random::Random;
@@ -27,6 +27,8 @@ pub enum FaultKind {
     Misdirected,
     /// A write is acknowledged but not done.
     LostWrite,
+    /// The same, but only writes that begin with a tree node.
+    LostNode,
     /// Operations take a hundred times as long for a while.
     Slow,
     /// Nothing completes for a while.
@@ -39,7 +41,7 @@ pub enum FaultKind {
 
 impl FaultKind {
     /// All kinds, with the names that the command line knows.
-    pub const ALL: [(Self, &str); 11] = [
+    pub const ALL: [(Self, &str); 12] = [
         (Self::ReadError, "read-error"),
         (Self::WriteError, "write-error"),
         (Self::FlushError, "flush-error"),
@@ -47,6 +49,7 @@ impl FaultKind {
         (Self::Rot, "rot"),
         (Self::Misdirected, "misdirected"),
         (Self::LostWrite, "lost-write"),
+        (Self::LostNode, "lost-node"),
         (Self::Slow, "slow"),
         (Self::Hang, "hang"),
         (Self::Gone, "gone"),
@@ -99,8 +102,9 @@ impl Faults {
                 FaultKind::FlushError => random.between(1_000, 50_000),
                 FaultKind::NoSpace => random.between(1, 1_000_000),
                 FaultKind::Rot | FaultKind::Misdirected | FaultKind::LostWrite => {
-                    random.between(100, 2_000)
+                    random.between(200, 8_000)
                 }
+                FaultKind::LostNode => random.between(1_000, 20_000),
                 FaultKind::Slow | FaultKind::Hang | FaultKind::Gone => random.between(200, 2_000),
                 FaultKind::ClockJump => random.between(1_000, 20_000),
             };
@@ -139,22 +143,38 @@ pub enum DamageKind {
     Stale,
 }
 
+/// What stands, or should stand, in a damaged block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Victim {
+    /// A client's data of this block of some VDI.
+    Data(u64),
+    /// A tree node. What is below it may be lost; what it does not name is not concerned.
+    Node,
+    /// Something of the system or the log, a table page, or data that cannot be told from them:
+    /// anything may be lost.
+    Unknown,
+}
+
 /// A block that does not hold what was written to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Damage {
     /// What is wrong.
     pub kind: DamageKind,
-    /// The block of a VDI whose data stands, or should stand, there, if clients' data does.
-    /// `None`: metadata, or data that cannot be told from it.
-    pub lba: Option<u64>,
+    /// Whose it is.
+    pub victim: Victim,
     /// What was written later is right again.
     pub since: Mark,
 }
+
+/// Most blocks that a client writes with one record.
+const RECORD_BLOCKS: u64 = 64;
 
 /// Everything that was injected: which errors are legitimate, and which are the engine's own.
 #[derive(Clone, Debug, Default)]
 pub struct Atlas {
     damage: BTreeMap<u64, Damage>,
+    /// Blocks of VDIs that the device lost, or lied about, since everything was last compared.
+    lied_about: BTreeSet<u64>,
     counts: BTreeMap<&'static str, u64>,
     /// Errors that the device answered.
     pub errors: u64,
@@ -164,8 +184,9 @@ pub struct Atlas {
     pub cache_losses: u64,
     /// Blocks damaged so far.
     pub damaged: u64,
-    /// Those of them that did not hold, or should not have held, data of a VDI.
-    pub metadata_damaged: u64,
+    /// Those of them that are tree nodes. A checkpoint may have noted what they named as lost, so
+    /// that they excuse errors even after the blocks were written again.
+    pub nodes_damaged: u64,
     /// Times that the device had no space.
     pub no_space: u64,
 }
@@ -185,12 +206,13 @@ impl Atlas {
     /// Notes that the block `pba` is damaged.
     pub fn damage(&mut self, pba: u64, mut damage: Damage) {
         self.damaged += 1;
-        if self.damage.get(&pba).is_some_and(|before| before.lba != damage.lba) {
+        if self.damage.get(&pba).is_some_and(|before| before.victim != damage.victim) {
             // Damaged twice: what stood there may have been either.
-            damage.lba = None;
+            damage.victim = Victim::Unknown;
         }
-        if damage.lba.is_none() {
-            self.metadata_damaged += 1;
+        self.nodes_damaged += u64::from(damage.victim == Victim::Node);
+        if let Victim::Data(lba) = damage.victim {
+            self.lied_about.insert(lba);
         }
         self.damage.insert(pba, damage);
     }
@@ -216,7 +238,40 @@ impl Atlas {
     /// Whether a read of the block `lba` of some VDI may fail for damage on the medium.
     #[must_use]
     pub fn explains(&self, lba: u64) -> bool {
-        self.damage.values().any(|damage| damage.lba.is_none_or(|hint| hint == lba))
+        self.metadata_is_damaged()
+            || self.damage.values().any(|damage| damage.victim == Victim::Data(lba))
+    }
+
+    /// Whether metadata, or what may be metadata, is damaged.
+    #[must_use]
+    pub fn metadata_is_damaged(&self) -> bool {
+        self.nodes_damaged > 0 || self.anything_may_be_lost()
+    }
+
+    /// Whether something is damaged now of which it is not known what it is.
+    #[must_use]
+    pub fn anything_may_be_lost(&self) -> bool {
+        self.damage.values().any(|damage| damage.victim == Victim::Unknown)
+    }
+
+    /// How often the device lost something of the log or of a VDI's data.
+    #[must_use]
+    pub fn lies(&self) -> u64 {
+        self.damaged - self.nodes_damaged
+    }
+
+    /// Whether the block `lba` of some VDI may hold an older content after a crash, as the device
+    /// lied about a write of it, or of another block of the same record: recovery drops records
+    /// whole. A damaged node can be no reason for that: it fails reads.
+    #[must_use]
+    pub fn may_have_undone(&self, lba: u64) -> bool {
+        let near = lba.saturating_sub(RECORD_BLOCKS)..=lba.saturating_add(RECORD_BLOCKS);
+        self.anything_may_be_lost() || self.lied_about.range(near).next().is_some()
+    }
+
+    /// Everything was compared: what recovery dropped is known.
+    pub fn compared(&mut self) {
+        self.lied_about.clear();
     }
 }
 
@@ -252,14 +307,33 @@ mod tests {
         let mut atlas = Atlas::default();
         assert!(!atlas.explains(5));
         let since = medium.mark();
-        atlas.damage(100, Damage { kind: DamageKind::Flipped, lba: Some(5), since });
+        let victim = Victim::Data(5);
+        atlas.damage(100, Damage { kind: DamageKind::Flipped, victim, since });
         assert!(atlas.explains(5) && !atlas.explains(6));
-        atlas.damage(200, Damage { kind: DamageKind::Stale, lba: None, since });
-        assert!(atlas.explains(6), "a damaged tree node may hide anything");
+        assert!(
+            atlas.may_have_undone(5) && atlas.may_have_undone(68) && !atlas.may_have_undone(70)
+        );
+        let victim = Victim::Unknown;
+        atlas.damage(200, Damage { kind: DamageKind::Stale, victim, since });
+        assert!(atlas.explains(6) && atlas.may_have_undone(6), "it may hide anything");
         atlas.heal(200, since);
         assert!(atlas.explains(6), "it was not written since");
         medium.write(1, 0, 200, &[0; base::BLOCK_SIZE]);
         atlas.heal(200, medium.mark());
         assert!(!atlas.explains(6));
+    }
+
+    #[test]
+    fn a_damaged_node_excuses_errors_for_ever_and_old_contents_never() {
+        let mut medium = crate::medium::Medium::default();
+        let mut atlas = Atlas::default();
+        let since = medium.mark();
+        let victim = Victim::Node;
+        atlas.damage(300, Damage { kind: DamageKind::Stale, victim, since });
+        assert!(atlas.explains(5) && !atlas.may_have_undone(5));
+        medium.write(1, 0, 300, &[0; base::BLOCK_SIZE]);
+        atlas.heal(300, medium.mark());
+        assert!(atlas.explains(5), "what it named may have been noted as lost");
+        assert!(!atlas.anything_may_be_lost());
     }
 }

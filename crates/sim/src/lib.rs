@@ -25,6 +25,7 @@ pub mod content;
 pub mod device;
 pub mod executor;
 pub mod faults;
+pub mod focus;
 pub mod management;
 pub mod medium;
 pub mod model;

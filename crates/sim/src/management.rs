@@ -149,11 +149,17 @@ async fn snapshot(session: &Session, random: &mut Random) {
         |p: &Pending| matches!(p, Pending::Snapshot { vdi: v, label: None, .. } if *v == vdi);
     let label = (random.chance(600) || world.is_pending(unlabelled))
         .then(|| format!("label-{}", world.number()));
-    take_snapshot(session, vdi, label).await;
+    let Some(snapshot) = take_snapshot(session, vdi, label).await else { return };
+    if random.chance(300) {
+        // What was on its way when it was taken must not appear in it later.
+        settle_snapshot(session, vdi, snapshot).await;
+    }
+    world.release(vdi);
 }
 
-/// Takes a snapshot of a VDI that is held, and lets go of it.
-async fn take_snapshot(session: &Session, vdi: VdiRef, label: Option<String>) {
+/// Takes a snapshot of a VDI that is held; its number. `None`: it is not certain that there is one,
+/// and the VDI is let go of if it is certain that there is none.
+async fn take_snapshot(session: &Session, vdi: VdiRef, label: Option<String>) -> Option<u64> {
     let world = &session.world;
     let (name, block_count) = {
         let model = world.model.borrow();
@@ -167,14 +173,14 @@ async fn take_snapshot(session: &Session, vdi: VdiRef, label: Option<String>) {
     let what = format!("snapshot of {name}");
     let Some(snapshot) = certain(session, number, &what, answer) else {
         release_if_certain(session, vdi, number);
-        return;
+        return None;
     };
-    let Some(Pending::Snapshot { source, .. }) = world.answered(number) else { return };
+    let Some(Pending::Snapshot { source, .. }) = world.answered(number) else { return None };
     if snapshot.get() <= before {
         world.fail(format!("{what} has the number {snapshot}, but there was {before} before"));
     }
     add_snapshot(session, vdi, snapshot.get(), label, block_count, source);
-    world.release(vdi);
+    Some(snapshot.get())
 }
 
 /// A snapshot exists that did not.

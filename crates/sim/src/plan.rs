@@ -1,6 +1,9 @@
 //! What a seed decides before anything runs: sizes, clients, what they do, faults and crashes.
 
+use vdi::Reuse;
+
 use crate::faults::{FaultKind, Faults};
+use crate::focus::Focus;
 use crate::model::layout::Layout;
 use crate::random::Random;
 
@@ -19,6 +22,8 @@ pub struct Limits {
     pub cut_at_write: Option<u64>,
     /// Fail the device's operation with this number.
     pub fail_operation: Option<u64>,
+    /// What the run is about, instead of what the seed says.
+    pub focus: Option<Focus>,
 }
 
 impl Limits {
@@ -38,10 +43,37 @@ impl Limits {
                 text.push_str(&format!(" {name} {number}"));
             }
         }
+        if let Some(focus) = self.focus {
+            text.push_str(&format!(" --focus {}", focus.name()));
+        }
         for kind in &self.without {
             text.push_str(&format!(" --without {}", kind.name()));
         }
         text
+    }
+}
+
+/// Which operations of the device are sometimes slow, by milliseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Erratic {
+    /// None.
+    Nothing,
+    /// Reads.
+    Reads(u64),
+    /// Writes.
+    Writes(u64),
+    /// Flushes.
+    Flushes(u64),
+}
+
+impl Erratic {
+    fn draw(random: &mut Random) -> Self {
+        match random.below(10) {
+            0 => Self::Reads(random.between(1, 200)),
+            1 => Self::Writes(random.between(1, 50)),
+            2 => Self::Flushes(random.between(1, 500)),
+            _ => Self::Nothing,
+        }
     }
 }
 
@@ -65,6 +97,10 @@ pub enum Strike {
     WorkSteps(u64),
     /// When the device has been given so many writes over the whole run.
     DeviceWrites(u64),
+    /// So many steps after the given number of changes was promised to be durable.
+    AfterPromise(u64, u64),
+    /// So many steps after the device was given the given number of slots to write.
+    AfterSlotWrite(u64, u64),
     /// When the clients are done.
     Never,
 }
@@ -157,6 +193,8 @@ pub struct Plan {
     pub weights: Weights,
     /// Nanoseconds that a step of the executor takes at most.
     pub step_ns: u64,
+    /// What the device is sometimes slow at.
+    pub erratic: Erratic,
     /// Faults of the device.
     pub faults: Faults,
     /// Blocks that the device has space for beyond those of a new store, if that is limited.
@@ -165,11 +203,26 @@ pub struct Plan {
     pub lives: Vec<Life>,
     /// Whether the device was used before.
     pub used_device: bool,
-    /// Clients fill the store to the brim, once.
-    pub fill: bool,
+    /// Whether the store is filled to the brim once, and how many blocks are free afterwards: all
+    /// (nothing of it stays), or so many, so that blocks are reused soon.
+    pub fill: Option<Fill>,
+    /// Which free blocks the store writes first.
+    pub reuse: Reuse,
+    /// Kills per thousand after which one copy of a slot or of the superblock is damaged.
+    pub copy_rot_per_mille: u64,
 }
 
-const EXTENT_BLOCKS: u64 = 4096;
+/// What is left free once a store was full.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fill {
+    /// Everything.
+    AllFree,
+    /// So many blocks.
+    Blocks(u64),
+}
+
+/// Blocks of an extent of a simulated store: the fewest that there can be.
+pub const EXTENT_BLOCKS: u64 = 4096;
 
 impl Plan {
     /// The plan of a seed.
@@ -185,9 +238,13 @@ impl Plan {
             // A part for metadata, which is allocated whole, and some for data.
             rate => Some(EXTENT_BLOCKS + u64::from(rate) / 1_000),
         };
-        let fill = random.chance(10);
+        let fill = match random.below(100) {
+            0 => Some(Fill::AllFree),
+            1..7 => Some(Fill::Blocks(random.between(64, 1_500))),
+            _ => None,
+        };
         let mut plan = Self {
-            device_blocks: EXTENT_BLOCKS * if fill { 6 } else { random.between(8, 24) },
+            device_blocks: EXTENT_BLOCKS * if fill.is_some() { 6 } else { random.between(8, 24) },
             log_bytes: (256 << 10) << random.below(3),
             cache_bytes: 4096 << random.between(2, 8),
             layout: Layout::draw(&mut random),
@@ -195,14 +252,24 @@ impl Plan {
             depth: random.magnitude(8),
             weights: Weights::draw(&mut random),
             step_ns: random.magnitude(5_000),
+            erratic: Erratic::draw(&mut random),
             faults,
             space_below,
             lives: Vec::new(),
             used_device: random.chance(200),
             fill,
+            reuse: if random.chance(600) { Reuse::Soon } else { Reuse::Late },
+            copy_rot_per_mille: if random.chance(250) { random.between(200, 1_000) } else { 0 },
         };
         let crashes = random.magnitude(5);
         plan.lives = (0..=crashes).map(|_| Life::draw(&mut random)).collect();
+        let own = random.pick(&Focus::ALL).filter(|_| random.chance(500));
+        if let Some(focus) = limits.focus.or(own.map(|(focus, _)| focus)) {
+            plan.focus(focus, &mut random);
+            for &kind in &limits.without {
+                plan.faults.remove(kind);
+            }
+        }
         plan.narrow(limits);
         if let Some(last) = plan.lives.last_mut() {
             last.ending = Ending::Close;
@@ -249,6 +316,8 @@ impl Life {
         let strike = match random.below(10) {
             0 => Strike::Never,
             1 => Strike::Steps(random.magnitude(3_000)),
+            2..5 => Strike::AfterPromise(random.magnitude(requests / 4), random.below(30)),
+            5 | 6 => Strike::AfterSlotWrite(random.magnitude(16), random.below(30)),
             _ => Strike::WorkSteps(random.magnitude(requests * 60)),
         };
         let again = if random.chance(500) { Ending::Kill } else { Ending::PowerCut };
@@ -317,6 +386,7 @@ mod tests {
                 without: FaultKind::ALL.map(|(kind, _)| kind).to_vec(),
                 cut_at_write: None,
                 fail_operation: None,
+                focus: None,
             };
             let plan = Plan::draw(seed, &limits);
             assert!(plan.lives.iter().map(|life| life.requests).sum::<u64>() <= 7);

@@ -41,6 +41,9 @@ pub const DECLARED: &[(&str, &str)] = &[
     ("diff: compared", "a diff of two snapshots was compared with the model"),
     ("check: offline", "the offline check looked at a store"),
     ("fill: full", "the store was filled to the brim"),
+    ("fill: tight", "clients worked in a store that is almost full"),
+    ("crash: with a copy damaged", "one copy of a slot or of the superblock rotted at a crash"),
+    ("open: nodes are damaged", "all that could be read of a store with damaged nodes was right"),
     ("fill: healed", "freeing space made it writable again"),
 ];
 

@@ -234,6 +234,7 @@ async fn flush(session: &Session, handle: &Handle, vdi: VdiRef) -> Result<(), Di
     match answer {
         Ok(_) => {
             session.world.model.borrow_mut().end_flush(vdi, asked);
+            session.world.promised();
             Ok(())
         }
         Err(error) => {
@@ -279,6 +280,9 @@ async fn change(
     let answer = handle.disk.submit(request).await;
     let outcome = if answer.is_ok() { Outcome::Acked } else { Outcome::Failed };
     world.model.borrow_mut().end(serial, outcome, fua);
+    if fua && outcome == Outcome::Acked {
+        world.promised();
+    }
     answer.map(|_| ())
 }
 

@@ -7,7 +7,7 @@ use base::ErrorKind;
 use device::Device;
 use runtime::Clock;
 use vdi::check::CheckOptions;
-use vdi::{FormatOptions, OpenOptions, OpenReport, Reuse, Store};
+use vdi::{FormatOptions, OpenOptions, OpenReport, Store};
 
 use crate::client;
 use crate::executor::{Driven, Executor};
@@ -56,6 +56,8 @@ pub fn run(seed: u64, limits: &Limits, trace: Trace) -> Report {
         opened_at: Injected::default(),
         metadata_lost: false,
         filled: false,
+        copy_damaged: false,
+        was_opened: false,
         last: false,
     };
     if let Some(number) = limits.fail_operation {
@@ -69,10 +71,12 @@ pub fn run(seed: u64, limits: &Limits, trace: Trace) -> Report {
             probes.add(&format!("device: {what}"), count);
         }
     });
+    let trace_hash = world.trace.hash() ^ world.device.hash();
+    world.device.clear();
     Report {
         seed,
         failure: world.failure(),
-        trace_hash: world.trace.hash() ^ world.device.hash(),
+        trace_hash,
         changes: world.model.borrow().ops().len(),
         device_writes: world.device.counts().writes,
         device_operations: world.device.operations(),
@@ -90,10 +94,15 @@ struct Run {
     floor: Option<Floor>,
     /// What had been injected when the store was last opened.
     opened_at: Injected,
-    /// Whether metadata was damaged at a crash: then anything may be lost, but nothing may be wrong.
+    /// Whether something that may be the log or a slot was damaged at a crash: then anything may be
+    /// lost, but nothing may be wrong.
     metadata_lost: bool,
     /// Whether the store was filled to the brim once.
     filled: bool,
+    /// Whether one copy of a slot or of the superblock is damaged.
+    copy_damaged: bool,
+    /// Whether the store was opened since it was formatted: before, it has one slot only.
+    was_opened: bool,
     /// Whether this is the last look at the store, where garbage is collected and none may be left.
     last: bool,
 }
@@ -211,7 +220,7 @@ impl Run {
             cache_bytes: self.world.plan.cache_bytes,
             boot_id: [self.boots; 16],
             nonce: self.world.random.borrow_mut().number(),
-            reuse: Reuse::Late,
+            reuse: self.world.plan.reuse,
         };
         (Device::new(Rc::new(self.world.device.clone())), options)
     }
@@ -220,7 +229,7 @@ impl Run {
     fn check_offline(&mut self, always: bool) {
         let world = Rc::clone(&self.world);
         let damaged = world.device.with_atlas(|atlas| atlas.damaged > 0 || atlas.cache_losses > 0);
-        if damaged || !(always || world.random.borrow_mut().chance(200)) {
+        if damaged || self.copy_damaged || !(always || world.random.borrow_mut().chance(400)) {
             return;
         }
         world.device.arm(false);
@@ -296,6 +305,9 @@ impl Run {
             }
         };
         world.device.arm(false);
+        // Opening has written both copies.
+        self.copy_damaged = false;
+        self.was_opened = true;
         self.note_opening(&report);
         let session = Session::new(&world, &runtime, store, before);
         if self.metadata_lost {
@@ -321,14 +333,19 @@ impl Run {
         if self.is_over(&executor.run(verify::everything(Rc::clone(session))), "verifying") {
             return self.end(executor, life.ending, session);
         }
-        if world.model.borrow().unknowable {
+        let nodes_damaged = world.device.with_atlas(|atlas| atlas.nodes_damaged > 0);
+        if nodes_damaged {
+            // What can be read is right. What cannot be listed, the model does not know any more.
+            world.probe("open: nodes are damaged");
+        }
+        if nodes_damaged || world.model.borrow().unknowable {
             executor.kill();
             return Next::Over;
         }
         world.device.arm(true);
-        if world.plan.fill && !self.filled {
+        if let (Some(fill), false) = (world.plan.fill, self.filled) {
             self.filled = true;
-            let fill = client::fill(Rc::clone(session));
+            let fill = client::fill(Rc::clone(session), fill);
             if self.is_over(&executor.run(fill), "filling") {
                 return self.end(executor, life.ending, session);
             }
@@ -402,12 +419,13 @@ impl Run {
 
     /// The process dies, or the power goes.
     fn crash(&mut self, executor: Executor, ending: Ending) {
-        let world = &self.world;
+        let world = Rc::clone(&self.world);
         executor.kill();
         let floor = match ending {
             Ending::Kill | Ending::Close => {
                 world.device.kill();
                 world.probe("crash: kill");
+                self.damage_copy();
                 Floor::Acked
             }
             Ending::PowerCut => {
@@ -422,9 +440,7 @@ impl Run {
             format!("crash    {ending:?}")
         });
         world.crash();
-        self.metadata_lost |= world
-            .device
-            .with_atlas(|atlas| atlas.damaged_blocks().any(|(_, damage)| damage.lba.is_none()));
+        self.metadata_lost |= world.device.with_atlas(|atlas| atlas.anything_may_be_lost());
         if self.floor.is_some() {
             world.probe("crash: twice before anybody read");
         }
@@ -434,13 +450,38 @@ impl Run {
         }
     }
 
+    /// Perhaps one copy rots of what there are two copies of. That loses nothing (rule 18), so it is
+    /// not noted, and done only where nothing else was damaged.
+    fn damage_copy(&mut self) {
+        let world = &self.world;
+        let sound = world.device.with_atlas(|atlas| atlas.errors == 0 && atlas.damaged == 0);
+        let sound = sound && self.was_opened;
+        let mut random = world.random.borrow_mut();
+        if self.copy_damaged || self.last || !sound || !random.chance(world.plan.copy_rot_per_mille)
+        {
+            return;
+        }
+        let [primary, secondary] = ondisk::SUPERBLOCK_COPIES.map(base::Pba::get);
+        let slot = blockstore::Geometry::host_slots_start().get();
+        let block = match random.below(10) {
+            0 => primary,
+            1 => secondary,
+            other => slot + other % 2,
+        };
+        let byte = random.index(base::BLOCK_SIZE);
+        if world.device.damage_silently(block, |bytes| bytes[byte] ^= 0x10) {
+            self.copy_damaged = true;
+            drop(random);
+            world.probe("crash: with a copy damaged");
+            world.trace.note(|| format!("device  injected: rot of byte {byte} of block {block}"));
+        }
+    }
+
     /// Opening failed: is that explained?
     fn not_opened(&mut self, before: Injected, error: &vdi::Error) -> Option<Next> {
         let world = &self.world;
         let kind = error.kind();
-        let damaged = world
-            .device
-            .with_atlas(|atlas| atlas.damaged_blocks().any(|(_, damage)| damage.lba.is_none()));
+        let damaged = world.device.with_atlas(|atlas| atlas.metadata_is_damaged());
         let injected = before.errors_since(world) && kind == ErrorKind::Io;
         if injected {
             world.probe("open: failed under faults");

@@ -212,18 +212,21 @@ impl Session {
         let world = &self.world;
         let damaged = world.device.with_atlas(|atlas| match reach {
             Reach::Blocks(first, end) => (first..end).any(|lba| atlas.explains(lba)),
-            Reach::Metadata => atlas.damaged_blocks().any(|(_, damage)| damage.lba.is_none()),
+            Reach::Metadata => atlas.metadata_is_damaged(),
         });
         let unreadable = damaged
             && world.device.with_atlas(|atlas| {
                 atlas.damaged_blocks().any(|(_, damage)| damage.kind == DamageKind::Unreadable)
             });
         let errors = self.before.errors_since(world);
+        // A store whose tables are damaged stops when its log is full; for good, even if the blocks
+        // have been written again since.
+        let stopped = world.device.with_atlas(|atlas| atlas.damaged > 0);
         let excused = match kind {
-            ErrorKind::Io => errors || unreadable,
+            ErrorKind::Io => errors || unreadable || stopped,
             // What a lost cache took with it does not verify.
             ErrorKind::Corrupt => damaged || self.before.cache_lost_since(world),
-            ErrorKind::Fenced => errors || damaged,
+            ErrorKind::Fenced => errors || stopped,
             ErrorKind::NoSpace => self.is_nearly_full(),
             ErrorKind::ReadOnly => damaged,
             _ => false,

@@ -39,6 +39,8 @@ pub async fn everything(session: Rc<Session>) {
             snapshot_contents(&session, vdi, number).await;
         }
     }
+    world.device.compared();
+    world.lies_compared.set(world.device.with_atlas(|atlas| atlas.lies()));
     world.trace.note(|| "verify   everything was compared".to_owned());
 }
 
@@ -93,7 +95,7 @@ fn reconcile(session: &Session, entries: &[VdiEntry]) {
         }
     }
     for vdi in known.into_iter().filter(|vdi| !listed.contains(vdi)) {
-        if world.is_pending(|p| matches!(p, Pending::Remove(v) if *v == vdi)) {
+        if world.is_pending(|p| matches!(p, Pending::Remove(v) if *v == vdi)) || lied(session) {
             world.model.borrow_mut().vdi_mut(vdi).deleted = true;
         } else {
             world.fail(format!("{} is gone", world.name_of(Place::Head(vdi))));
@@ -158,6 +160,14 @@ fn reconcile_vdi(session: &Session, vdi: VdiRef, entry: &VdiEntry) {
     world.model.borrow_mut().vdi_mut(vdi).block_count = listed_blocks;
 }
 
+/// Whether the device has lost data that it had acknowledged, since everything was last compared:
+/// then recovery may drop a write above the durable point, and with it every snapshot and clone
+/// that would have a hole there (rule 31).
+fn lied(session: &Session) -> bool {
+    let lies = session.world.device.with_atlas(|atlas| atlas.lies());
+    lies > session.world.lies_compared.get()
+}
+
 /// Compares the snapshots of a VDI with the model.
 async fn reconcile_snapshots(session: &Session, vdi: VdiRef) {
     let world = &session.world;
@@ -213,9 +223,9 @@ async fn reconcile_snapshots(session: &Session, vdi: VdiRef) {
         if listed.iter().any(|entry| entry.number.get() == number) {
             continue;
         }
-        if world
-            .is_pending(|p| matches!(p, Pending::RemoveSnapshot(v, n) if *v == vdi && *n == number))
-        {
+        let removed =
+            |p: &Pending| matches!(p, Pending::RemoveSnapshot(v, n) if *v == vdi && *n == number);
+        if world.is_pending(removed) || lied(session) {
             world.model.borrow_mut().vdi_mut(vdi).snapshots.remove(&number);
         } else {
             world.fail(format!("{name}@{number} is gone"));
@@ -246,7 +256,7 @@ async fn contents(session: &Session, vdi: VdiRef) {
     }
     for (slot, bytes) in blocks {
         let lba = world.plan.layout.lba(slot);
-        let damaged = world.device.with_atlas(|atlas| atlas.explains(lba));
+        let damaged = world.device.with_atlas(|atlas| atlas.may_have_undone(lba));
         if world.check(model.pin(vdi, slot, &bytes, damaged)).is_none() {
             return;
         }
@@ -263,7 +273,7 @@ async fn snapshot_contents(session: &Session, vdi: VdiRef, number: u64) {
     let mut model = world.model.borrow_mut();
     for (slot, bytes) in blocks {
         let lba = world.plan.layout.lba(slot);
-        if world.device.with_atlas(|atlas| atlas.explains(lba)) {
+        if world.device.with_atlas(|atlas| atlas.may_have_undone(lba)) {
             let _ = world.check(content::check_belongs(lba, &bytes));
             continue;
         }

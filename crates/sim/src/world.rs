@@ -92,6 +92,9 @@ pub struct World {
     pub ids: RefCell<BTreeSet<u64>>,
     /// When a client last got an answer.
     progress: Cell<Time>,
+    promises: Cell<u64>,
+    /// How much of what the device had lost was known when everything was last compared.
+    pub lies_compared: Cell<u64>,
     /// Random numbers of what belongs to no client.
     pub random: RefCell<Random>,
 }
@@ -108,6 +111,7 @@ impl World {
             clock.clone(),
             trace.clone(),
         );
+        device.make_erratic(plan.erratic);
         let model = RefCell::new(Model::new(plan.layout.clone()));
         Self {
             seed,
@@ -123,6 +127,8 @@ impl World {
             holds: RefCell::default(),
             ids: RefCell::default(),
             progress: Cell::default(),
+            promises: Cell::default(),
+            lies_compared: Cell::default(),
             random: RefCell::new(Random::split(seed, "world")),
         }
     }
@@ -176,6 +182,17 @@ impl World {
         self.progress.set(self.clock.now());
     }
 
+    /// Something was promised to be durable: a flush, a write with FUA, a change of names.
+    pub fn promised(&self) {
+        self.promises.set(self.promises.get() + 1);
+    }
+
+    /// How often something was promised to be durable.
+    #[must_use]
+    pub fn promises(&self) -> u64 {
+        self.promises.get()
+    }
+
     /// When a client last got an answer.
     #[must_use]
     pub fn last_progress(&self) -> Time {
@@ -191,6 +208,7 @@ impl World {
 
     /// A management request was answered for certain.
     pub fn answered(&self, number: u64) -> Option<Pending> {
+        self.promised();
         self.pending.borrow_mut().remove(&number)
     }
 
