@@ -135,6 +135,11 @@ impl SlotWriter {
         } else {
             vec![After::Durable(after.clone())]
         };
+        if base::mutant::active("both_slots_at_once") {
+            let other = self.geometry.host_slot(slot.host, self.copy);
+            let block = BlockSlice::whole(Rc::new(slot.encode(&self.checksums, other)));
+            self.scheduler.write_after(&batch, other, vec![block], edges.clone());
+        }
         self.scheduler.write_after(&batch, at, vec![block], edges);
         self.scheduler.durable(&batch).await?;
         self.copy = copy;

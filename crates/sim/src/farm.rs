@@ -8,6 +8,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
+use parallax_sim::focus::Focus;
 use parallax_sim::mutants::{self, Mutant};
 use parallax_sim::plan::Limits;
 use parallax_sim::probes::{DECLARED, Probes};
@@ -44,6 +45,8 @@ struct Batch {
     jobs: u64,
     keep_going: bool,
     mutant: Option<&'static str>,
+    /// What all runs are about.
+    focus: Option<Focus>,
     /// Whether a line of progress is shown.
     progress: bool,
 }
@@ -68,6 +71,7 @@ pub(crate) fn smoke(arguments: &mut Arguments) -> Result<bool> {
         jobs: arguments.number("--jobs")?.unwrap_or(2),
         keep_going: arguments.flag("--keep-going"),
         mutant: None,
+        focus: arguments.focus()?,
         progress: true,
     };
     arguments.finish()?;
@@ -88,6 +92,7 @@ pub(crate) fn long(arguments: &mut Arguments) -> Result<bool> {
         jobs: arguments.number("--jobs")?.unwrap_or(2),
         keep_going: arguments.flag("--keep-going"),
         mutant: None,
+        focus: arguments.focus()?,
         progress: true,
     };
     arguments.finish()?;
@@ -103,13 +108,14 @@ fn seconds_since_1970() -> Result<u64> {
 /// Runs a batch and tells about it.
 fn conclude(name: &str, batch: &Batch) -> Result<bool> {
     let outcome = run_batch(batch)?;
+    let limits = Limits { focus: batch.focus, ..Limits::default() };
     tell_probes(&outcome);
     for (seed, failure) in &outcome.failures {
-        say(&format!("\nseed {seed} FAILED: {failure}\n{}", replay(*seed, &Limits::default())));
+        say(&format!("\nseed {seed} FAILED: {failure}\n{}", replay(*seed, &limits)));
     }
     if let Some((seed, _)) = outcome.failures.first() {
         say_to_stderr("shrinking the first failure...\n");
-        let limits = shrink(*seed)?;
+        let limits = shrink(*seed, limits)?;
         say(&format!("smallest form found of seed {seed}:\n{}", replay(*seed, &limits)));
     }
     let minutes = outcome.took.as_secs_f64() / 60.0;
@@ -158,22 +164,19 @@ pub(crate) fn mutants(arguments: &mut Arguments) -> Result<bool> {
         );
     }
     let wanted = |mutant: &&Mutant| only.as_deref().is_none_or(|only| only == mutant.name);
-    let mut survivors = Vec::new();
     let mut missed = 0;
     for mutant in mutants::ALL.iter().filter(wanted) {
         let start = now();
         let mut seeds = 0;
         let mut caught = None;
         let mut first = 1;
-        let seconds =
-            if mutants::NOT_CAUGHT_YET.contains(&mutant.name) { seconds.min(10) } else { seconds };
         while caught.is_none() && start.elapsed().as_secs() < seconds {
             let left = Duration::from_secs(seconds).saturating_sub(start.elapsed());
-            let outcome = run_batch(&hunt(first, left, jobs, mutant.name))?;
+            let outcome = run_batch(&hunt(first, left, jobs, mutant.name, mutant.focus))?;
             seeds += outcome.passed;
             let Some((seed, failure)) = outcome.failures.into_iter().next() else { break };
             // A seed that fails anyway proves nothing.
-            if run_batch(&single(seed))?.failures.is_empty() {
+            if run_batch(&single(seed, mutant.focus))?.failures.is_empty() {
                 caught = Some((seed, failure));
             }
             first = seed + 1;
@@ -187,9 +190,6 @@ pub(crate) fn mutants(arguments: &mut Arguments) -> Result<bool> {
                 first_line(&failure)
             )),
             None => {
-                if !mutants::NOT_CAUGHT_YET.contains(&mutant.name) {
-                    survivors.push(mutant.name);
-                }
                 missed += 1;
                 say(&format!(
                     "SURVIVED {:<32} rule {:<4} {took:>5.1} s, {seeds} seeds: {}\n",
@@ -198,7 +198,7 @@ pub(crate) fn mutants(arguments: &mut Arguments) -> Result<bool> {
             }
         }
     }
-    let canary = hunt(1, Duration::from_secs(seconds.min(30)), jobs, NO_MUTANT);
+    let canary = hunt(1, Duration::from_secs(seconds.min(30)), jobs, NO_MUTANT, None);
     let canary = run_batch(&canary)?;
     if let Some((seed, failure)) = canary.failures.first() {
         say(&format!("the engine without a mutant fails, too: seed {seed}: {failure}\n"));
@@ -210,14 +210,20 @@ pub(crate) fn mutants(arguments: &mut Arguments) -> Result<bool> {
         canary.passed,
         canary.failures.len()
     ));
-    Ok(survivors.is_empty() && canary.failures.is_empty() && count > 0)
+    Ok(missed == 0 && canary.failures.is_empty() && count > 0)
 }
 
 /// A name that no mutant has.
 const NO_MUTANT: &str = "none";
 
 /// Seeds from `start` on until one fails under a mutant.
-fn hunt(start: u64, time: Duration, jobs: u64, mutant: &'static str) -> Batch {
+fn hunt(
+    start: u64,
+    time: Duration,
+    jobs: u64,
+    mutant: &'static str,
+    focus: Option<Focus>,
+) -> Batch {
     Batch {
         start,
         seeds: None,
@@ -225,13 +231,14 @@ fn hunt(start: u64, time: Duration, jobs: u64, mutant: &'static str) -> Batch {
         jobs,
         keep_going: false,
         mutant: Some(mutant),
+        focus,
         progress: false,
     }
 }
 
 /// One seed without a mutant.
-fn single(seed: u64) -> Batch {
-    Batch { seeds: Some(1), ..hunt(seed, SEED_MAX, 1, NO_MUTANT) }
+fn single(seed: u64, focus: Option<Focus>) -> Batch {
+    Batch { seeds: Some(1), ..hunt(seed, SEED_MAX, 1, NO_MUTANT, focus) }
 }
 
 fn first_line(text: &str) -> String {
@@ -294,6 +301,9 @@ fn spawn(batch: &Batch, first: u64) -> Result<(Worker, ChildStdout)> {
         .stdout(Stdio::piped());
     if let Some(seeds) = batch.seeds {
         command.args(["--end", &(batch.start + seeds).to_string()]);
+    }
+    if let Some(focus) = batch.focus {
+        command.args(["--focus", focus.name()]);
     }
     if let Some(mutant) = batch.mutant {
         command.env("PARALLAX_MUTANT", mutant).stderr(Stdio::null());
@@ -429,11 +439,12 @@ pub(crate) fn worker(arguments: &mut Arguments) -> Result<bool> {
     let start = arguments.number("--start")?.context("--start")?;
     let stride = arguments.number("--stride")?.unwrap_or(1).max(1);
     let end = arguments.number("--end")?.unwrap_or(u64::MAX);
+    let limits = Limits { focus: arguments.focus()?, ..Limits::default() };
     arguments.finish()?;
     let mut seed = start;
     while seed < end {
         say(&format!("begun {seed}\n"));
-        let report = run_named(seed, &Limits::default(), Trace::silent());
+        let report = run_named(seed, &limits, Trace::silent());
         let probes = report.probes.iter().map(|(path, count)| format!("probe {count} {path}\n"));
         let probes: String = probes.collect();
         match &report.failure {
@@ -443,7 +454,7 @@ pub(crate) fn worker(arguments: &mut Arguments) -> Result<bool> {
             }
             Some(failure) => {
                 say(&format!("failed {seed} {}\n", failure.replace('\n', "\\n")));
-                say_to_stderr(&describe(&report, &Limits::default()));
+                say_to_stderr(&describe(&report, &limits));
             }
         }
         seed += stride;

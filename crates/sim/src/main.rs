@@ -19,8 +19,8 @@ const USAGE: &str = "\
 parallax-sim: the engine on a simulated device, clock and executor; one seed, one run
 
   run --seed N [--trace] [LIMITS]      one run
-  smoke [--seeds 2000] [--start 1] [--jobs 2] [--keep-going]
-  long [--minutes 30] [--start R] [--jobs 2] [--keep-going]
+  smoke [--seeds 2000] [--start 1] [--jobs 2] [--keep-going] [--focus CORNER]
+  long [--minutes 30] [--start R] [--jobs 2] [--keep-going] [--focus CORNER]
   sweep --seed N [--stride 1] [--keep-going]
                                        the run of a seed with a power cut at every write
   sweep --seed N --errors              the same with each operation of the device failing once
@@ -28,7 +28,7 @@ parallax-sim: the engine on a simulated device, clock and executor; one seed, on
                                        needs a build with RUSTFLAGS='--cfg mutants'
 
 LIMITS narrow a run: --requests N, --clients N, --lives N, --without FAULT, --cut-at-write N,
-  --fail-operation N
+  --fail-operation N, --focus CORNER
 ";
 
 /// The run that is under way, as arguments: for whoever reads about a panic.

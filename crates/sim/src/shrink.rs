@@ -12,9 +12,9 @@ use parallax_sim::plan::{Limits, Plan};
 /// Longest that an attempt may take.
 const ATTEMPT_MAX: Duration = Duration::from_secs(60);
 
-/// The smallest limits found under which `seed` still fails.
-pub(crate) fn shrink(seed: u64) -> Result<Limits> {
-    let mut best = Limits::default();
+/// The smallest limits found, within those of the failure, under which `seed` still fails.
+pub(crate) fn shrink(seed: u64, limits: Limits) -> Result<Limits> {
+    let mut best = limits;
     let plan = Plan::draw(seed, &best);
     for kind in plan.faults.kinds().collect::<Vec<FaultKind>>() {
         let mut narrower = best.clone();

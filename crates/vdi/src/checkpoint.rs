@@ -327,7 +327,10 @@ impl Engine {
         let mut merge = Merge::new(self);
         let merged = merge.run(&mut frozen).await;
         // Also on failure: blocks are not given back while writes to them are on their way.
-        let written = merge.batch.completed().await;
+        let mut written = merge.batch.completed().await;
+        if base::mutant::active("checkpoint_ignores_failed_writes") {
+            written = Ok(());
+        }
         let failure = match (merged, written) {
             (Ok(done), Ok(())) => {
                 return Ok(self.swap(&frozen, merge, done));
@@ -466,6 +469,13 @@ impl Engine {
     }
 
     async fn publish(self: &Rc<Self>, prepared: Prepared, state: SlotState) -> Result<(), Error> {
+        let mut prepared = prepared;
+        if base::mutant::active("release_before_publication") {
+            self.release(std::mem::take(&mut prepared.replaced));
+        }
+        if base::mutant::active("cut_runs_ahead") {
+            prepared.cut = self.log.last_lsn();
+        }
         let writer = self.slots.borrow_mut().take();
         let Some(mut writer) = writer else {
             return Err(Error::refused(ErrorKind::Fenced, "the store is being published already"));
@@ -985,5 +995,8 @@ fn mapped(change: &Change) -> Option<Pba> {
 }
 
 fn next_label(label: BirthLabel) -> Result<BirthLabel, Error> {
+    if base::mutant::active("labels_wrap") {
+        return Ok(BirthLabel::new((label.get() + 1) % 4));
+    }
     label.get().checked_add(1).map(BirthLabel::new).ok_or_else(labels_used_up)
 }

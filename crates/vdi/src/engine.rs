@@ -182,6 +182,9 @@ impl Engine {
         if base::mutant::active("management_without_flush") {
             return Ok(());
         }
+        if base::mutant::active("snapshot_ignores_in_flight") {
+            return Ok(self.scheduler.flush().await.map_err(blockstore::Error::from)?);
+        }
         self.log.durable(lsn).await.map_err(blockstore::Error::from)?;
         Ok(())
     }

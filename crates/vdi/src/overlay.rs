@@ -72,10 +72,13 @@ impl Overlay {
         {
             return mapped(std::mem::replace(replaced, version).entry);
         }
-        if let Some(newer) = versions.get(at)
+        if let Some(newer) = versions.get_mut(at)
             && newer.slot == slot
             && !separated(change.lsn, newer.lsn)
         {
+            if base::mutant::active("last_completed_wins") {
+                return mapped(std::mem::replace(newer, version).entry);
+            }
             return mapped(change.entry);
         }
         versions.insert(at, version);

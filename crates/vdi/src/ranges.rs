@@ -36,8 +36,9 @@ impl RangeLocks {
             let mut state = self.0.borrow_mut();
             // Who waits already goes first, or a stream of small writes would starve a discard.
             let behind = state.waiting.iter().any(|(other, _)| overlaps(other, &range));
-            let free =
-                (!behind && !state.is_held(&range)) || base::mutant::active("changes_overlap");
+            let free = (!behind && !state.is_held(&range))
+                || base::mutant::active("changes_overlap")
+                || base::mutant::active("last_completed_wins");
             if free {
                 state.held.insert(range.start, range.end);
             }
