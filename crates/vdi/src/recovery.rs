@@ -11,10 +11,11 @@
 use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
 use std::rc::Rc;
+use std::time::Duration;
 
 use base::{
-    BirthLabel, BlockSlice, Epoch, ErrorKind, ExtentIndex, HostId, Lsn, Pba, REQUEST_BLOCKS_MAX,
-    SnapshotNumber, StoreUuid, VdiId,
+    BirthLabel, BlockSlice, Buffer, Epoch, ErrorKind, ExtentIndex, HostId, Lsn, Pba,
+    REQUEST_BLOCKS_MAX, SnapshotNumber, StoreUuid, VdiId,
 };
 use blockstore::allocator::{Allocator, Run, Space};
 use blockstore::log::{Break, Log, LogConfig, Replayed, survey};
@@ -46,6 +47,12 @@ const NODES_AT_ONCE: usize = 64;
 
 /// The one host that runs today.
 const HOST: HostId = HostId::new(0);
+
+/// How often a failed read of a write's data is repeated.
+const READ_RETRIES: u32 = 3;
+
+/// Pause before it is.
+const RETRY_AFTER: Duration = Duration::from_millis(20);
 
 /// Opens the store on `device`.
 ///
@@ -589,10 +596,12 @@ impl Engine {
             return Ok(Data::NotAWrite);
         };
         let count = hashes.len();
-        let buffer = self.runtime.buffers().take(count);
-        let buffer = match self.device.read(*pba, count, buffer).await {
+        let buffer = match self.read_again(*pba, count).await {
             Ok(buffer) => buffer,
-            Err(error) if error.kind() == ErrorKind::Io => return Ok(Data::Unreadable),
+            // A device that cannot be reached says nothing of the block.
+            Err(error) if error.kind() == ErrorKind::Io && !error.is_transport() => {
+                return Ok(Data::Unreadable);
+            }
             Err(error) => return Err(blockstore::Error::from(error).into()),
         };
         let verified = hashes
@@ -603,6 +612,21 @@ impl Engine {
             return Ok(Data::Verified(BlockSlice::new(Rc::new(buffer), 0, count)));
         }
         Ok(Data::Missing)
+    }
+
+    /// Reads blocks; a medium that fails them is asked again before its word is taken.
+    async fn read_again(&self, at: Pba, count: usize) -> Result<Buffer, DeviceError> {
+        let mut attempts = 0;
+        loop {
+            let buffer = self.runtime.buffers().take(count);
+            match self.device.read(at, count, buffer).await {
+                Err(error) if attempts < READ_RETRIES && !error.is_transport() => {
+                    attempts += 1;
+                    self.runtime.sleep(RETRY_AFTER).await;
+                }
+                outcome => return outcome,
+            }
+        }
     }
 
     /// Publishes the new epoch, writes again what counts above F, and seals the old log.

@@ -20,6 +20,8 @@ struct State {
     spoiled: RefCell<HashSet<u64>>,
     /// Blocks whose reads fail.
     unreadable: RefCell<HashSet<u64>>,
+    /// A block whose next read fails.
+    stumbling: Cell<Option<u64>>,
     /// Blocks that are really allocated below, and how many can be.
     backed: RefCell<HashSet<u64>>,
     space: Cell<Option<usize>>,
@@ -97,6 +99,20 @@ impl Ram {
         self.0.failing.set(Some((number, errno)));
     }
 
+    /// Makes the next read of this block fail.
+    pub(crate) fn stumble(&self, at: Pba) {
+        self.0.stumbling.set(Some(at.get()));
+    }
+
+    /// The block that holds nothing but `byte`.
+    pub(crate) fn filled_with(&self, byte: u8) -> Option<Pba> {
+        let blocks = self.0.blocks.borrow();
+        blocks
+            .iter()
+            .find(|(_, block)| block.0 == [byte; base::BLOCK_SIZE])
+            .map(|(&at, _)| Pba::new(at))
+    }
+
     /// A device with the same contents of its own.
     pub(crate) fn copy(&self) -> Self {
         let blocks = self.0.blocks.clone();
@@ -141,7 +157,11 @@ impl Backend for RamBackend {
         match operation {
             Operation::Read { at, block_count, mut buffer, done } => {
                 state.blocks_read.set(state.blocks_read.get() + block_count as u64);
-                if hits(&state.unreadable, at, block_count as u64) {
+                let stumbles = state.stumbling.get() == Some(at.get());
+                if stumbles {
+                    state.stumbling.set(None);
+                }
+                if stumbles || hits(&state.unreadable, at, block_count as u64) {
                     done.send(Err(DeviceError::new(Cause::Errno(5), at)));
                     return;
                 }
