@@ -5,14 +5,22 @@
 //! and released blocks follow the *older* copy, so that the loss of the newer one loses nothing
 //! (rule 18).
 
-use base::{BlockSlice, ErrorKind, HostId};
-use device::Device;
+use std::rc::Rc;
+use std::time::Duration;
+
+use base::{BlockSlice, ErrorKind, HostId, Pba};
+use device::{Device, DeviceError};
 use ondisk::{Checksums, DecodeError, HostSlot};
 use runtime::Runtime;
-use std::rc::Rc;
 
 use crate::scheduler::{After, Batch};
 use crate::{Error, Geometry, WriteScheduler};
+
+/// How often a copy that looks damaged is read again.
+const READ_RETRIES: u32 = 3;
+
+/// Pause before it is.
+const RETRY_AFTER: Duration = Duration::from_millis(20);
 
 /// What the two copies of a host's slot hold.
 #[derive(Clone, Debug)]
@@ -44,16 +52,10 @@ pub async fn read_slots(
     for (copy, slot) in (0u64..).zip(&mut found) {
         let at = geometry.host_slot(host, copy);
         // A copy that cannot be read is as good as a damaged one: the other may do.
-        *slot = match device.read(at, 1, runtime.buffers().take(1)).await {
-            Ok(buffer) => match buffer.blocks().first() {
-                Some(block) => HostSlot::decode(block, checksums, at),
-                None => Err(DecodeError::Magic),
-            },
-            Err(error) => {
-                unreadable = Some(error);
-                Err(DecodeError::Checksum)
-            }
-        };
+        *slot = read_copy(device, runtime, checksums, at).await.unwrap_or_else(|error| {
+            unreadable = Some(error);
+            Err(DecodeError::Checksum)
+        });
     }
     if let ([Err(_), Err(_)], Some(error)) = (&found, unreadable) {
         return Err(error.into());
@@ -79,6 +81,33 @@ pub async fn read_slots(
             Ok(SlotPair { newest, copy: 1, older: None, other_damaged })
         }
         [Err(_), Err(_)] => Err(Error::Damaged { what: "host slot (both copies)", at }),
+    }
+}
+
+/// Reads one copy; one that looks damaged is read again before that is believed.
+async fn read_copy(
+    device: &Device,
+    runtime: &Runtime,
+    checksums: &Checksums,
+    at: Pba,
+) -> Result<Result<HostSlot, DecodeError>, DeviceError> {
+    let mut attempts = 0;
+    loop {
+        let read = device.read(at, 1, runtime.buffers().take(1)).await;
+        let slot = read.map(|buffer| match buffer.blocks().first() {
+            Some(block) => HostSlot::decode(block, checksums, at),
+            None => Err(DecodeError::Magic),
+        });
+        let is_doubtful = match &slot {
+            // Zeroes are what a format leaves.
+            Ok(slot) => slot.as_ref().is_err_and(|error| *error != DecodeError::Magic),
+            Err(error) => !error.is_transport(),
+        };
+        if !is_doubtful || attempts == READ_RETRIES {
+            return slot;
+        }
+        attempts += 1;
+        runtime.sleep(RETRY_AFTER).await;
     }
 }
 
