@@ -15,6 +15,7 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::rc::Rc;
 
 use base::{BLOCK_SIZE, BlockSlice, Buffer, Pba};
@@ -44,6 +45,7 @@ pub struct Latencies {
     read: (u64, u64),
     write: (u64, u64),
     flush: (u64, u64),
+    slot: (u64, u64),
 }
 
 impl Latencies {
@@ -54,11 +56,10 @@ impl Latencies {
             let minimum = random.between(low, high);
             (minimum, random.magnitude(minimum * 20))
         };
-        Self {
-            read: pair(5 * MICROSECOND, 100 * MICROSECOND),
-            write: pair(5 * MICROSECOND, 200 * MICROSECOND),
-            flush: pair(10 * MICROSECOND, 2_000 * MICROSECOND),
-        }
+        let read = pair(5 * MICROSECOND, 100 * MICROSECOND);
+        let write = pair(5 * MICROSECOND, 200 * MICROSECOND);
+        let flush = pair(10 * MICROSECOND, 2_000 * MICROSECOND);
+        Self { read, write, flush, slot: write }
     }
 }
 
@@ -101,6 +102,8 @@ pub struct Counts {
     pub writes: u64,
     /// Those of them that publish a slot.
     pub slot_writes: u64,
+    /// Blocks of the log that were written since the last slot was.
+    pub log_since_slot: u64,
     /// Flushes.
     pub flushes: u64,
     /// Discards.
@@ -140,6 +143,15 @@ enum Work {
 
 type ReadResult = Result<Buffer, DeviceError>;
 type Done = Result<(), DeviceError>;
+
+/// Where the one host has its log.
+const LOG_EXTENT: Range<u64> = EXTENT_BLOCKS..2 * EXTENT_BLOCKS;
+
+/// Whether a copy of the host's slot stands here.
+fn is_slot(at: u64) -> bool {
+    let slot = Geometry::host_slots_start();
+    [slot, slot.plus(1)].map(Pba::get).contains(&at)
+}
 
 /// What was decided about an operation when it was submitted.
 #[derive(Clone, Copy)]
@@ -186,8 +198,12 @@ impl SimDevice {
         match erratic {
             Erratic::Nothing => {}
             Erratic::Reads(ms) => latencies.read.1 = ms * MILLISECOND,
-            Erratic::Writes(ms) => latencies.write.1 = ms * MILLISECOND,
+            Erratic::Writes(ms) => {
+                latencies.write.1 = ms * MILLISECOND;
+                latencies.slot.1 = ms * MILLISECOND;
+            }
             Erratic::Flushes(ms) => latencies.flush.1 = ms * MILLISECOND,
+            Erratic::Slots(ms) => latencies.slot.1 = ms * MILLISECOND,
         }
     }
 
@@ -390,8 +406,7 @@ impl State {
             }
             Operation::Write { at, blocks, done } => {
                 self.counts.writes += 1;
-                let slot = Geometry::host_slots_start();
-                self.counts.slot_writes += u64::from(at == slot || at == slot.plus(1));
+                self.counts.slot_writes += u64::from(is_slot(at.get()));
                 (Work::Write { at: at.get(), blocks, done }, 2)
             }
             Operation::Flush { done } => {
@@ -460,6 +475,15 @@ impl State {
         first.is_some_and(|bytes| self.victim(at, bytes) == Victim::Node)
     }
 
+    fn count_log(&mut self, at: u64, blocks: &[BlockSlice]) {
+        if is_slot(at) {
+            self.counts.log_since_slot = 0;
+        } else if LOG_EXTENT.contains(&at) {
+            let written = blocks.iter().map(|slice| slice.block_count() as u64);
+            self.counts.log_since_slot += written.sum::<u64>();
+        }
+    }
+
     fn strikes(&mut self, kind: FaultKind) -> bool {
         self.random.rarely(self.faults.rate(kind))
     }
@@ -467,6 +491,7 @@ impl State {
     fn due(&mut self, work: &Work, fate: Fate) -> Time {
         let (minimum, spread) = match work {
             Work::Read { .. } => self.latencies.read,
+            Work::Write { at, .. } if is_slot(*at) => self.latencies.slot,
             Work::Write { .. } => self.latencies.write,
             Work::Flush { .. } => self.latencies.flush,
             Work::Discard { .. } | Work::Allocate { .. } => self.latencies.write,
@@ -508,6 +533,11 @@ impl State {
             }
             Fate::Succeeds | Fate::Lost | Fate::Misdirected(_) => Ok(()),
         };
+        if let Work::Write { at, blocks, .. } = &work
+            && result.is_ok()
+        {
+            self.count_log(*at, blocks);
+        }
         let reply = match work {
             Work::Read { at, block_count, mut buffer, done } => {
                 let blocks = buffer.bytes_mut().chunks_exact_mut(BLOCK_SIZE).take(block_count);

@@ -119,6 +119,7 @@ impl Executor {
         match self.strike.get() {
             Strike::Steps(steps) => self.steps.get() >= steps,
             Strike::DeviceWrites(writes) => self.world.device.counts().writes >= writes,
+            Strike::LogGrown(blocks) => self.world.device.counts().log_since_slot >= blocks,
             Strike::AfterPromise(count, steps) if self.world.promises() >= count => {
                 self.strike.set(Strike::Steps(self.steps.get() + steps));
                 false

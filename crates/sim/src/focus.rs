@@ -126,13 +126,23 @@ impl Plan {
 
     fn go_round_the_log(&mut self, random: &mut Random) {
         self.log_bytes = 256 << 10;
-        self.erratic = Erratic::Flushes(random.between(1, 100));
+        let fills_up = random.chance(500);
+        self.erratic = if fills_up {
+            Erratic::Slots(random.between(100, 2_000))
+        } else {
+            Erratic::Flushes(random.between(1, 100))
+        };
         self.copy_rot_per_mille = 500;
         self.weights.management_per_mille = random.magnitude(20);
         self.weights.blocks_max = random.magnitude(4);
         self.weights.requests.push((200, RequestKind::Write));
         self.live(2, 1_200, random, |random| {
-            (Ending::Kill, Strike::WorkSteps(random.between(2_000, 20_000)))
+            let strike = if fills_up {
+                Strike::LogGrown(random.between(10, 60))
+            } else {
+                Strike::WorkSteps(random.between(2_000, 20_000))
+            };
+            (Ending::Kill, strike)
         });
     }
 

@@ -64,6 +64,8 @@ pub enum Erratic {
     Writes(u64),
     /// Flushes.
     Flushes(u64),
+    /// Writes of host slots, so that the log fills up meanwhile.
+    Slots(u64),
 }
 
 impl Erratic {
@@ -72,6 +74,7 @@ impl Erratic {
             0 => Self::Reads(random.between(1, 200)),
             1 => Self::Writes(random.between(1, 50)),
             2 => Self::Flushes(random.between(1, 500)),
+            3 => Self::Slots(random.between(10, 2_000)),
             _ => Self::Nothing,
         }
     }
@@ -101,6 +104,8 @@ pub enum Strike {
     AfterPromise(u64, u64),
     /// So many steps after the device was given the given number of slots to write.
     AfterSlotWrite(u64, u64),
+    /// When so many blocks of the log were written since a slot was.
+    LogGrown(u64),
     /// When the clients are done.
     Never,
 }

@@ -518,6 +518,7 @@ impl Run {
         let mut probes = self.world.probes.borrow_mut();
         let lapped = stats.log_blocks * base::BLOCK_SIZE_U64 > self.world.plan.log_bytes;
         probes.add("log: lapped", u64::from(lapped));
+        probes.add("log: over half full at an end", u64::from(stats.log_used_percent > 50));
         probes.add("checkpoint: published", stats.checkpoints);
         probes.add("cache: missed", stats.cache_misses);
     }
