@@ -48,6 +48,10 @@ const NODES_AT_ONCE: usize = 64;
 /// The one host that runs today.
 const HOST: HostId = HostId::new(0);
 
+/// Blocks of data that are verified and written again at a time: 32 MiB of memory. Each window ends a
+/// log block, so it is long enough for that to cost little of the log.
+const WINDOW_BLOCKS: usize = 8192;
+
 /// How often a failed read of a write's data is repeated.
 const READ_RETRIES: u32 = 3;
 
@@ -151,8 +155,7 @@ async fn open_as_is(
         ));
         return Ok((engine, report));
     }
-    let doubtful = engine.verify(doubtful, &mut report).await?;
-    // Whatever was verified may have been read from a volatile cache (rule 8).
+    // The slots, and what they name, may have been read from a volatile cache (rule 8).
     engine.scheduler.flush().await.map_err(blockstore::Error::from)?;
     claim.verify(&engine.place(), &pair.newest).await?;
     let sealed_at = match base::mutant::active("dropped_records_come_back") {
@@ -543,16 +546,17 @@ impl Engine {
         }
     }
 
-    /// Reads the data of the writes above F. Returns the records that count, with that data.
+    /// Reads the data of some writes above F. Returns the records that count, with that data.
     async fn verify(
         self: &Rc<Self>,
-        records: Vec<(Lsn, Record)>,
+        records: Vec<Record>,
+        dropped: &mut Dropped,
         report: &mut OpenReport,
     ) -> Result<Vec<(Record, Option<BlockSlice>)>, Error> {
         let mut reads = Vec::with_capacity(records.len());
         // Enough at a time to keep the device busy, few enough to bound memory.
         let at_once = Semaphore::new(2 * REQUEST_BLOCKS_MAX);
-        for (_, record) in records {
+        for record in records {
             let (engine, at_once) = (Rc::clone(self), at_once.clone());
             let permits = match &record.body {
                 RecordBody::Write { hashes, .. } => at_once.acquire(hashes.len()).await,
@@ -565,7 +569,6 @@ impl Engine {
             }));
         }
         let mut counted = Vec::with_capacity(reads.len());
-        let mut dropped = Dropped::default();
         for read in reads {
             let (record, data) = read.await;
             let stop = base::mutant::active("recovery_stops_at_bad_data");
@@ -635,7 +638,7 @@ impl Engine {
         found: &superblock::Found,
         pair: &SlotPair,
         options: &OpenOptions,
-        doubtful: Vec<(Record, Option<BlockSlice>)>,
+        doubtful: Vec<(Lsn, Record)>,
         durable: Lsn,
         report: &mut OpenReport,
     ) -> Result<(), Error> {
@@ -651,18 +654,10 @@ impl Engine {
             report.alarms.push("a damaged copy of the superblock was repaired".into());
         }
         let segment = self.log.cut();
-        // All together, so that they share log blocks: there is only the reserve to write to.
-        let mut rewritten = Vec::with_capacity(doubtful.len());
-        for (record, data) in doubtful {
-            self.rewrite(record, data, &mut rewritten).await?;
-            report.records_replayed += 1;
-        }
-        for rewrite in rewritten {
-            if let Some(written) = rewrite.written {
-                crate::engine::wait(written, Pba::new(0)).await?;
-            }
-            crate::engine::wait(rewrite.appended, Pba::new(0)).await?;
-            self.log.complete(rewrite.lsn);
+        let mut dropped = Dropped::default();
+        let mut doubtful = doubtful.into_iter().map(|(_, record)| record).peekable();
+        while doubtful.peek().is_some() {
+            self.rewrite_window(next_window(&mut doubtful), &mut dropped, report).await?;
         }
         self.log.durable(self.log.last_lsn()).await.map_err(blockstore::Error::from)?;
         // The next crash should find that these need no second look.
@@ -717,6 +712,30 @@ impl Engine {
         let slots = self.slots.borrow();
         let writer = slots.as_ref().ok_or_else(published_already)?;
         Ok(writer.current().clone())
+    }
+
+    /// Writes again what counts of some records above F.
+    async fn rewrite_window(
+        self: &Rc<Self>,
+        records: Vec<Record>,
+        dropped: &mut Dropped,
+        report: &mut OpenReport,
+    ) -> Result<(), Error> {
+        let counted = self.verify(records, dropped, report).await?;
+        // All together, so that they share log blocks: there is only the reserve to write to.
+        let mut rewritten = Vec::with_capacity(counted.len());
+        for (record, data) in counted {
+            self.rewrite(record, data, &mut rewritten).await?;
+            report.records_replayed += 1;
+        }
+        for rewrite in rewritten {
+            if let Some(written) = rewrite.written {
+                crate::engine::wait(written, Pba::new(0)).await?;
+            }
+            crate::engine::wait(rewrite.appended, Pba::new(0)).await?;
+            self.log.complete(rewrite.lsn);
+        }
+        Ok(())
     }
 
     async fn publish_open(&self, slot: HostSlot) -> Result<(), Error> {
@@ -775,7 +794,7 @@ impl Engine {
             self.refuse_full_log()?;
             let left = as_u64(hashes.len() - done);
             let run = self.room_to_move(&vdi, left);
-            // A full store keeps the data where it was verified; the flush before covers it,
+            // A full store keeps the data where it was verified; the flush at the end covers it,
             // unless the device failed one and forgot that it did.
             let stays = Run { start: pba.plus(as_u64(done)), count: left };
             let run = run.filter(|_| !base::mutant::active("recovery_trusts_the_cache"));
@@ -803,6 +822,21 @@ impl Engine {
 
 fn published_already() -> Error {
     Error::refused(ErrorKind::Fenced, "the store is being published already")
+}
+
+/// The next records whose data fits into a window; at least one.
+fn next_window(records: &mut impl Iterator<Item = Record>) -> Vec<Record> {
+    let mut window = Vec::new();
+    let mut block_count = 0;
+    while block_count < WINDOW_BLOCKS
+        && let Some(record) = records.next()
+    {
+        if let RecordBody::Write { hashes, .. } = &record.body {
+            block_count += hashes.len();
+        }
+        window.push(record);
+    }
+    window
 }
 
 /// What a read of a write's blocks gave.

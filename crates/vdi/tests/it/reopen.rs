@@ -1,13 +1,19 @@
 //! What opening a store makes of what it finds.
 
+use std::cell::Cell;
+use std::rc::Rc;
 use std::time::Duration;
 
-use base::{Block, ErrorKind, Lba, Pba, SnapshotNumber};
+use base::{Block, BlockSlice, ErrorKind, Lba, Pba, SnapshotNumber};
+use device::{Backend, Device, Operation};
 use ondisk::{RangeState, RecordBody};
-use parallax_vdi::{Error, Target};
+use parallax_vdi::{Error, FormatOptions, Store, Target};
 
 use crate::check::{forge_record, set_label};
-use crate::{disk, read, reopened, with_store, write};
+use crate::gate::{Gate, start_writers};
+use crate::ram::{Ram, run};
+use crate::stuck::DATA_START;
+use crate::{disk, format_options, open_options, read, reopened, with_store, write};
 
 /// A record is bounded by what a VDI can have at most, but this one has a single block: cut into
 /// subtrees of its size, the range was 2^40 pieces.
@@ -87,4 +93,68 @@ fn snapshots_are_in_order_of_time_although_the_clock_goes_back() {
         let second = store.snapshots("web01", SnapshotNumber::new(1), 1).await.unwrap().remove(0);
         assert_eq!(second.created_ns, first);
     });
+}
+
+/// Counts data blocks that were read and not written again yet.
+struct Meter {
+    inner: Rc<dyn Backend>,
+    held: Cell<usize>,
+    most: Rc<Cell<usize>>,
+}
+
+impl Backend for Meter {
+    fn submit(&self, operation: Operation) {
+        match &operation {
+            Operation::Read { at, block_count, .. } if at.get() >= DATA_START => {
+                self.held.set(self.held.get() + block_count);
+            }
+            Operation::Write { at, blocks, .. } if at.get() >= DATA_START => {
+                let written: usize = blocks.iter().map(BlockSlice::block_count).sum();
+                self.held.set(self.held.get().saturating_sub(written));
+            }
+            _ => {}
+        }
+        self.most.set(self.most.get().max(self.held.get()));
+        self.inner.submit(operation);
+    }
+
+    fn block_count(&self) -> u64 {
+        self.inner.block_count()
+    }
+
+    fn describe(&self) -> String {
+        self.inner.describe()
+    }
+}
+
+/// All data above F was held in memory at once: gigabytes, with a large log.
+#[test]
+fn recovery_holds_a_bounded_part_of_what_it_writes_again() {
+    const BLOCKS: u64 = (512 << 20) / 4096;
+    let ram = Ram::default();
+    let gate = Gate::new(ram.backend(BLOCKS));
+    run(1, |runtime| async move {
+        let device = gate.device();
+        let format = FormatOptions { log_bytes: Some(1 << 20), ..format_options() };
+        Store::format(&device, &runtime, &format).await.unwrap();
+        let (store, _) =
+            Store::open(device, runtime.clone(), &open_options(runtime.random())).await.unwrap();
+        store.create("web01", 1 << 30).await.unwrap();
+        let disk = disk(&store, "web01").await;
+        gate.hold(|operation| matches!(operation, Operation::Flush { .. }));
+        let done = start_writers(&runtime, &disk, 60, 1, 1 << 20);
+        runtime.sleep(Duration::from_secs(1)).await;
+        assert!(done.get() >= 40, "{} written", done.get());
+    });
+    let most = Rc::new(Cell::new(0));
+    let meter = Meter { inner: ram.backend(BLOCKS), held: Cell::new(0), most: Rc::clone(&most) };
+    run(2, |runtime| async move {
+        let device = Device::new(Rc::new(meter));
+        let (store, report) =
+            Store::open(device, runtime.clone(), &open_options(runtime.random())).await.unwrap();
+        assert!(report.records_replayed >= 40, "{report:?}");
+        store.close().await.unwrap();
+    });
+    let window = 8192 + 256;
+    assert!((1..=window).contains(&most.get()), "{} blocks in memory", most.get());
 }

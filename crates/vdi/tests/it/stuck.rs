@@ -18,7 +18,7 @@ use crate::gate::{Gate, ends, start_writers, with_gated_store};
 use crate::{disk, format_options, read, reopened, write};
 
 /// First block that can hold data in these stores: behind the system extent and that of the log.
-const DATA_START: u64 = 2 * (16 << 20) / 4096;
+pub(crate) const DATA_START: u64 = 2 * (16 << 20) / 4096;
 
 /// Where the slots of the first host stand, and its heartbeat.
 const SLOTS: Range<u64> = 2049..2051;
