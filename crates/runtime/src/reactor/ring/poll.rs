@@ -9,9 +9,9 @@
 
 use std::time::Duration;
 
-/// Longest look. Covers an NVMe or virtio disk and a client on another core; what takes longer
-/// loses little by a wake-up.
-const WINDOW_MAX: Duration = Duration::from_micros(64);
+/// Longest look, as long as the kernel's own `halt_poll_ns`. Covers reads, writes and flushes of an
+/// NVMe or virtio disk, and a client on another core; what takes longer loses little by a wake-up.
+const WINDOW_MAX: Duration = Duration::from_micros(200);
 
 /// Shortest look that is worth its system call.
 const WINDOW_MIN: Duration = Duration::from_micros(4);
@@ -60,13 +60,13 @@ mod tests {
         let long = Duration::from_millis(20);
         let check = |window: &mut PollWindow, slept: Duration, expected: u64| {
             window.slept(slept);
-            assert_eq!(window.get().unwrap_or_default(), Duration::from_micros(expected));
+            assert_eq!(window.get().unwrap_or_default(), Duration::from_nanos(expected));
         };
         check(&mut window, long, 0);
-        for expected in [4, 8, 16, 32, 64, 64] {
+        for expected in [4_000, 8_000, 16_000, 32_000, 64_000, 128_000, 200_000, 200_000] {
             check(&mut window, short, expected);
         }
-        for expected in [32, 16, 8, 4, 0, 0] {
+        for expected in [100_000, 50_000, 25_000, 12_500, 6_250, 0, 0] {
             check(&mut window, long, expected);
         }
         let mut alone = PollWindow { window: Duration::ZERO, disabled: true };
