@@ -132,13 +132,22 @@ const DEPTH_ONE: [Load; 2] = [
     },
 ];
 
-const FLUSH: [Load; 1] = [Load {
-    measure: "random write with a flush after each",
-    state: State::Filled,
-    fio: "--rw=randwrite --norandommap --bs=4k --iodepth=1 --fsync=1",
-    unit: Unit::Iops,
-    goals: &[at_least(0.95, RAW), at_least(1.5, QCOW2)],
-}];
+const FLUSH: [Load; 2] = [
+    Load {
+        measure: "random write with a flush after each, allocated space",
+        state: State::Filled,
+        fio: "--rw=randwrite --norandommap --bs=4k --iodepth=1 --fsync=1",
+        unit: Unit::Iops,
+        goals: &[at_least(0.95, RAW), at_least(1.5, QCOW2)],
+    },
+    Load {
+        measure: "random write with a flush after each, fresh disk",
+        state: State::Fresh,
+        fio: "--rw=randwrite --norandommap --bs=4k --iodepth=1 --fsync=1",
+        unit: Unit::Iops,
+        goals: &[at_least(0.95, RAW), at_least(1.5, QCOW2)],
+    },
+];
 
 const SEQUENTIAL: [Load; 2] = [
     Load {
