@@ -52,14 +52,16 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
     };
     let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
     let whole: u128 = whole.parse().map_err(|_| invalid())?;
-    let mut bytes = whole << shift;
+    // A shift would drop the bits that do not fit, and make 2^68 EiB nothing at all.
+    let too_large = || format!("'{text}' is 16 EiB or more");
+    let mut bytes = whole.checked_mul(1 << shift).ok_or_else(too_large)?;
     if !fraction.is_empty() {
         let digits = u32::try_from(fraction.len()).map_err(|_| invalid())?;
         let scale = 10u128.checked_pow(digits).filter(|_| digits <= 9).ok_or_else(invalid)?;
         let fraction: u128 = fraction.parse().map_err(|_| invalid())?;
-        bytes += (fraction << shift) / scale;
+        bytes = bytes.saturating_add((fraction << shift) / scale);
     }
-    u64::try_from(bytes).map_err(|_| format!("'{text}' is 16 EiB or more"))
+    u64::try_from(bytes).map_err(|_| too_large())
 }
 
 #[cfg(test)]
@@ -78,7 +80,9 @@ mod tests {
         check("1.5MiB", 3 << 19, "1.5 MiB");
         check("2t", 2 << 40, "2 TiB");
         check(" 7 kb ", 7 << 10, "7 KiB");
-        for bad in ["", "x", "1.2.3", "-1", "12Q", "1e9", "99999999999P", "."] {
+        for bad in
+            ["", "x", "1.2.3", "-1", "12Q", "1e9", "99999999999P", ".", "295147905179352825856E"]
+        {
             assert!(parse_bytes(bad).is_err(), "{bad} must be refused");
         }
     }

@@ -138,7 +138,8 @@ fn watch_progress(output: Option<impl Read>, bar: &ProgressBar) {
 fn parse_progress(line: &[u8]) -> Option<u64> {
     let text = std::str::from_utf8(line).ok()?.trim().strip_prefix('(')?;
     let (percent, hundredths) = text.strip_suffix("/100%)")?.split_once('.')?;
-    Some(percent.parse::<u64>().ok()? * 100 + hundredths.parse::<u64>().ok()?)
+    let percent: u64 = percent.parse().ok()?;
+    percent.checked_mul(100)?.checked_add(hundredths.parse().ok()?)
 }
 
 fn read_messages(output: Option<impl Read>) -> String {
@@ -195,7 +196,9 @@ mod tests {
     fn progress_parses() {
         assert_eq!(parse_progress(b"    (12.34/100%)"), Some(1234));
         assert_eq!(parse_progress(b"    (100.00/100%)"), Some(10_000));
-        for bad in ["", "(", "(x.y/100%)", "(12/100%)", "12.34/100%"] {
+        for bad in
+            ["", "(", "(x.y/100%)", "(12/100%)", "12.34/100%", "(18446744073709551615.00/100%)"]
+        {
             assert_eq!(parse_progress(bad.as_bytes()), None, "{bad}");
         }
     }
