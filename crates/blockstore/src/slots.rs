@@ -52,7 +52,7 @@ pub async fn read_slots(
     for (copy, slot) in (0u64..).zip(&mut found) {
         let at = geometry.host_slot(host, copy);
         // A copy that cannot be read is as good as a damaged one: the other may do.
-        *slot = read_copy(device, runtime, checksums, at).await.unwrap_or_else(|error| {
+        *slot = read_copy(device, runtime, checksums, host, at).await.unwrap_or_else(|error| {
             unreadable = Some(error);
             Err(DecodeError::Checksum)
         });
@@ -84,18 +84,23 @@ pub async fn read_slots(
     }
 }
 
-/// Reads one copy; one that looks damaged is read again before that is believed.
+/// Reads one copy of a host's slot; one that looks damaged is read again before that is believed.
 async fn read_copy(
     device: &Device,
     runtime: &Runtime,
     checksums: &Checksums,
+    host: HostId,
     at: Pba,
 ) -> Result<Result<HostSlot, DecodeError>, DeviceError> {
     let mut attempts = 0;
     loop {
         let read = device.read(at, 1, runtime.buffers().take(1)).await;
         let slot = read.map(|buffer| match buffer.blocks().first() {
-            Some(block) => HostSlot::decode(block, checksums, at),
+            Some(block) => HostSlot::decode(block, checksums, at).and_then(|slot| {
+                // Another host's would be published in that host's place.
+                let is_own = slot.host == host;
+                is_own.then_some(slot).ok_or(DecodeError::Invalid("number of the host"))
+            }),
             None => Err(DecodeError::Magic),
         });
         let is_doubtful = match &slot {

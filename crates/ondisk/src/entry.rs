@@ -21,9 +21,6 @@ pub const FANOUT_BITS: u32 = 8;
 /// Greatest height: 5 levels map 2^40 blocks, 4 PiB.
 pub const HEIGHT_MAX: u8 = 5;
 
-/// Blocks that a VDI can have: what a tree of the greatest height maps.
-pub const VDI_BLOCKS_MAX: u64 = 1 << (HEIGHT_MAX as u32 * FANOUT_BITS);
-
 /// Bytes of an entry.
 const ENTRY_BYTES: usize = 16;
 

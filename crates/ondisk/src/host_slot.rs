@@ -6,6 +6,7 @@ use base::{Ballot, Block, Buffer, Epoch, HostId, Lsn, Pba, RingPosition};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
+use crate::bounds::{BLOCKS_MAX, COUNTER_END, RECORD_NUMBER_END, below};
 use crate::layout::layout;
 use crate::{Checksums, DecodeError, RootRef, StructureKind};
 
@@ -214,18 +215,22 @@ impl HostSlot {
             .segments
             .get(..usize::from(raw.segment_count))
             .ok_or(DecodeError::Invalid("log segment count"))?;
+        let segments: Vec<_> = segments.iter().map(decode_segment).collect::<Result<_, _>>()?;
+        if !segments.is_sorted_by(follows) {
+            return Err(DecodeError::Invalid("order of log segments"));
+        }
         Ok(Self {
             host: HostId::new(raw.host.get()),
             state,
-            sequence: raw.sequence.get(),
-            epoch: Epoch::new(raw.epoch.get()),
+            sequence: below(raw.sequence.get(), COUNTER_END, "sequence")?,
+            epoch: Epoch::new(below(raw.epoch.get(), COUNTER_END, "epoch")?),
             boot_id: raw.boot_id,
             ballot: Ballot::new(raw.ballot.get()),
-            cut: Lsn::new(raw.cut.get()),
-            vdi_id_next: raw.vdi_id_next.get(),
+            cut: Lsn::new(below(raw.cut.get(), COUNTER_END, "cut")?),
+            vdi_id_next: below(raw.vdi_id_next.get(), RECORD_NUMBER_END, "next VDI id")?,
             wall_ns: raw.wall_ns.get(),
             store_ns: raw.store_ns.get(),
-            log_start: Pba::new(raw.log_start.get()),
+            log_start: Pba::new(below(raw.log_start.get(), BLOCKS_MAX, "start of the log")?),
             roots: Roots {
                 directory: RootRef::from_bytes(raw.directory)?,
                 extents: RootRef::from_bytes(raw.extents)?,
@@ -233,7 +238,7 @@ impl HostSlot {
                 bitmaps: RootRef::from_bytes(raw.bitmaps)?,
                 bad_blocks: RootRef::from_bytes(raw.bad_blocks)?,
             },
-            segments: segments.iter().map(decode_segment).collect(),
+            segments,
         })
     }
 }
@@ -258,15 +263,22 @@ fn encode_segment(segment: &LogSegment) -> RawSegment {
     }
 }
 
-fn decode_segment(raw: &RawSegment) -> LogSegment {
-    LogSegment {
-        epoch: Epoch::new(raw.epoch.get()),
+fn decode_segment(raw: &RawSegment) -> Result<LogSegment, DecodeError> {
+    let bounded = |value: U64| below(value.get(), COUNTER_END, "log segment");
+    Ok(LogSegment {
+        epoch: Epoch::new(bounded(raw.epoch)?),
         nonce: raw.nonce.get(),
-        start: RingPosition::new(raw.start.get()),
-        first_lsn: Lsn::new(raw.first_lsn.get()),
-        last_lsn: Lsn::new(raw.last_lsn.get()),
+        start: RingPosition::new(bounded(raw.start)?),
+        first_lsn: Lsn::new(bounded(raw.first_lsn)?),
+        last_lsn: Lsn::new(bounded(raw.last_lsn)?),
         chain: raw.chain.get(),
-    }
+    })
+}
+
+/// Whether a segment may stand behind another: that one is sealed, and ends before it.
+fn follows(older: &LogSegment, newer: &LogSegment) -> bool {
+    let sealed = older.last_lsn > Lsn::default();
+    sealed && newer.first_lsn > older.last_lsn && newer.start >= older.start
 }
 
 /// A sign of life of a host, written every second while it runs, and before that to claim the
@@ -329,5 +341,86 @@ impl Heartbeat {
             wall_ns: raw.wall_ns.get(),
             boot_id: raw.boot_id,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use base::StoreUuid;
+
+    use super::*;
+
+    fn slot(segments: Vec<LogSegment>) -> HostSlot {
+        let root = RootRef::empty(1);
+        HostSlot {
+            host: HostId::new(0),
+            state: SlotState::Running,
+            sequence: 7,
+            epoch: Epoch::new(2),
+            boot_id: [3; 16],
+            ballot: Ballot::new(0),
+            cut: Lsn::new(9),
+            vdi_id_next: 4,
+            wall_ns: u64::MAX,
+            store_ns: u64::MAX,
+            log_start: Pba::new(4096),
+            roots: Roots {
+                directory: root,
+                extents: root,
+                vdis: root,
+                bitmaps: root,
+                bad_blocks: root,
+            },
+            segments,
+        }
+    }
+
+    fn segment(start: u64, first_lsn: u64, last_lsn: u64) -> LogSegment {
+        LogSegment {
+            epoch: Epoch::new(1),
+            nonce: u64::MAX,
+            start: RingPosition::new(start),
+            first_lsn: Lsn::new(first_lsn),
+            last_lsn: Lsn::new(last_lsn),
+            chain: u64::MAX,
+        }
+    }
+
+    fn decoded(slot: &HostSlot) -> Result<HostSlot, DecodeError> {
+        let (checksums, at) = (Checksums::new(StoreUuid([1; 16]), &[2; 32]), Pba::new(2049));
+        let encoded = slot.encode(&checksums, at);
+        HostSlot::decode(encoded.blocks().first().unwrap(), &checksums, at)
+    }
+
+    #[test]
+    fn slots_round_trip() {
+        let slot = slot(vec![segment(1, 2, 3), segment(1, 5, 6), segment(9, 7, 0)]);
+        assert_eq!(decoded(&slot), Ok(slot));
+    }
+
+    #[test]
+    fn segments_out_of_order_are_refused() {
+        for segments in [
+            vec![segment(1, 2, 0), segment(2, 3, 0)],
+            vec![segment(1, 2, 3), segment(2, 3, 0)],
+            vec![segment(2, 2, 3), segment(1, 4, 0)],
+        ] {
+            let order = DecodeError::Invalid("order of log segments");
+            assert_eq!(decoded(&slot(segments)), Err(order));
+        }
+    }
+
+    #[test]
+    fn counters_out_of_bounds_are_refused() {
+        let end = COUNTER_END;
+        let check = |slot: HostSlot| assert!(decoded(&slot).is_err(), "{slot:?}");
+        check(HostSlot { sequence: end, ..slot(vec![]) });
+        check(HostSlot { epoch: Epoch::new(end), ..slot(vec![]) });
+        check(HostSlot { cut: Lsn::new(end), ..slot(vec![]) });
+        check(HostSlot { vdi_id_next: RECORD_NUMBER_END, ..slot(vec![]) });
+        check(HostSlot { log_start: Pba::new(BLOCKS_MAX), ..slot(vec![]) });
+        check(slot(vec![segment(end, 2, 3)]));
+        check(slot(vec![segment(1, end, 0)]));
+        check(slot(vec![segment(1, 2, end)]));
     }
 }

@@ -8,6 +8,7 @@
 //!
 //! Decoding takes arbitrary bytes: it returns an error or a value in bounds, and never panics.
 
+mod bounds;
 mod checksum;
 mod entry;
 mod host_slot;
@@ -17,10 +18,9 @@ mod record;
 mod superblock;
 mod table;
 
+pub use bounds::{BLOCKS_MAX, COUNTER_END, RECORD_NUMBER_END};
 pub use checksum::{Checksums, StructureKind};
-pub use entry::{
-    Entry, EntryState, FANOUT, FANOUT_BITS, HEIGHT_MAX, Node, RootRef, VDI_BLOCKS_MAX,
-};
+pub use entry::{Entry, EntryState, FANOUT, FANOUT_BITS, HEIGHT_MAX, Node, RootRef};
 pub use host_slot::{
     HEARTBEAT_LAYOUT, HOST_SLOT_LAYOUT, Heartbeat, HostSlot, LOG_SEGMENT_LAYOUT, LOG_SEGMENTS_MAX,
     LogSegment, Roots, SlotState,

@@ -5,6 +5,7 @@ use base::{BLOCK_SIZE, Block, Buffer, Epoch, Lsn, Pba, RingPosition};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
+use crate::bounds::{COUNTER_END, below};
 use crate::layout::layout;
 use crate::{Checksums, DecodeError, Record, StructureKind};
 
@@ -209,14 +210,15 @@ impl LogBlock {
             records.push(record);
             payload = rest;
         }
+        let bounded = |value: U64| below(value.get(), COUNTER_END, "log block counter");
         Ok(Self {
             epoch,
-            position: RingPosition::new(raw.position.get()),
-            first_lsn: Lsn::new(raw.first_lsn.get()),
-            durable: Lsn::new(raw.durable.get()),
+            position: RingPosition::new(bounded(raw.position)?),
+            first_lsn: Lsn::new(bounded(raw.first_lsn)?),
+            durable: Lsn::new(bounded(raw.durable)?),
             previous: raw.previous.get(),
-            slot_sequence: raw.slot_sequence.get(),
-            cut: Lsn::new(raw.cut.get()),
+            slot_sequence: bounded(raw.slot_sequence)?,
+            cut: Lsn::new(bounded(raw.cut)?),
             records,
             checksum,
         })

@@ -7,10 +7,9 @@ use base::{ClaimGeneration, Lba, Lsn, Pba, REQUEST_BLOCKS_MAX, SnapshotNumber, V
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::DecodeError;
-use crate::entry::VDI_BLOCKS_MAX;
 use crate::layout::layout;
 use crate::table::{LABEL_BYTES_MAX, NAME_BYTES_MAX};
+use crate::{DecodeError, bounds};
 
 layout! {
     /// Fields of a record's header.
@@ -251,7 +250,7 @@ impl Record {
     /// Decodes the first record of `bytes`; returns the rest too.
     ///
     /// # Errors
-    /// `Invalid` for lengths, ranges and sizes out of bounds, unknown kinds and texts that are no
+    /// `Invalid` for lengths, numbers and ranges out of bounds, unknown kinds and texts that are no
     /// UTF-8.
     pub fn decode(bytes: &[u8]) -> Result<(Self, &[u8]), DecodeError> {
         let (header, _) =
@@ -263,77 +262,57 @@ impl Record {
             Reader(record.get(HEADER_BYTES..).ok_or(DecodeError::Invalid("record length"))?);
         let body = match header.kind {
             WRITE => {
-                let lba = Lba::new(reader.word()?);
-                let pba = Pba::new(reader.word()?);
+                let (lba, pba) = (reader.word()?, reader.word()?);
                 let count = reader.0.len() / 8;
                 if count == 0 || count > REQUEST_BLOCKS_MAX {
                     return Err(DecodeError::Invalid("write record length"));
                 }
+                let blocks = count as u64;
+                let lba = Lba::new(bounds::run(lba, blocks, "written range")?);
+                let pba = Pba::new(bounds::run(pba, blocks, "block address")?);
                 let hashes = (0..count).map(|_| reader.word()).collect::<Result<_, _>>()?;
                 RecordBody::Write { lba, pba, hashes }
             }
-            RANGE => RecordBody::Range {
-                lba: Lba::new(reader.word()?),
-                count: reader.word()?,
-                state: match reader.0.first() {
+            RANGE => {
+                let (lba, count) = (reader.word()?, reader.word()?);
+                let lba = Lba::new(bounds::run(lba, count, "discarded range")?);
+                let state = match reader.0.first() {
                     Some(0) => RangeState::Unmapped,
                     Some(1) => RangeState::Zero,
                     _ => return Err(DecodeError::Invalid("range state")),
-                },
-            },
+                };
+                RecordBody::Range { lba, count, state }
+            }
             VOID => RecordBody::Void { lsn: Lsn::new(reader.word()?) },
             SNAPSHOT => RecordBody::Snapshot {
-                number: SnapshotNumber::new(reader.word()?),
+                number: reader.snapshot()?,
                 wall_ns: reader.word()?,
                 store_ns: reader.word()?,
                 label: reader.text(LABEL_BYTES_MAX)?,
             },
-            DELETE_SNAPSHOT => {
-                RecordBody::DeleteSnapshot { number: SnapshotNumber::new(reader.word()?) }
-            }
+            DELETE_SNAPSHOT => RecordBody::DeleteSnapshot { number: reader.snapshot()? },
             CREATE => RecordBody::Create {
-                block_count: reader.word()?,
+                block_count: bounds::vdi_size(reader.word()?)?,
                 wall_ns: reader.word()?,
                 name: reader.text(NAME_BYTES_MAX)?,
             },
             CLONE => RecordBody::Clone {
                 source: VdiId::new(reader.word()?),
-                snapshot: SnapshotNumber::new(reader.word()?),
+                snapshot: reader.snapshot()?,
                 wall_ns: reader.word()?,
                 name: reader.text(NAME_BYTES_MAX)?,
             },
             RENAME => RecordBody::Rename { name: reader.text(NAME_BYTES_MAX)? },
-            RESIZE => RecordBody::Resize { block_count: reader.word()? },
+            RESIZE => RecordBody::Resize { block_count: bounds::vdi_size(reader.word()?)? },
             DELETE => RecordBody::Delete,
-            ROLLBACK => RecordBody::Rollback { number: SnapshotNumber::new(reader.word()?) },
+            ROLLBACK => RecordBody::Rollback { number: reader.snapshot()? },
             TIME => RecordBody::Time { wall_ns: reader.word()?, store_ns: reader.word()? },
             _ => return Err(DecodeError::Invalid("record kind")),
         };
-        if !body.is_within_bounds() {
-            return Err(DecodeError::Invalid("record range"));
-        }
-        let vdi = VdiId::new(header.vdi.get());
+        let vdi = bounds::below(header.vdi.get(), bounds::RECORD_NUMBER_END, "VDI id")?;
+        let vdi = VdiId::new(vdi);
         let claim = ClaimGeneration::new(header.claim.get());
         Ok((Self { vdi, claim, body }, rest))
-    }
-}
-
-impl RecordBody {
-    /// Whether it names only blocks, and sizes, that a VDI can have.
-    fn is_within_bounds(&self) -> bool {
-        let fits = |lba: Lba, count: u64| {
-            lba.get().checked_add(count).is_some_and(|end| end <= VDI_BLOCKS_MAX)
-        };
-        match self {
-            Self::Write { lba, hashes, .. } => {
-                fits(*lba, u64::try_from(hashes.len()).unwrap_or(u64::MAX))
-            }
-            Self::Range { lba, count, .. } => fits(*lba, *count),
-            Self::Create { block_count, .. } | Self::Resize { block_count } => {
-                (1..=VDI_BLOCKS_MAX).contains(block_count)
-            }
-            _ => true,
-        }
     }
 }
 
@@ -352,6 +331,11 @@ impl Reader<'_> {
         Ok(u64::from_le_bytes(*word))
     }
 
+    fn snapshot(&mut self) -> Result<SnapshotNumber, DecodeError> {
+        let number = bounds::below(self.word()?, bounds::RECORD_NUMBER_END, "snapshot number")?;
+        Ok(SnapshotNumber::new(number))
+    }
+
     fn text(&mut self, bytes_max: usize) -> Result<String, DecodeError> {
         let (length, rest) =
             self.0.split_first_chunk::<2>().ok_or(DecodeError::Invalid("record length"))?;
@@ -366,6 +350,7 @@ impl Reader<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{BLOCKS_MAX, RECORD_NUMBER_END};
 
     fn samples() -> Vec<RecordBody> {
         vec![
@@ -410,38 +395,45 @@ mod tests {
 
     #[test]
     fn records_that_name_what_no_vdi_has_are_refused() {
-        let range = |lba, count| RecordBody::Range {
-            lba: Lba::new(lba),
-            count,
-            state: RangeState::Unmapped,
-        };
-        let write = |lba, count| RecordBody::Write {
-            lba: Lba::new(lba),
-            pba: Pba::new(100),
-            hashes: vec![1; count],
-        };
-        let create = |block_count| RecordBody::Create { block_count, wall_ns: 0, name: "a".into() };
-        let check = |body, accepted| {
-            let record = Record { vdi: VdiId::new(3), claim: ClaimGeneration::new(2), body };
+        let check = |vdi: u64, body: RecordBody, accepted: bool| {
+            let record = Record { vdi: VdiId::new(vdi), claim: ClaimGeneration::new(2), body };
             let mut bytes = Vec::new();
             record.encode(&mut bytes);
             assert_eq!(Record::decode(&bytes).is_ok(), accepted, "{record:?}");
         };
-        let last = VDI_BLOCKS_MAX - 1;
+        let write = |lba: u64, pba: u64, count: usize| RecordBody::Write {
+            lba: Lba::new(lba),
+            pba: Pba::new(pba),
+            hashes: vec![1; count],
+        };
+        let range = |lba: u64, count: u64| RecordBody::Range {
+            lba: Lba::new(lba),
+            count,
+            state: RangeState::Unmapped,
+        };
+        let end = BLOCKS_MAX;
         for (body, accepted) in [
-            (range(0, VDI_BLOCKS_MAX), true),
-            (range(1, VDI_BLOCKS_MAX), false),
+            (write(end - 2, end - 2, 2), true),
+            (write(end - 1, 0, 1), true),
+            (write(end - 1, 0, 2), false),
+            (write(0, end - 1, 2), false),
+            (write(u64::MAX, 0, 1), false),
+            (write(0, u64::MAX, 1), false),
+            (range(0, end), true),
+            (range(1, end), false),
             (range(1, u64::MAX), false),
-            (write(last, 1), true),
-            (write(last, 2), false),
-            (write(u64::MAX, 1), false),
-            (create(VDI_BLOCKS_MAX), true),
-            (create(0), false),
-            (create(VDI_BLOCKS_MAX + 1), false),
-            (RecordBody::Resize { block_count: 0 }, false),
-            (RecordBody::Resize { block_count: u64::MAX }, false),
         ] {
-            check(body, accepted);
+            check(1, body, accepted);
+        }
+        for (block_count, accepted) in
+            [(0, false), (1, true), (end, true), (end + 1, false), (u64::MAX, false)]
+        {
+            check(1, RecordBody::Resize { block_count }, accepted);
+            check(1, RecordBody::Create { block_count, wall_ns: 0, name: "a".into() }, accepted);
+        }
+        for (number, accepted) in [(RECORD_NUMBER_END - 1, true), (u64::MAX, false)] {
+            check(number, RecordBody::Delete, accepted);
+            check(1, RecordBody::Rollback { number: SnapshotNumber::new(number) }, accepted);
         }
     }
 

@@ -172,7 +172,7 @@ impl Superblock {
         if self.block_count >= 1 << 40 || self.block_count < 4 * self.extent_blocks {
             return Err(DecodeError::Invalid("store length"));
         }
-        if self.log_ring_blocks < 16 || self.log_ring_blocks >= self.block_count || hosts == 0 {
+        if !(16..=self.extent_blocks).contains(&self.log_ring_blocks) || hosts == 0 {
             return Err(DecodeError::Invalid("log ring length"));
         }
         if !within(self.host_slots_start, hosts * 4)

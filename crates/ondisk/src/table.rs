@@ -7,7 +7,7 @@ use base::{
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::entry::VDI_BLOCKS_MAX;
+use crate::bounds::{COUNTER_END, RECORD_NUMBER_END, below, vdi_size};
 use crate::layout::layout;
 use crate::{DecodeError, RootRef};
 
@@ -168,7 +168,7 @@ impl TableRecord for DirectoryRecord {
             return Ok(None);
         }
         Ok(Some(Self {
-            id: VdiId::new(raw.id.get()),
+            id: VdiId::new(below(raw.id.get(), RECORD_NUMBER_END, "VDI id")?),
             parent: VdiId::new(raw.parent.get()),
             parent_snapshot: SnapshotNumber::new(raw.parent_snapshot.get()),
             created_ns: raw.created_ns.get(),
@@ -233,20 +233,16 @@ impl TableRecord for VdiRecord {
         if raw.id.get() == 0 {
             return Ok(None);
         }
-        let block_count = raw.block_count.get();
-        if block_count == 0 || block_count > VDI_BLOCKS_MAX {
-            return Err(DecodeError::Invalid("VDI size"));
-        }
         Ok(Some(Self {
-            id: VdiId::new(raw.id.get()),
-            block_count,
+            id: VdiId::new(below(raw.id.get(), RECORD_NUMBER_END, "VDI id")?),
+            block_count: vdi_size(raw.block_count.get())?,
             root: RootRef::from_bytes(raw.root)?,
-            lsn: Lsn::new(raw.lsn.get()),
+            lsn: Lsn::new(below(raw.lsn.get(), COUNTER_END, "record number")?),
             claim: ClaimGeneration::new(raw.claim.get()),
             label: BirthLabel::new(raw.label.get()),
             shared_up_to: BirthLabel::new(raw.shared_up_to.get()),
             snapshots: RootRef::from_bytes(raw.snapshots)?,
-            snapshot_next: SnapshotNumber::new(raw.snapshot_next.get()),
+            snapshot_next: snapshot_number(raw.snapshot_next)?,
             snapshot_count: raw.snapshot_count.get(),
             history: RootRef::from_bytes(raw.history)?,
         }))
@@ -302,11 +298,11 @@ impl TableRecord for SnapshotRecord {
             return Ok(None);
         }
         Ok(Some(Self {
-            number: SnapshotNumber::new(raw.number.get()),
-            position: Lsn::new(raw.position.get()),
+            number: snapshot_number(raw.number)?,
+            position: Lsn::new(below(raw.position.get(), COUNTER_END, "snapshot position")?),
             claim: ClaimGeneration::new(raw.claim.get()),
             root: RootRef::from_bytes(raw.root)?,
-            block_count: raw.block_count.get(),
+            block_count: vdi_size(raw.block_count.get())?,
             wall_ns: raw.wall_ns.get(),
             store_ns: raw.store_ns.get(),
             label: decode_text(&raw.label, raw.label_length)?,
@@ -367,6 +363,10 @@ impl TableRecord for ExtentRecord {
         let owner = HostId::new(raw.owner.get());
         Ok(Some(Self { kind, owner, epoch: Epoch::new(raw.epoch.get()) }))
     }
+}
+
+fn snapshot_number(raw: U64) -> Result<SnapshotNumber, DecodeError> {
+    below(raw.get(), RECORD_NUMBER_END, "snapshot number").map(SnapshotNumber::new)
 }
 
 fn encode_text<const MAX: usize>(text: &str) -> ([u8; MAX], u8) {

@@ -9,8 +9,8 @@ use std::rc::Rc;
 
 use base::{BLOCK_SIZE_U64, BirthLabel, ClaimGeneration, ErrorKind, Lsn, SnapshotNumber, VdiId};
 use ondisk::{
-    DirectoryRecord, LABEL_BYTES_MAX, NAME_BYTES_MAX, RangeState, Record, RecordBody, RootRef,
-    VDI_BLOCKS_MAX,
+    BLOCKS_MAX, DirectoryRecord, LABEL_BYTES_MAX, NAME_BYTES_MAX, RangeState, Record, RecordBody,
+    RootRef,
 };
 
 use crate::Error;
@@ -458,7 +458,7 @@ pub(crate) fn not_found(name: &str) -> Error {
 
 fn blocks_of(size: u64) -> Result<u64, Error> {
     let block_count = size.div_ceil(BLOCK_SIZE_U64);
-    if block_count == 0 || block_count > VDI_BLOCKS_MAX {
+    if block_count == 0 || block_count > BLOCKS_MAX {
         let message = "the size of a disk must be 4 KiB to 4 PiB";
         return Err(Error::refused(ErrorKind::Invalid, message));
     }
