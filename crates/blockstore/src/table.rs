@@ -1,11 +1,10 @@
 //! Tables: trees of pages that hold records of fixed size, found by number. Pages are metadata
 //! blocks; a table changes only at a checkpoint.
 
-use std::collections::BTreeMap;
-use std::ops::Range;
+use std::collections::{BTreeMap, HashSet};
 use std::rc::Rc;
 
-use base::{BLOCK_SIZE, BirthLabel, Lsn};
+use base::{BLOCK_SIZE, BirthLabel, Lsn, Pba};
 use ondisk::{DecodeError, Entry, EntryState, Node, RootRef, TableRecord};
 
 use crate::tree::{self, Births, Change, OnDamage, TreeWriter};
@@ -14,8 +13,8 @@ use crate::{Error, NodeStore};
 /// Tables share nothing: every page and node is private.
 const TABLE_BIRTHS: Births = Births { label: BirthLabel::new(1), shared_up_to: BirthLabel::new(0) };
 
-/// Pages that a scan reads at once.
-const PAGES_AT_ONCE: u64 = 64;
+/// Nodes or pages that a walk reads at once.
+const BLOCKS_AT_ONCE: usize = 64;
 
 /// Reads the page that holds record `index`.
 ///
@@ -48,8 +47,7 @@ pub async fn get<R: TableRecord>(
     }
 }
 
-/// Calls `visit` with every record from number `first` on that can be read, in order, until it
-/// returns `false`.
+/// Calls `visit` with every record that can be read, in order, until it returns `false`.
 ///
 /// # Errors
 /// Device errors, at once; `Damaged`, when everything that is left has been visited, if something
@@ -57,57 +55,142 @@ pub async fn get<R: TableRecord>(
 pub async fn scan<R: TableRecord>(
     nodes: &NodeStore,
     root: &RootRef,
-    first: u64,
     mut visit: impl FnMut(u64, R) -> bool,
 ) -> Result<(), Error> {
-    let mut number = first / R::PER_PAGE;
+    let mut walk = Walk::new(nodes, root, u64::MAX);
     let mut damaged = false;
-    while number < tree::coverage(root) {
-        let leaf = tree::leaf_left(nodes, root, number).await?;
-        let end = leaf.end(number);
-        for current in number..end {
-            if (current - number).is_multiple_of(PAGES_AT_ONCE) {
-                fetch(nodes, &leaf, current..end.min(current + PAGES_AT_ONCE)).await;
+    loop {
+        let (number, page) = match walk.next_page().await {
+            Ok(Some(page)) => page,
+            Ok(None) => break,
+            Err(Error::Damaged { .. }) => {
+                damaged = true;
+                continue;
             }
-            let page = match page_of(nodes, leaf.entry(current)).await {
-                Err(Error::Damaged { .. }) => {
-                    damaged = true;
-                    None
-                }
-                page => page?,
-            };
-            let Some(page) = page else {
-                match &leaf {
-                    // It holds nothing: skip it whole.
-                    tree::Leaf::Uniform(..) => break,
-                    tree::Leaf::Node(_) => continue,
-                }
-            };
-            for index in current * R::PER_PAGE..(current + 1) * R::PER_PAGE {
-                if index < first {
-                    continue;
-                }
-                match R::get(page.block(), index) {
-                    Ok(Some(record)) => {
-                        if !visit(index, record) {
-                            return Ok(());
-                        }
+            Err(error) => return Err(error),
+        };
+        for index in number * R::PER_PAGE..(number + 1) * R::PER_PAGE {
+            match R::get(page.block(), index) {
+                Ok(Some(record)) => {
+                    if !visit(index, record) {
+                        return Ok(());
                     }
-                    Ok(None) => {}
-                    Err(_) => damaged = true,
                 }
+                Ok(None) => {}
+                Err(_) => damaged = true,
             }
         }
-        number = end;
     }
     if damaged { Err(Error::Damaged { what: "table", at: root.entry.pba() }) } else { Ok(()) }
 }
 
-/// Has pages of a leaf in memory soon, all at once; who needs one learns what is wrong with it.
-async fn fetch(nodes: &NodeStore, leaf: &tree::Leaf, pages: Range<u64>) {
-    if matches!(leaf, tree::Leaf::Node(_)) {
-        let entries = pages.map(|page| leaf.entry(page));
-        nodes.load_all(entries.filter(|e| e.state() == EntryState::Mapped).collect()).await;
+/// What the tree of a table names.
+#[derive(Clone, Debug)]
+pub enum Named {
+    /// A node of the tree.
+    Node(Entry),
+    /// A page, and its number.
+    Page(u64, Entry),
+}
+
+/// A walk of a table's tree, in order.
+///
+/// A table shares nothing, so a block that its tree names twice is damage. Without that rule a
+/// handful of blocks could stand for 2^40 pages, and a walk would have no end.
+pub struct Walk<'a> {
+    nodes: &'a NodeStore,
+    /// No page has this number or a higher one.
+    page_end: u64,
+    /// From the root to where the walk is.
+    path: Vec<Siblings>,
+    named: HashSet<Pba>,
+}
+
+/// Entries next to each other: those of a node, or the root's alone.
+struct Siblings {
+    entries: Vec<Entry>,
+    /// The one to be looked at next.
+    next: usize,
+    /// Height of the tree below each: 0 for pages.
+    height: u8,
+    /// First page below them.
+    start: u64,
+}
+
+impl<'a> Walk<'a> {
+    /// A walk of the tree of `root`, whose pages are known to have numbers below `page_end`.
+    #[must_use]
+    pub fn new(nodes: &'a NodeStore, root: &RootRef, page_end: u64) -> Self {
+        let top = Siblings { entries: vec![root.entry], next: 0, height: root.height, start: 0 };
+        Self { nodes, page_end, path: vec![top], named: HashSet::new() }
+    }
+
+    /// What comes next; `None` at the end. Nodes and pages are read many at a time, before they are
+    /// asked for.
+    ///
+    /// # Errors
+    /// `Damaged` if a node or page was lost, a node does not verify, a block is named that was named
+    /// before, or a page has a number behind the end; device errors. Asked again, the walk goes on
+    /// behind what it failed at.
+    pub async fn next(&mut self) -> Result<Option<Named>, Error> {
+        while let Some(siblings) = self.path.last_mut() {
+            let Some(&entry) = siblings.entries.get(siblings.next) else {
+                self.path.pop();
+                continue;
+            };
+            if siblings.next.is_multiple_of(BLOCKS_AT_ONCE) {
+                siblings.fetch(self.nodes, &self.named).await;
+            }
+            let height = siblings.height;
+            let slot = u64::try_from(siblings.next).unwrap_or(0);
+            let start = siblings.start + slot * tree::span(height);
+            siblings.next += 1;
+            let damaged = |what| Err(Error::Damaged { what, at: entry.pba() });
+            match entry.state() {
+                EntryState::Unmapped | EntryState::Zero => continue,
+                EntryState::Damaged => return damaged("table (a part of it was lost)"),
+                EntryState::Mapped => {}
+            }
+            if !self.named.insert(entry.pba()) {
+                return damaged("table (it names a block twice)");
+            }
+            if height == 0 && start >= self.page_end {
+                return damaged("table (it has a page behind its end)");
+            }
+            if height == 0 {
+                return Ok(Some(Named::Page(start, entry)));
+            }
+            let entries = self.nodes.load(entry).await?.entries().into();
+            self.path.push(Siblings { entries, next: 0, height: height - 1, start });
+            return Ok(Some(Named::Node(entry)));
+        }
+        Ok(None)
+    }
+
+    /// The next page, with its number.
+    ///
+    /// # Errors
+    /// As [`Self::next`], and if the page does not verify.
+    pub async fn next_page(&mut self) -> Result<Option<(u64, Node)>, Error> {
+        while let Some(named) = self.next().await? {
+            if let Named::Page(number, entry) = named {
+                return Ok(Some((number, self.nodes.load(entry).await?)));
+            }
+        }
+        Ok(None)
+    }
+}
+
+impl Siblings {
+    /// Has what some entries name in memory soon, all at once; who needs it learns what is wrong
+    /// with it.
+    async fn fetch(&self, nodes: &NodeStore, named: &HashSet<Pba>) {
+        let wanted = self.entries.iter().skip(self.next).take(BLOCKS_AT_ONCE).copied();
+        let wanted = wanted.filter(|entry| entry.state() == EntryState::Mapped);
+        let wanted: Vec<Entry> = wanted.filter(|entry| !named.contains(&entry.pba())).collect();
+        if wanted.len() > 1 {
+            nodes.load_all(wanted).await;
+        }
     }
 }
 

@@ -131,27 +131,6 @@ pub async fn leaf(nodes: &NodeStore, root: &RootRef, index: u64) -> Result<Leaf,
     }
 }
 
-/// As [`leaf`], but what lies below a damaged node is uniformly damaged.
-///
-/// # Errors
-/// If a node on the way cannot be read.
-pub async fn leaf_left(nodes: &NodeStore, root: &RootRef, index: u64) -> Result<Leaf, Error> {
-    let mut next = first_step(root, index);
-    loop {
-        match next {
-            Step::Done(leaf) => return Ok(leaf),
-            Step::Load(entry, level) => match nodes.load(entry).await {
-                Ok(node) if level == 0 => return Ok(Leaf::Node(node)),
-                Ok(node) => next = step(node.entry(slot(index, level)), level),
-                Err(Error::Damaged { .. }) => {
-                    return Ok(Leaf::Uniform(EntryState::Damaged, span(level + 1)));
-                }
-                Err(error) => return Err(error),
-            },
-        }
-    }
-}
-
 /// The entry of block `index`.
 ///
 /// # Errors

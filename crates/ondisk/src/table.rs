@@ -31,16 +31,25 @@ pub trait TableRecord: Sized {
     /// `Invalid` if the record makes no sense.
     fn decode(bytes: &[u8]) -> Result<Option<Self>, DecodeError>;
 
+    /// Its number in the table, of a record that says it.
+    fn number(&self) -> Option<u64> {
+        None
+    }
+
     /// Records per page.
     const PER_PAGE: u64 = (BLOCK_SIZE / Self::BYTES) as u64;
 
     /// The record at `index` of the table that `page` is the right page of.
     ///
     /// # Errors
-    /// As [`Self::decode`].
+    /// As [`Self::decode`]; `Invalid` if the record belongs in another place.
     fn get(page: &Block, index: u64) -> Result<Option<Self>, DecodeError> {
         let start = usize::try_from(index % Self::PER_PAGE).unwrap_or(0) * Self::BYTES;
-        Self::decode(page.0.get(start..start + Self::BYTES).unwrap_or_default())
+        let record = Self::decode(page.0.get(start..start + Self::BYTES).unwrap_or_default())?;
+        match record.as_ref().and_then(Self::number) {
+            Some(number) if number != index => Err(DecodeError::Invalid("place of a record")),
+            _ => Ok(record),
+        }
     }
 
     /// Stores `record` at `index` of the table that `page` is the right page of; `None` clears.
@@ -144,6 +153,10 @@ pub struct DirectoryRecord {
 impl TableRecord for DirectoryRecord {
     const BYTES: usize = DIRECTORY_LAYOUT.size;
 
+    fn number(&self) -> Option<u64> {
+        Some(self.id.get())
+    }
+
     fn encode(&self, into: &mut [u8]) {
         let (name, name_length) = encode_text(&self.name);
         let raw = RawDirectory {
@@ -209,6 +222,10 @@ pub struct VdiRecord {
 impl TableRecord for VdiRecord {
     const BYTES: usize = VDI_LAYOUT.size;
 
+    fn number(&self) -> Option<u64> {
+        Some(self.id.get())
+    }
+
     fn encode(&self, into: &mut [u8]) {
         let raw = RawVdi {
             id: self.id.get().into(),
@@ -272,6 +289,10 @@ pub struct SnapshotRecord {
 
 impl TableRecord for SnapshotRecord {
     const BYTES: usize = SNAPSHOT_LAYOUT.size;
+
+    fn number(&self) -> Option<u64> {
+        Some(self.number.get())
+    }
 
     fn encode(&self, into: &mut [u8]) {
         let (label, label_length) = encode_text(&self.label);

@@ -163,6 +163,9 @@ struct Merge {
     allocated: Rc<RefCell<Vec<Pba>>>,
     added: Vec<Pba>,
     replaced: Vec<Pba>,
+    /// Of `added` and `replaced`, how many the bitmaps know: what a failure has to undo.
+    made_live: usize,
+    cleared: usize,
     /// Never in any tree: they only stop being busy.
     dead: Vec<Pba>,
     points: HashMap<*const Point, (RootRef, BirthLabel)>,
@@ -603,6 +606,8 @@ impl Merge {
             allocated: Rc::default(),
             added: Vec::new(),
             replaced: Vec::new(),
+            made_live: 0,
+            cleared: 0,
             dead: Vec::new(),
             points: HashMap::new(),
             nodes_written: 0,
@@ -875,9 +880,11 @@ impl Merge {
         let allocator = &self.engine.allocator;
         for &pba in &self.added {
             allocator.set_live(pba)?;
+            self.made_live += 1;
         }
         for &pba in &self.replaced {
             allocator.clear_live(pba)?;
+            self.cleared += 1;
         }
         let pages = allocator.take_dirty_pages().into_iter().map(|(number, image)| {
             let mut buffer = self.engine.runtime.buffers().take_to_keep(1);
@@ -964,15 +971,11 @@ impl Merge {
     fn give_back(self) {
         let allocator = &self.engine.allocator;
         let undo = || -> Result<(), blockstore::Error> {
-            for &pba in &self.replaced {
-                if !allocator.is_live(pba) {
-                    allocator.set_live(pba)?;
-                }
+            for &pba in self.replaced.iter().take(self.cleared) {
+                allocator.set_live(pba)?;
             }
-            for &pba in &self.added {
-                if allocator.is_live(pba) {
-                    allocator.clear_live(pba)?;
-                }
+            for &pba in self.added.iter().take(self.made_live) {
+                allocator.clear_live(pba)?;
             }
             Ok(())
         };

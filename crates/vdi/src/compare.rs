@@ -4,12 +4,13 @@ use std::rc::Rc;
 
 use base::{BLOCK_SIZE_U64, BirthLabel, ErrorKind};
 use blockstore::tree::span;
-use ondisk::{Entry, EntryState, FANOUT, RootRef};
+use ondisk::{Entry, EntryState, FANOUT, Node, RootRef};
 
 use crate::Error;
 use crate::branch::{Base, View};
 use crate::engine::Engine;
 use crate::manage::find_snapshot;
+use crate::mark::BlockSet;
 use crate::types::{DiffExtent, Target, VdiSpace};
 
 /// A tree as of now, and what it may share.
@@ -34,6 +35,7 @@ impl Engine {
         let height = from.root.height.max(to.root.height);
         let end = from.block_count.max(to.block_count);
         let mut differences = Differences { extents: Vec::new(), end };
+        let mut walked = [BlockSet::default(), BlockSet::default()];
         let mut stack = vec![(raise(&from.root, height), raise(&to.root, height), height, 0u64)];
         while let Some((a, b, level, start)) = stack.pop() {
             if start >= end || a.same(&b) {
@@ -47,7 +49,10 @@ impl Engine {
                 // Hole against zeroes: the bytes are the same.
                 continue;
             }
-            let (a, b) = (self.children(&a).await?, self.children(&b).await?);
+            let (a, b) = (
+                self.children(&a, &mut walked[0]).await?,
+                self.children(&b, &mut walked[1]).await?,
+            );
             let width = span(level - 1);
             for (slot, (a, b)) in
                 (0u64..).zip(a.into_iter().zip(b)).collect::<Vec<_>>().into_iter().rev()
@@ -65,13 +70,14 @@ impl Engine {
         let _reader = self.epochs.enter();
         let settled = self.settled(target).await?;
         let mut space = VdiSpace::default();
+        let mut walked = BlockSet::default();
         let mut stack = vec![(settled.root.entry, settled.root.height)];
         while let Some((entry, level)) = stack.pop() {
             if entry.state() != EntryState::Mapped {
                 continue;
             }
             if level > 0 {
-                let node = self.nodes.load(entry).await?;
+                let node = self.node_once(entry, &mut walked).await?;
                 stack.extend(node.entries().into_iter().map(|child| (child, level - 1)));
                 continue;
             }
@@ -110,7 +116,19 @@ impl Engine {
         Ok(Settled { root, block_count, shared_up_to })
     }
 
-    async fn children(&self, side: &Side) -> Result<Vec<Side>, Error> {
+    /// A node of a tree that is walked, and time for others. A tree names each of its nodes once:
+    /// without that rule a handful of blocks could stand for 2^40, and a walk would have no end.
+    async fn node_once(&self, entry: Entry, walked: &mut BlockSet) -> Result<Node, Error> {
+        let at = entry.pba();
+        if !walked.insert(at) {
+            let what = "tree (it names a block twice)";
+            return Err(blockstore::Error::Damaged { what, at }.into());
+        }
+        self.runtime.yield_now().await;
+        Ok(self.nodes.load(entry).await?)
+    }
+
+    async fn children(&self, side: &Side, walked: &mut BlockSet) -> Result<Vec<Side>, Error> {
         let mut children = vec![side.below(); FANOUT];
         match side.entry.state() {
             _ if side.lift > 0 => {
@@ -122,7 +140,7 @@ impl Engine {
                 }
             }
             EntryState::Mapped => {
-                let node = self.nodes.load(side.entry).await?;
+                let node = self.node_once(side.entry, walked).await?;
                 for (child, entry) in children.iter_mut().zip(node.entries()) {
                     *child = Side { entry, lift: 0 };
                 }

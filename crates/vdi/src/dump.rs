@@ -16,7 +16,7 @@ use ondisk::{
 };
 use runtime::Runtime;
 
-use crate::mark::words_of;
+use crate::mark::{BlockSet, words_of};
 use crate::{Error, Target};
 
 /// The one host that there is today.
@@ -181,7 +181,7 @@ impl Dump {
     pub async fn vdis(&self, line: Lines<'_>) -> Result<(), Error> {
         let roots = self.newest().await?.newest.roots;
         let mut names = Vec::new();
-        table::scan(&self.nodes, &roots.directory, 0, |_, record: DirectoryRecord| {
+        table::scan(&self.nodes, &roots.directory, |_, record: DirectoryRecord| {
             names.push(record);
             true
         })
@@ -221,7 +221,7 @@ impl Dump {
             root(&vdi.snapshots),
             vdi.snapshot_next
         ));
-        let shown = table::scan(&self.nodes, &vdi.snapshots, 0, |_, snapshot: SnapshotRecord| {
+        let shown = table::scan(&self.nodes, &vdi.snapshots, |_, snapshot: SnapshotRecord| {
             line(format!(
                 "  @{} {:?}: position {}, {} blocks, root {}, {} ns after 1970",
                 snapshot.number,
@@ -245,12 +245,17 @@ impl Dump {
     pub async fn tree(&self, target: &Target, line: Lines<'_>) -> Result<(), Error> {
         let root = self.find(target).await?;
         line(format!("{target}: height {}, root {}", root.height, self::root(&root)));
+        let mut shown = BlockSet::default();
         let mut stack = vec![(root.entry, root.height, 0u64)];
         while let Some((entry, height, start)) = stack.pop() {
             let end = start + tree::span(height) - 1;
             let indent = "  ".repeat(usize::from(root.height - height) + 1);
             if entry.state() != EntryState::Mapped {
                 line(format!("{indent}blocks {start} to {end}: {entry:?}"));
+                continue;
+            }
+            if !shown.insert(entry.pba()) {
+                line(format!("{indent}blocks {start} to {end}: node {entry:?} once more"));
                 continue;
             }
             let node = match self.nodes.load(entry).await {
@@ -282,7 +287,7 @@ impl Dump {
             || Error::refused(ErrorKind::NotFound, format!("{target} is not in the tables"));
         let roots = self.newest().await?.newest.roots;
         let mut id = None;
-        table::scan(&self.nodes, &roots.directory, 0, |_, record: DirectoryRecord| {
+        table::scan(&self.nodes, &roots.directory, |_, record: DirectoryRecord| {
             id = (record.name == target.vdi).then_some(record.id);
             id.is_none()
         })
@@ -293,7 +298,7 @@ impl Dump {
         let Some(wanted) = &target.snapshot else { return Ok(vdi.root) };
         let number = wanted.parse().ok().map(SnapshotNumber::new);
         let (mut by_label, mut by_number) = (None, None);
-        table::scan(&self.nodes, &vdi.snapshots, 0, |_, snapshot: SnapshotRecord| {
+        table::scan(&self.nodes, &vdi.snapshots, |_, snapshot: SnapshotRecord| {
             if snapshot.label == *wanted {
                 by_label = Some(snapshot.root);
             } else if Some(snapshot.number) == number {
@@ -317,7 +322,7 @@ impl Dump {
             self.geometry.extent_blocks,
             slot.log_start
         ));
-        table::scan(&self.nodes, &slot.roots.extents, 0, |index, record: ExtentRecord| {
+        table::scan(&self.nodes, &slot.roots.extents, |index, record: ExtentRecord| {
             line(format!(
                 "extent {index}: {:?}, of host {} since epoch {}",
                 record.kind, record.owner, record.epoch
@@ -337,9 +342,14 @@ impl Dump {
         for (title, what, root) in
             [("bitmap", "in use", roots.bitmaps), ("bad blocks", "retired", roots.bad_blocks)]
         {
+            let mut shown = BlockSet::default();
             let mut stack = vec![(root.entry, root.height, 0u64)];
             while let Some((entry, height, start)) = stack.pop() {
                 if entry.state() != EntryState::Mapped {
+                    continue;
+                }
+                if !shown.insert(entry.pba()) {
+                    line(format!("{title} page {start}: {entry:?} once more"));
                     continue;
                 }
                 let node = match self.nodes.load(entry).await {

@@ -219,11 +219,10 @@ impl Engine {
         let record: Option<VdiRecord> = table::get(&self.nodes, &roots.vdis, id.get()).await?;
         let record = record.ok_or_else(|| lost(id))?;
         let mut snapshots = Vec::new();
-        let scanned =
-            table::scan(&self.nodes, &record.snapshots, 0, |_, snapshot: SnapshotRecord| {
-                snapshots.push(snapshot);
-                true
-            });
+        let scanned = table::scan(&self.nodes, &record.snapshots, |_, snapshot: SnapshotRecord| {
+            snapshots.push(snapshot);
+            true
+        });
         let scanned = scanned.await.map_err(Error::from);
         if let Err(error) = &scanned
             && is_damage(error)

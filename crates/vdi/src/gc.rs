@@ -269,7 +269,7 @@ impl Engine {
             (Table::BadBlocks, roots.bad_blocks),
         ] {
             // Their pages name no blocks, but should be there when the store is opened again.
-            for page in mark.pages(&root).await? {
+            for (_, page) in mark.pages(&root).await? {
                 mark.verify(page).await?;
             }
             mark.note_damage(table);
@@ -371,8 +371,8 @@ struct Mark<'a> {
 struct Found {
     nodes: NodeStore,
     marked: BlockSet,
-    /// What leaves of a table name.
-    pages: Option<Vec<Entry>>,
+    /// What leaves of a table name, by the number of the page.
+    pages: Option<Vec<(u64, Entry)>>,
     /// Damaged blocks that were not known to be.
     damaged: Vec<Pba>,
     failure: Option<blockstore::Error>,
@@ -422,8 +422,8 @@ impl Mark<'_> {
         Ok(())
     }
 
-    /// Walks a table; its pages.
-    async fn pages(&mut self, root: &RootRef) -> Result<Vec<Entry>, Error> {
+    /// Walks a table; its pages, with their numbers.
+    async fn pages(&mut self, root: &RootRef) -> Result<Vec<(u64, Entry)>, Error> {
         self.found.pages = Some(Vec::new());
         let walked = self.walk(&[*root]).await;
         let pages = self.found.pages.take().unwrap_or_default();
@@ -461,10 +461,13 @@ impl Mark<'_> {
     }
 
     /// The records of a page that are left.
-    async fn records<R: TableRecord>(&mut self, page: Entry) -> Result<Vec<R>, Error> {
+    async fn records<R: TableRecord>(
+        &mut self,
+        (number, page): (u64, Entry),
+    ) -> Result<Vec<R>, Error> {
         let mut records = Vec::new();
         let Some(page) = self.verify(page).await? else { return Ok(records) };
-        for index in 0..R::PER_PAGE {
+        for index in number * R::PER_PAGE..(number + 1) * R::PER_PAGE {
             let record = R::get(page.block(), index);
             let damaged = |_| Error::refused(ErrorKind::Corrupt, "a table record makes no sense");
             records.extend(record.map_err(damaged)?);
@@ -481,7 +484,7 @@ impl Marker for Found {
     fn block(&mut self, block: &Named) {
         self.marked.insert(block.entry.pba());
         if let Some(pages) = &mut self.pages {
-            pages.push(block.entry);
+            pages.push((block.start, block.entry));
         }
     }
 

@@ -17,15 +17,16 @@ use base::{
     BirthLabel, BlockSlice, Buffer, Epoch, ErrorKind, ExtentIndex, HostId, Lsn, Pba,
     REQUEST_BLOCKS_MAX, SnapshotNumber, StoreUuid, VdiId,
 };
-use blockstore::allocator::{Allocator, Run, Space};
+use blockstore::allocator::{Allocator, BITMAP_PAGE_BLOCKS, Run, Space};
 use blockstore::log::{Break, Log, LogConfig, Replayed, survey};
 use blockstore::scheduler::Batch;
 use blockstore::slots::{SlotPair, SlotWriter, check_vouched, read_slots};
+use blockstore::table::Named;
 use blockstore::{Geometry, NodeStore, ReadEpochs, WriteScheduler, superblock, table, tree};
 use device::{Device, DeviceError};
 use ondisk::{
-    Checksums, DirectoryRecord, Entry, EntryState, ExtentRecord, HostSlot, LOG_SEGMENTS_MAX,
-    LogBlock, LogSegment, Record, RecordBody, RootRef, SUPERBLOCK_COPIES, SlotState,
+    Checksums, DirectoryRecord, Entry, ExtentRecord, HostSlot, LOG_SEGMENTS_MAX, LogBlock,
+    LogSegment, Record, RecordBody, RootRef, SUPERBLOCK_COPIES, SlotState,
 };
 use runtime::Runtime;
 use runtime::sync::{OneshotReceiver, Semaphore, Signal};
@@ -36,14 +37,12 @@ use crate::claim::{Claim, Place};
 use crate::damage::is_damage;
 use crate::engine::{Engine, Registry, as_u64};
 use crate::gc::Collector;
+use crate::mark::BlockSet;
 use crate::release::Releases;
 use crate::reserve::Reserve;
 use crate::types::{OpenOptions, OpenReport};
 use crate::vdi::Vdi;
 use crate::{Error, check};
-
-/// Nodes and pages that are read at once.
-const NODES_AT_ONCE: usize = 64;
 
 /// The one host that runs today.
 const HOST: HostId = HostId::new(0);
@@ -133,10 +132,11 @@ async fn open_as_is(
         false => NotOpened::For(error),
     })?;
     let records = replayed.records.iter().filter(|(lsn, _)| *lsn > pair.newest.cut);
+    let mut named = BlockSet::default();
     for (lsn, record) in records {
         // Also what does not count stays untouched until the new epoch is published: a crash
         // during recovery must find it again.
-        engine.keep_data(*lsn, record)?;
+        engine.keep_data(*lsn, record, &mut named)?;
     }
     let (settled, doubtful): (Vec<_>, Vec<_>) = replayed
         .records
@@ -310,7 +310,7 @@ impl Engine {
             self.allocator.load_extent(ExtentIndex::new(extent), ondisk::ExtentKind::Log)?;
         }
         let mut extents = Vec::new();
-        table::scan(&self.nodes, &roots.extents, 0, |index, record: ExtentRecord| {
+        table::scan(&self.nodes, &roots.extents, |index, record: ExtentRecord| {
             extents.push((index, record.kind));
             true
         })
@@ -319,22 +319,23 @@ impl Engine {
             let index = ExtentIndex::new(u32::try_from(index).unwrap_or(u32::MAX));
             self.allocator.load_extent(index, kind)?;
         }
-        let mut pages = Vec::new();
         let mut own = Vec::new();
-        self.walk(roots.bitmaps, &mut |entry, index| {
+        let mut walk = table::Walk::new(&self.nodes, &roots.bitmaps, self.bitmap_pages());
+        while let Some(named) = walk.next().await? {
+            let (Named::Node(entry) | Named::Page(_, entry)) = named;
             own.push(entry.pba());
-            pages.extend(index.map(|index| (index, entry)));
-        })
-        .await?;
-        for pba in own {
-            self.allocator.mark_busy(pba, 1, Space::Metadata)?;
-        }
-        for part in pages.chunks(NODES_AT_ONCE) {
-            let entries = part.iter().map(|&(_, entry)| entry).collect();
-            let loaded = self.nodes.load_all(entries).await;
-            for (&(index, _), page) in part.iter().zip(loaded) {
-                self.allocator.load_live_page(index, &page?.block().0)?;
+            if let Named::Page(index, entry) = named {
+                let page = self.nodes.load(entry).await?;
+                self.allocator.load_live_page(index, &page.block().0)?;
             }
+        }
+        for pba in own {
+            if self.allocator.is_live(pba) {
+                // They are released without a look at the bitmaps, which must not know them.
+                let what = "allocation bitmap (it has its own blocks)";
+                return Err(blockstore::Error::Damaged { what, at: pba }.into());
+            }
+            self.allocator.mark_busy(pba, 1, Space::Metadata)?;
         }
         let bad = self.load_bad_blocks(roots.bad_blocks).await?;
         if bad > 0 {
@@ -343,17 +344,18 @@ impl Engine {
         Ok(())
     }
 
+    /// Pages of bits that describe the store.
+    fn bitmap_pages(&self) -> u64 {
+        self.geometry.block_count.div_ceil(BITMAP_PAGE_BLOCKS)
+    }
+
     async fn load_bad_blocks(&self, root: RootRef) -> Result<usize, Error> {
-        let mut pages = Vec::new();
-        self.walk(root, &mut |entry, index| pages.extend(index.map(|index| (index, entry))))
-            .await?;
+        let mut walk = table::Walk::new(&self.nodes, &root, self.bitmap_pages());
         let mut count = 0;
-        for (index, entry) in pages {
-            let page = self.nodes.load(entry).await?;
-            let bits = as_u64(base::BLOCK_SIZE) * 8;
+        while let Some((index, page)) = walk.next_page().await? {
             for (byte_index, byte) in (0u64..).zip(page.block().0) {
                 for bit in (0..8u64).filter(|bit| byte & (1 << bit) != 0) {
-                    let pba = Pba::new(index * bits + byte_index * 8 + bit);
+                    let pba = Pba::new(index * BITMAP_PAGE_BLOCKS + byte_index * 8 + bit);
                     self.allocator.retire(pba)?;
                     self.nodes.give_up(pba);
                     count += 1;
@@ -361,42 +363,6 @@ impl Engine {
             }
         }
         Ok(count)
-    }
-
-    /// Visits every mapped entry of a table's tree: nodes with `None`, pages with their number.
-    async fn walk(
-        &self,
-        root: RootRef,
-        visit: &mut dyn FnMut(Entry, Option<u64>),
-    ) -> Result<(), Error> {
-        let mut stack = vec![(root.entry, root.height, 0u64)];
-        while !stack.is_empty() {
-            let mut inner = Vec::new();
-            while inner.len() < NODES_AT_ONCE
-                && let Some((entry, level, start)) = stack.pop()
-            {
-                match entry.state() {
-                    EntryState::Mapped => {}
-                    EntryState::Damaged => {
-                        let at = root.entry.pba();
-                        return Err(blockstore::Error::Damaged { what: "table", at }.into());
-                    }
-                    EntryState::Unmapped | EntryState::Zero => continue,
-                }
-                visit(entry, (level == 0).then_some(start));
-                if level > 0 {
-                    inner.push((entry, level, start));
-                }
-            }
-            let loaded = self.nodes.load_all(inner.iter().map(|&(entry, ..)| entry).collect());
-            for (node, (_, level, start)) in loaded.await.into_iter().zip(inner) {
-                let width = tree::span(level - 1);
-                for (slot, child) in (0u64..).zip(node?.entries()) {
-                    stack.push((child, level - 1, start + slot * width));
-                }
-            }
-        }
-        Ok(())
     }
 
     /// Reads the control tables.
@@ -408,34 +374,49 @@ impl Engine {
     async fn load_directory(&self) -> Result<(), Error> {
         let mut records = Vec::new();
         let root = self.roots.get().directory;
-        table::scan(&self.nodes, &root, 0, |_, record: DirectoryRecord| {
+        table::scan(&self.nodes, &root, |_, record: DirectoryRecord| {
             records.push(record);
             true
         })
         .await?;
         let mut registry = self.registry.borrow_mut();
         for record in records {
+            // An id is never given twice, whatever the slot says.
+            registry.id_next = registry.id_next.max(record.id.get() + 1);
             registry.names.insert(record.name.clone(), record.id);
             registry.directory.insert(record.id, record);
         }
         Ok(())
     }
 
-    /// Keeps the blocks that a record names from being allocated.
-    fn keep_data(&self, lsn: Lsn, record: &Record) -> Result<(), Error> {
+    /// Keeps the blocks that a record names from being allocated. A block that a record above the
+    /// cut names was free at the cut, and is named once: releasing it again, or under somebody
+    /// else, would be the end of the engine.
+    fn keep_data(&self, lsn: Lsn, record: &Record, named: &mut BlockSet) -> Result<(), Error> {
         let RecordBody::Write { pba, hashes, .. } = &record.body else { return Ok(()) };
         if base::mutant::active("recovery_forgets_log_blocks") {
             return Ok(());
         }
-        self.allocator.mark_busy(*pba, as_u64(hashes.len()), Space::Data).map_err(|error| {
+        let run = Run { start: *pba, count: as_u64(hashes.len()) };
+        self.allocator.mark_busy(run.start, run.count, Space::Data).inspect_err(|error| {
             tracing::error!(%lsn, %error, "a log record names blocks that cannot hold data");
-            error.into()
-        })
+        })?;
+        let taken = run.blocks().find(|&at| self.allocator.is_live(at) || !named.insert(at));
+        let Some(at) = taken else { return Ok(()) };
+        tracing::error!(%lsn, block = %at, "a log record names somebody else's block");
+        let what = "log record (it names somebody else's block)";
+        Err(blockstore::Error::Damaged { what, at }.into())
     }
 
     /// Applies a record.
     async fn apply(self: &Rc<Self>, lsn: Lsn, record: &Record) -> Result<(), Error> {
         match &record.body {
+            RecordBody::Create { .. } | RecordBody::Clone { .. }
+                if self.registry.borrow().directory.contains_key(&record.vdi) =>
+            {
+                let message = format!("the log creates VDI {} a second time", record.vdi);
+                return Err(Error::refused(ErrorKind::Corrupt, message));
+            }
             RecordBody::Create { block_count, wall_ns, name } => {
                 let base = Base::Root(RootRef::empty(1));
                 self.apply_create(record.vdi, *block_count, *wall_ns, name, None, base);
@@ -491,6 +472,8 @@ impl Engine {
                     let change = tree::Change { level: 0, start, lsn, entry };
                     self.install(&branch, &generation, &change);
                 }
+                let behind = within.min(as_u64(hashes.len()))..as_u64(hashes.len());
+                self.replaced_by_recovery(behind.map(|index| pba.plus(index)));
             }
             RecordBody::Range { lba, count, state } => {
                 self.touch(&vdi);
@@ -524,11 +507,13 @@ impl Engine {
         Ok(())
     }
 
-    /// The VDI with this id; `None` if damage has left nothing of it.
+    /// The VDI with this id; `None` if damage has left nothing of it, or the log names one that is none.
     async fn surviving(self: &Rc<Self>, id: VdiId) -> Result<Option<Rc<Vdi>>, Error> {
         match self.vdi(id).await {
             Ok(vdi) => Ok(Some(vdi)),
-            Err(error) if error.kind() == ErrorKind::Corrupt => Ok(None),
+            Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::NotFound) => {
+                Ok(None)
+            }
             Err(error) => Err(error),
         }
     }

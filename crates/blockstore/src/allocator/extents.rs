@@ -352,7 +352,7 @@ impl Division {
         let mut at = run.start.get();
         std::iter::from_fn(move || {
             let region = at / self.region_blocks();
-            let stop = end.min((region + 1) * self.region_blocks());
+            let stop = end.min((region + 1).saturating_mul(self.region_blocks()));
             let part = Run { start: Pba::new(at), count: stop.saturating_sub(at) };
             at = stop;
             (part.count > 0).then_some((region, part))

@@ -62,6 +62,8 @@ pub(super) struct Audit {
     pub(super) extents: Option<BTreeMap<u32, ExtentKind>>,
     /// Whether the older slot's trees are being walked: they share most blocks with the newer.
     pub(super) older: bool,
+    /// Nodes of the table that is being walked, if it is one of the older slot's.
+    pub(super) entered: BlockSet,
     /// Nodes and pages that could not be read: what is below them is not known.
     pub(super) unread: u64,
     metadata: HashMap<Pba, Identity>,
@@ -84,6 +86,7 @@ impl Audit {
             read_data,
             extents: None,
             older: false,
+            entered: BlockSet::default(),
             unread: 0,
             metadata: HashMap::new(),
             data: BlockSet::default(),
@@ -259,15 +262,25 @@ impl Audit {
 impl Marker for Audit {
     fn enter(&mut self, node: &Named) -> bool {
         let fresh = self.name(node, Some(node.level), false);
-        // The older slot's tables are read again: they tell which trees it has.
         let (kind, _) = self.tree(node);
-        fresh || (self.older && kind != TreeKind::Vdi)
+        if kind == TreeKind::Vdi {
+            return fresh;
+        }
+        if self.older {
+            // Its tables are read again: they tell which trees it has. Each node once, as a tree
+            // that named one again and again would be without end.
+            return self.entered.insert(node.entry.pba());
+        }
+        // Who has named it already is none of this table: what should stand here is not known.
+        self.unread += u64::from(!fresh);
+        fresh
     }
 
     fn block(&mut self, block: &Named) {
         let (kind, _) = self.tree(block);
         if kind != TreeKind::Vdi {
-            self.name(block, None, false);
+            let fresh = self.name(block, None, false);
+            self.unread += u64::from(!fresh && !self.older);
             self.pages.push((block.start, block.entry));
         } else if self.name(block, None, true) && self.read_data {
             self.unverified.push(DataBlock {
@@ -286,7 +299,14 @@ impl Marker for Audit {
         self.counts().lost_entries += 1;
         let place = self.place(node, 1);
         let message = format!("{place}: contents were lost to damage that was found earlier");
-        self.warn(FindingKind::Data, None, message);
+        match self.tree(node) {
+            (TreeKind::Vdi, _) => self.warn(FindingKind::Data, None, message),
+            // What its records named is not known.
+            _ => {
+                self.unread += 1;
+                self.error(FindingKind::Metadata, None, message);
+            }
+        }
     }
 
     fn failed(&mut self, node: &Named, error: &blockstore::Error) {

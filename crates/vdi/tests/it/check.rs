@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 
 use base::{BirthLabel, Block, Buffer, ClaimGeneration, HostId, Lsn, Pba, VdiId};
+use blockstore::log::survey;
 use blockstore::slots::{SlotPair, read_slots};
 use blockstore::{Geometry, superblock};
 use ondisk::{
     Checksums, Entry, EntryState, ExtentKind, ExtentRecord, HostSlot, LogBlock, LogBlockBuilder,
-    Node, Record, RecordBody, RootRef, Seal, TableRecord, VdiRecord,
+    LogSegment, Node, Record, RecordBody, RootRef, Seal, TableRecord, VdiRecord,
 };
 use parallax_vdi::check::{CheckOptions, CheckReport, FindingKind, check};
 use parallax_vdi::dump::Dump;
@@ -39,7 +40,7 @@ pub(crate) fn assert_sound(ram: &Ram, seed: u64) {
 }
 
 /// A store with two VDIs, snapshots and a clone; closed if `clean`.
-fn small_store(clean: bool) -> Ram {
+pub(crate) fn small_store(clean: bool) -> Ram {
     let (ram, ()) = with_store(move |_, store| async move {
         store.create("web01", 64 << 20).await.unwrap();
         let head = disk(&store, "web01").await;
@@ -63,10 +64,10 @@ fn small_store(clean: bool) -> Ram {
 
 /// What a test needs to find its way around a store.
 pub(crate) struct Anatomy {
-    ram: Ram,
+    pub(crate) ram: Ram,
     pub(crate) geometry: Geometry,
-    checksums: Checksums,
-    pair: SlotPair,
+    pub(crate) checksums: Checksums,
+    pub(crate) pair: SlotPair,
 }
 
 impl Anatomy {
@@ -125,7 +126,7 @@ impl Anatomy {
     }
 
     /// Replaces the slot's copies by `slot`.
-    fn publish(&self, slot: &HostSlot) {
+    pub(crate) fn publish(&self, slot: &HostSlot) {
         for copy in 0..2 {
             let at = self.geometry.host_slot(slot.host, copy);
             let slot = HostSlot { sequence: slot.sequence + copy, ..slot.clone() };
@@ -134,7 +135,7 @@ impl Anatomy {
     }
 
     /// Puts other bytes where an entry of a tree of height 1 says, and makes the tree say so.
-    fn replace_page(&self, root: &RootRef, change: impl FnOnce(&mut Block)) -> RootRef {
+    pub(crate) fn replace_page(&self, root: &RootRef, change: impl FnOnce(&mut Block)) -> RootRef {
         assert_eq!(root.height, 1);
         let [node_entry, page_entry] = self.path(root)[..] else { panic!("a node and a page") };
         let mut page = self.ram.block(page_entry.pba());
@@ -152,40 +153,40 @@ impl Anatomy {
     }
 }
 
-/// Appends a record to the log of a store that was not closed, as who knows its key can.
-pub(crate) fn forge_record(ram: &Ram, vdi: u64, body: RecordBody) {
+/// Appends records of VDIs to the log of a store that was not closed, as who knows its key can.
+pub(crate) fn forge_records(ram: &Ram, records: Vec<(u64, RecordBody)>) {
     let Anatomy { ram, geometry, checksums, pair } = Anatomy::of(ram);
-    let segment = pair.newest.segments.last().unwrap();
-    let (epoch, nonce) = (segment.epoch, segment.nonce);
-    let (mut position, mut first_lsn, mut previous) =
-        (segment.start, segment.first_lsn, segment.chain);
-    loop {
-        let at = geometry.log_block(pair.newest.log_start, position);
-        let Ok(block) = LogBlock::decode(&ram.block(at), &checksums, at, epoch, nonce) else {
-            break;
+    let slot = pair.newest;
+    let segment = *slot.segments.last().unwrap();
+    run(3, |runtime| async move {
+        let device = ram.device(STORE_BLOCKS);
+        let mut previous = segment.chain;
+        let mut see = |_: &LogSegment, block: &LogBlock| previous = block.checksum;
+        let (log, segments) = (slot.log_start, &slot.segments);
+        let surveyed =
+            survey(&device, &runtime, &geometry, log, &checksums, segments, &mut see).await;
+        let (replayed, broken) = surveyed.unwrap();
+        assert_eq!(broken, None);
+        let at = geometry.log_block(log, replayed.end);
+        let seal = Seal {
+            epoch: segment.epoch,
+            nonce: segment.nonce,
+            position: replayed.end,
+            at,
+            first_lsn: replayed.lsn_next,
+            durable: replayed.lsn_next.plus(records.len() as u64 - 1),
+            previous,
+            slot_sequence: slot.sequence,
+            cut: slot.cut,
         };
-        first_lsn = first_lsn.plus(block.records.len() as u64);
-        previous = block.checksum;
-        position = position.plus(1);
-    }
-    let at = geometry.log_block(pair.newest.log_start, position);
-    let (slot_sequence, cut) = (pair.newest.sequence, pair.newest.cut);
-    let seal = Seal {
-        epoch,
-        nonce,
-        position,
-        at,
-        first_lsn,
-        durable: first_lsn,
-        previous,
-        slot_sequence,
-        cut,
-    };
-    let mut builder = LogBlockBuilder::default();
-    builder.push(&Record { vdi: VdiId::new(vdi), claim: ClaimGeneration::new(1), body });
-    let mut buffer = Buffer::zeroed(1);
-    builder.seal(&checksums, &seal, &mut buffer);
-    ram.set_block(at, &buffer.blocks()[0]);
+        let mut builder = LogBlockBuilder::default();
+        for (vdi, body) in records {
+            builder.push(&Record { vdi: VdiId::new(vdi), claim: ClaimGeneration::new(1), body });
+        }
+        let mut buffer = Buffer::zeroed(1);
+        builder.seal(&checksums, &seal, &mut buffer);
+        ram.set_block(at, &buffer.blocks()[0]);
+    });
 }
 
 /// Gives a VDI of a closed store another newest birth label.
@@ -198,7 +199,7 @@ pub(crate) fn set_label(ram: &Ram, vdi: u64, label: u32) {
     anatomy.publish(&slot);
 }
 
-fn kinds(report: &CheckReport) -> Vec<FindingKind> {
+pub(crate) fn kinds(report: &CheckReport) -> Vec<FindingKind> {
     let mut kinds: Vec<_> = report.errors.iter().map(|finding| finding.kind).collect();
     kinds.dedup();
     kinds

@@ -9,7 +9,7 @@ use device::{Backend, Device, Operation};
 use ondisk::{RangeState, RecordBody};
 use parallax_vdi::{Error, FormatOptions, Store, Target};
 
-use crate::check::{forge_record, set_label};
+use crate::check::{forge_records, set_label};
 use crate::gate::{Gate, start_writers};
 use crate::ram::{Ram, run};
 use crate::stuck::DATA_START;
@@ -24,7 +24,7 @@ fn a_forged_range_ends_where_the_disk_does() {
         write(&disk(&store, "web01").await, 0, &[1; 4096]).await;
     });
     let range = RecordBody::Range { lba: Lba::new(0), count: 1 << 40, state: RangeState::Unmapped };
-    forge_record(&ram, 1, range);
+    forge_records(&ram, vec![(1, range)]);
     reopened(&ram, |_, store, report| async move {
         assert!(report.records_replayed == 3, "{report:?}");
         assert_eq!(read(&disk(&store, "web01").await, 0, 4096).await, [0; 4096]);
