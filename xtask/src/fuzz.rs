@@ -4,23 +4,27 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::console::Heading;
+use crate::console::{self, Heading};
 use crate::process::Run;
 use crate::workspace::Workspace;
 
 /// Seconds per target if none are asked for.
 const SECONDS: u64 = 60;
 
-/// Runs every target, or those named, for `--seconds N` each.
+/// The version that is installed where there is none; anything newer does as well.
+const CARGO_FUZZ_VERSION: &str = "0.13.2";
+
+/// Runs every target, or those named, for `--seconds N` each. Installs cargo-fuzz where it is
+/// missing.
 ///
 /// # Errors
-/// If cargo-fuzz or a nightly toolchain is missing, or a target finds something: the input that
-/// does it stays under fuzz/artifacts.
+/// If there is no nightly toolchain, or a target finds something: the input that does it stays
+/// under fuzz/artifacts.
 pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<()> {
     let (seconds, wanted) = parse(arguments)?;
     let directory = workspace.root.join("fuzz");
-    let listed = cargo_fuzz(&directory, "list").read();
-    let listed = listed.context("list the targets (needs `cargo install --locked cargo-fuzz`)")?;
+    ensure_tools()?;
+    let listed = cargo_fuzz(&directory, "list").read().context("list the targets")?;
     let targets: Vec<&str> = listed
         .lines()
         .filter(|target| wanted.is_empty() || wanted.iter().any(|name| name == target))
@@ -37,6 +41,21 @@ pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<()> {
         heading.done("nothing found");
     }
     Ok(())
+}
+
+/// Installs cargo-fuzz where it is missing. A toolchain is not ours to install.
+fn ensure_tools() -> Result<()> {
+    let nightly = Run::new("cargo").words("+nightly --version").read();
+    nightly.context(
+        "fuzzing needs a nightly compiler, for its sanitizers; get one with: \
+         rustup toolchain install nightly --profile minimal",
+    )?;
+    if Run::new("cargo").words("+nightly fuzz --version").read().is_ok() {
+        return Ok(());
+    }
+    console::say("installing cargo-fuzz");
+    let run = Run::new("cargo").words("+nightly install --locked cargo-fuzz --version");
+    run.arg(CARGO_FUZZ_VERSION).limit(Duration::from_secs(1800)).show()
 }
 
 /// cargo-fuzz needs the nightly compiler; the toolchain that runs us must not be inherited.

@@ -39,7 +39,7 @@ const TASKS: [(&str, &str); 9] = [
     ("lint", "* formatting, clippy, licences, arrows between crates, house style, README"),
     ("docs", "* the API documentation, warnings denied"),
     ("sim", "* the simulator; without arguments its smoke test, `sim help` tells more"),
-    ("fuzz", "the fuzz targets: [--seconds N] [target…]; needs cargo-fuzz and a nightly toolchain"),
+    ("fuzz", "the fuzz targets: [--seconds N] [target…]; needs a nightly toolchain"),
     (
         "e2e",
         "* end to end, the gate a part of it: [--quick] [--peer] [--seed N] [--rounds N] [scenario…]",

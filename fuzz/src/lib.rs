@@ -1,0 +1,6 @@
+//! What fuzz targets share: scripts of bytes, and small stores in memory.
+
+pub mod image;
+pub mod ram;
+pub mod script;
+pub mod seal;
