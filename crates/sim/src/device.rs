@@ -789,14 +789,17 @@ impl State {
 /// The first block behind the extents of the system and the log.
 const NODES_START: u64 = 2 * EXTENT_BLOCKS;
 
-/// Whether bytes make sense as a tree node that names something. Nothing that clients write does.
+/// Whether bytes make sense as a node of a VDI's tree that names something. Nothing that clients
+/// write does. The nodes of a VDI's first label cannot be told from those of tables, whose loss
+/// costs more: they do not count.
 fn is_node(bytes: &[u8], block_count: u64) -> bool {
     let mut named = 0;
     let sensible = bytes.chunks_exact(16).all(|entry| {
         let pba = entry.iter().take(5).rev().fold(0, |pba, &byte| pba << 8 | u64::from(byte));
         match entry.get(5) {
             Some(2) => {
-                named += 1;
+                let birth = entry.get(6..10).and_then(|birth| birth.try_into().ok());
+                named += u32::from(birth.map_or(0, u32::from_le_bytes) > 1);
                 (NODES_START..block_count).contains(&pba)
             }
             // Unmapped, zero or damaged, and nothing else.
