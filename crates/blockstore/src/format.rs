@@ -3,7 +3,7 @@
 use std::rc::Rc;
 
 use base::{
-    Ballot, Block, BlockSlice, Buffer, Epoch, ErrorKind, ExtentIndex, HostId, Lsn, Pba,
+    Ballot, BlockSlice, Buffer, Epoch, ErrorKind, ExtentIndex, HostId, Lsn, Pba,
     REQUEST_BLOCKS_MAX, StoreUuid,
 };
 use device::{Cause, Device};
@@ -32,8 +32,8 @@ pub struct Options {
     pub boot_id: [u8; 16],
 }
 
-/// Blocks at the start of the device that must be zero for it to look unused: all superblock
-/// copies, slots, and where partition tables and file systems put their labels.
+/// Blocks at the start and at the end of the device that must be zero for it to look unused: where
+/// partition tables, file systems, volume managers and RAID put their labels.
 const LOOKS_USED_BLOCKS: usize = REQUEST_BLOCKS_MAX;
 
 /// Blocks between two words about progress: 64 MiB.
@@ -142,17 +142,19 @@ fn empty_slot(log_start: Pba, wall_ns: u64, boot_id: [u8; 16]) -> HostSlot {
 }
 
 async fn refuse_used(device: &Device, runtime: &Runtime) -> Result<(), Error> {
-    let buffer = runtime.buffers().take(LOOKS_USED_BLOCKS);
-    let buffer = device.read(Pba::new(0), LOOKS_USED_BLOCKS, buffer).await?;
-    let mut blocks: Vec<Block> = buffer.blocks().iter().take(LOOKS_USED_BLOCKS).cloned().collect();
     let [_, secondary] = SUPERBLOCK_COPIES;
-    let buffer = device.read(secondary, 1, runtime.buffers().take(1)).await?;
-    blocks.extend(buffer.blocks().first().cloned());
-    if blocks.iter().any(|block| block.0.iter().any(|&byte| byte != 0)) {
-        return Err(Error::refused(
-            ErrorKind::Busy,
-            "the device is not empty; format --force destroys what is on it",
-        ));
+    let last = device.block_count().saturating_sub(LOOKS_USED_BLOCKS as u64);
+    for (at, count) in
+        [(Pba::new(0), LOOKS_USED_BLOCKS), (secondary, 1), (Pba::new(last), LOOKS_USED_BLOCKS)]
+    {
+        let buffer = device.read(at, count, runtime.buffers().take(count)).await?;
+        let mut blocks = buffer.blocks().iter().take(count);
+        if blocks.any(|block| block.0.iter().any(|&byte| byte != 0)) {
+            return Err(Error::refused(
+                ErrorKind::Busy,
+                "the device is not empty; format --force destroys what is on it",
+            ));
+        }
     }
     Ok(())
 }

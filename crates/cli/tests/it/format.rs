@@ -25,6 +25,18 @@ fn what_is_used_is_kept_unless_forced() {
     assert!(made["device"].is_string());
 }
 
+/// The second copy of a GUID partition table, and the labels of RAID, stand there.
+#[test]
+fn what_is_used_at_its_end_is_kept() {
+    let place = Place::new();
+    let mut bytes = vec![0; 128 << 20];
+    bytes[(128 << 20) - 512..][..8].copy_from_slice(b"EFI PART");
+    std::fs::write(place.path("other"), &bytes).unwrap();
+    place.fails(1, &["format", "other"]);
+    assert!(std::fs::read(place.path("other")).unwrap() == bytes);
+    place.ok(&["format", "other", "--force"]);
+}
+
 #[test]
 fn a_file_system_is_not_overwritten() {
     let place = Place::new();
