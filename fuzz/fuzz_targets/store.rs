@@ -219,8 +219,10 @@ fuzz_target!(|input: &[u8]| {
             && original.anatomy.reached.iter().any(|&at| ram.is_changed(at));
         let report = checked(&ram, false);
         let is_sound = report.as_ref().is_ok_and(|report| report.is_clean());
-        if is_sound {
-            assert!(!must_notice, "damage at {:?} is not noticed", changed(&ram));
+        assert!(!is_sound || !must_notice, "damage at {:?} is not noticed", changed(&ram));
+        // What an entry says was lost earlier is an error to who reads it, and no news to `check`.
+        let is_whole = report.is_ok_and(|report| report.counts.lost_entries == 0);
+        if is_sound && is_whole {
             let fork = ram.fork();
             let read = run(4, |runtime| async move {
                 read_all(fork, runtime).await.map_err(|error| error.to_string())
