@@ -513,10 +513,14 @@ impl<'a> Question<'a> {
         budget: &mut usize,
     ) -> Option<Vec<usize>> {
         let Some(range) = ranges.get(at) else {
-            *budget = budget.saturating_sub(1);
             return self.consistent(ranges, chosen);
         };
         for &choice in &range.choices {
+            // Also a choice that leads nowhere costs: there may be more of them than of whole ones.
+            *budget = budget.saturating_sub(1);
+            if *budget == 0 {
+                return None;
+            }
             chosen[at] = choice;
             let same_cover = at > 0 && ranges[at - 1].covering == range.covering;
             if same_cover && chosen[at - 1] != choice {
