@@ -4,15 +4,14 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use base::BlockSlice;
+use device::{Cause, DeviceError};
 use ondisk::Heartbeat;
 
+use crate::claim::BEAT;
 use crate::engine::Engine;
 
 /// How often the tasks look whether something is due.
 const TICK: Duration = Duration::from_millis(250);
-
-/// Ticks between heartbeats.
-const TICKS_PER_BEAT: u64 = 4;
 
 /// Ticks after which acknowledged writes are flushed although nobody asked (design rule 16).
 const TICKS_PER_FLUSH: u64 = 4;
@@ -26,6 +25,7 @@ pub(crate) fn start(engine: &Rc<Engine>) {
     let runtime = engine.runtime.clone();
     drop(runtime.spawn(Rc::clone(engine).checkpoint_when_due()));
     drop(runtime.spawn(tick(Rc::clone(engine))));
+    drop(runtime.spawn(beats(Rc::clone(engine))));
     let watched = Rc::clone(engine);
     drop(runtime.spawn(async move {
         watched.scheduler.failed().await;
@@ -39,7 +39,6 @@ pub(crate) fn start(engine: &Rc<Engine>) {
 
 async fn tick(engine: Rc<Engine>) {
     let mut ticks: u64 = 0;
-    let mut beats: u64 = 0;
     loop {
         engine.runtime.sleep(TICK).await;
         if engine.closing.get() || engine.scheduler.failure().is_some() {
@@ -52,14 +51,32 @@ async fn tick(engine: Rc<Engine>) {
             let _ = engine.scheduler.flush().await;
         }
         engine.log.mark_durable();
-        if ticks.is_multiple_of(TICKS_PER_BEAT) {
-            beats += 1;
-            beat(&engine, beats).await;
-        }
         if engine.checkpoint_is_due() {
             engine.request_checkpoint();
         }
         engine.collect_if_due();
+    }
+}
+
+/// Shows that the store is in use, until it is closed: for another machine, one that does not beat
+/// for a lease time is dead. So nothing else is waited for.
+async fn beats(engine: Rc<Engine>) {
+    let mut sequence: u64 = 0;
+    loop {
+        engine.runtime.sleep(BEAT).await;
+        if engine.ended.get() || engine.scheduler.failure().is_some() {
+            return;
+        }
+        if let Ok(Some(found)) = engine.place().read().await
+            && found.epoch > engine.epoch
+        {
+            tracing::error!(epoch = %found.epoch, "another machine has opened the store");
+            let at = engine.geometry.heartbeat(engine.host);
+            engine.scheduler.fail(DeviceError::new(Cause::Gone, at));
+            return;
+        }
+        sequence += 1;
+        beat(&engine, sequence).await;
     }
 }
 

@@ -10,9 +10,11 @@
 //! - one that has looked and gone on has published before the lease time of the next one is over,
 //!   and that shows in the slot.
 //!
-//! It looks again before it first writes to what the store holds, and when it has published. The
+//! It looks again before it first writes to what the store holds, and when it has published; in
+//! between, it writes its claim every second, as whoever comes then waits only for a lease time. The
 //! price: a machine that stands still between such a look and a write for longer than the lease
-//! time is not kept from that write. Only the device could do that.
+//! time is not kept from that write. Only the device could do that. But it stops when it finds the
+//! beat of a later epoch where its own should stand.
 
 use std::rc::Rc;
 use std::time::Duration;
@@ -29,6 +31,9 @@ use crate::Error;
 /// The lease time: how long a store is watched for somebody who uses it.
 const WATCH: Duration = Duration::from_secs(5);
 
+/// Time between two signs of life: several in a lease time.
+pub(crate) const BEAT: Duration = Duration::from_secs(1);
+
 /// How often a claim is written until it reads back.
 const WRITES_MAX: u32 = 3;
 
@@ -43,7 +48,7 @@ pub(crate) struct Place<'a> {
 
 impl Place<'_> {
     /// The heartbeat, if there is a valid one.
-    async fn read(&self) -> Result<Option<Heartbeat>, DeviceError> {
+    pub(crate) async fn read(&self) -> Result<Option<Heartbeat>, DeviceError> {
         let at = self.geometry.heartbeat(self.host);
         let buffer = self.device.read(at, 1, self.runtime.buffers().take(1)).await?;
         let block = buffer.blocks().first();
@@ -85,6 +90,9 @@ pub(crate) struct Claim {
     is_home: bool,
 }
 
+/// A claim that is written again and again.
+pub(crate) struct Kept(#[expect(dead_code, reason = "lives as long as it")] Rc<()>);
+
 impl Claim {
     /// Claims a store that was found with `slot`, for `boot_id`; `nonce` is random.
     ///
@@ -114,6 +122,26 @@ impl Claim {
             claim.verify(place, slot).await?;
         }
         Ok(claim)
+    }
+
+    /// Writes the claim again every second until the answer is dropped.
+    pub(crate) fn keep(&self, place: &Place<'_>) -> Kept {
+        let at = place.geometry.heartbeat(place.host);
+        let block = Rc::new(self.beat.encode(place.checksums, at));
+        let (device, runtime) = (place.device.clone(), place.runtime.clone());
+        let kept = Rc::new(());
+        let held = Rc::downgrade(&kept);
+        drop(place.runtime.spawn(async move {
+            loop {
+                runtime.sleep(BEAT).await;
+                if held.strong_count() == 0 {
+                    return;
+                }
+                // Who looks for it learns that it could not be written.
+                let _ = device.write(at, vec![BlockSlice::whole(Rc::clone(&block))]).await;
+            }
+        }));
+        Kept(kept)
     }
 
     async fn write(&self, place: &Place<'_>) -> Result<(), Error> {

@@ -61,6 +61,8 @@ pub(crate) struct Engine {
     pub(crate) closing: Cell<bool>,
     /// Set when the last checkpoint is being written: none may follow it.
     pub(crate) closed: Cell<bool>,
+    /// Set when it has been written, or has failed.
+    pub(crate) ended: Cell<bool>,
     /// Bytes written since the last flush that was asked for by amount.
     pub(crate) unflushed: Cell<u64>,
     /// Tree nodes with changes that no checkpoint has merged yet.
@@ -147,7 +149,9 @@ impl Engine {
         if self.read_only {
             return Ok(());
         }
-        self.checkpoint(ondisk::SlotState::Clean).await
+        let outcome = self.checkpoint(ondisk::SlotState::Clean).await;
+        self.ended.set(true);
+        outcome
     }
 
     /// Time that the store has been open in its life, in nanoseconds.

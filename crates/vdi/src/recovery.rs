@@ -158,6 +158,7 @@ async fn open_as_is(
     // The slots, and what they name, may have been read from a volatile cache (rule 8).
     engine.scheduler.flush().await.map_err(blockstore::Error::from)?;
     claim.verify(&engine.place(), &pair.newest).await?;
+    let _kept = claim.keep(&engine.place());
     let sealed_at = match base::mutant::active("dropped_records_come_back") {
         true => Lsn::new(replayed.lsn_next.get().saturating_sub(1)),
         false => replayed.durable,
@@ -287,6 +288,7 @@ fn build(
         idle: Signal::default(),
         closing: Cell::new(false),
         closed: Cell::new(false),
+        ended: Cell::new(false),
         unflushed: Cell::new(0),
         changed_nodes: Cell::new(0),
         full: Cell::new(false),
@@ -682,7 +684,7 @@ impl Engine {
         Ok(())
     }
 
-    fn place(&self) -> Place<'_> {
+    pub(crate) fn place(&self) -> Place<'_> {
         Place {
             device: &self.device,
             runtime: &self.runtime,

@@ -40,11 +40,13 @@ pub(super) async fn repair(
     examined: &Examined,
 ) -> Result<Vec<String>, Error> {
     let mut repairs = Vec::new();
+    let mut _kept = None;
     if let Some(pair) = &examined.slots {
         let Examined { geometry, checksums, options, .. } = examined;
         let place = Place { device, runtime, geometry, checksums, host: HOST };
         let claim = Claim::make(&place, &pair.newest, options.boot_id, options.nonce).await?;
         claim.verify(&place, &pair.newest).await?;
+        _kept = Some(claim.keep(&place));
     }
     let damaged = &examined.superblock.damaged;
     if !damaged.is_empty() {

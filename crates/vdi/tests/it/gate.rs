@@ -31,6 +31,11 @@ impl Gate {
         Self { inner, wanted: Rc::default(), held: Rc::default(), refused: Rc::default() }
     }
 
+    /// The device behind the gate, as another machine sees it.
+    pub(crate) fn behind(&self) -> Device {
+        Device::new(Rc::clone(&self.inner))
+    }
+
     pub(crate) fn device(&self) -> Device {
         Device::new(Rc::new(self.clone()))
     }

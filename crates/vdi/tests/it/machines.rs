@@ -2,17 +2,28 @@
 
 use std::time::Duration;
 
-use base::ErrorKind;
+use base::{Buffer, ErrorKind};
+use device::{Device, Operation};
+use disk::Request;
 use parallax_vdi::{Error, OpenOptions, Store};
 use runtime::Runtime;
 
+use crate::gate::{Gate, with_gated_store};
 use crate::ram::{Ram, run};
-use crate::{STORE_BLOCKS, disk, format_options, open_options, read, write};
+use crate::stuck::writes_slot;
+use crate::{STORE_BLOCKS, disk, format_options, open_options, read, reopened, with_store, write};
 
 async fn open_on(ram: &Ram, runtime: &Runtime, boot: u8) -> Result<Store, Error> {
+    open_device_on(ram.device(STORE_BLOCKS), runtime, boot).await
+}
+
+async fn open_device_on(device: Device, runtime: &Runtime, boot: u8) -> Result<Store, Error> {
     let options = OpenOptions { boot_id: [boot; 16], ..open_options(runtime.random()) };
-    let opened = Store::open(ram.device(STORE_BLOCKS), runtime.clone(), &options).await;
-    opened.map(|(store, _)| store)
+    Store::open(device, runtime.clone(), &options).await.map(|(store, _)| store)
+}
+
+fn write_of(byte: u8, fua: bool) -> Request {
+    Request::Write { offset: 0, length: 4096, data: Buffer::from_bytes(&[byte; 4096]), fua }
 }
 
 /// Runs `work` on a store that machine 1 has formatted.
@@ -90,5 +101,91 @@ fn the_machine_that_used_a_store_last_opens_it_at_once() {
                 store.close().await.unwrap();
             }
         }
+    });
+}
+
+/// While it was being closed a store did not beat: when that took five seconds, another machine
+/// opened it.
+#[test]
+fn a_store_that_is_being_closed_is_not_opened_elsewhere() {
+    with_gated_store(|runtime, gate, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        write(&disk(&store, "web01").await, 0, &[5; 4096]).await;
+        gate.hold(writes_slot);
+        let closing = runtime.spawn(async move { store.close().await });
+        runtime.sleep(Duration::from_secs(1)).await;
+        assert_eq!(gate.held(), 1);
+        let other = open_device_on(gate.behind(), &runtime, 2).await;
+        gate.release();
+        let _ = closing.await;
+        assert_eq!(other.expect_err("two machines have it").kind(), ErrorKind::Busy);
+    });
+}
+
+/// Beats waited for the periodic flush.
+#[test]
+fn a_store_whose_flush_is_slow_is_not_opened_elsewhere() {
+    with_gated_store(|runtime, gate, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        write(&disk(&store, "web01").await, 0, &[5; 4096]).await;
+        gate.hold(|operation| matches!(operation, Operation::Flush { .. }));
+        runtime.sleep(Duration::from_secs(2)).await;
+        assert_eq!(gate.held(), 1);
+        let other = open_device_on(gate.behind(), &runtime, 2).await;
+        gate.release();
+        assert_eq!(other.expect_err("two machines have it").kind(), ErrorKind::Busy);
+    });
+}
+
+/// Recovery did not beat. The second machine's write was acknowledged, durable, and lost when the
+/// first one went on.
+#[test]
+fn a_store_that_is_recovered_slowly_is_not_opened_elsewhere() {
+    let (ram, ()) = with_store(|_, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        write(&disk(&store, "web01").await, 0, &[5; 4096]).await;
+    });
+    let at = ram.filled_with(5).unwrap();
+    let shared = ram.clone();
+    let (opened, first) = run(3, move |runtime| async move {
+        let ram = shared;
+        let gate = Gate::new(ram.backend(STORE_BLOCKS));
+        gate.hold(
+            move |operation| matches!(operation, Operation::Read { at: read, .. } if *read == at),
+        );
+        let (device, clock) = (gate.device(), runtime.clone());
+        let one = runtime.spawn(async move { open_device_on(device, &clock, 1).await.map(|_| ()) });
+        runtime.sleep(Duration::from_secs(1)).await;
+        assert_eq!(gate.held(), 1);
+        let other = open_on(&ram, &runtime, 2).await;
+        let opened = other.is_ok();
+        if let Ok(store) = &other {
+            disk(store, "web01").await.submit(write_of(6, true)).await.unwrap();
+        }
+        gate.release();
+        let first = one.await;
+        (opened, first)
+    });
+    assert!(!opened, "both opened it; the first got {first:?}");
+    reopened(&ram, |_, store, _| async move {
+        assert_eq!(read(&disk(&store, "web01").await, 0, 4096).await, [5; 4096]);
+    });
+}
+
+/// A machine that stood still for longer than the lease time, and goes on.
+#[test]
+fn a_daemon_that_was_taken_for_dead_stops() {
+    with_gated_store(|runtime, gate, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        let disk = disk(&store, "web01").await;
+        write(&disk, 0, &[5; 4096]).await;
+        gate.hold(|_| true);
+        let other = open_device_on(gate.behind(), &runtime, 2).await;
+        gate.release();
+        let other = other.expect("nobody beats");
+        runtime.sleep(Duration::from_secs(3)).await;
+        let outcome = disk.submit(write_of(6, false)).await;
+        assert!(outcome.is_err(), "both acknowledge writes");
+        drop(other);
     });
 }

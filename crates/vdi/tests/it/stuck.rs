@@ -34,7 +34,7 @@ fn write_of(offset: u64, length: usize) -> Request {
     Request::Write { offset, length, data, fua: false }
 }
 
-fn writes_slot(operation: &Operation) -> bool {
+pub(crate) fn writes_slot(operation: &Operation) -> bool {
     matches!(operation, Operation::Write { at, .. } if SLOTS.contains(&at.get()))
 }
 
