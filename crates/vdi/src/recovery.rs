@@ -586,20 +586,23 @@ impl Engine {
             return Ok(Data::NotAWrite);
         };
         let count = hashes.len();
-        let buffer = match self.read_again(*pba, count).await {
-            Ok(buffer) => buffer,
-            // A device that cannot be reached says nothing of the block.
-            Err(error) if error.kind() == ErrorKind::Io && !error.is_transport() => {
-                return Ok(Data::Unreadable);
+        // Twice: a bad transfer is not a bad block.
+        for _ in 0..2 {
+            let buffer = match self.read_again(*pba, count).await {
+                Ok(buffer) => buffer,
+                // A device that cannot be reached says nothing of the block.
+                Err(error) if error.kind() == ErrorKind::Io && !error.is_transport() => {
+                    return Ok(Data::Unreadable);
+                }
+                Err(error) => return Err(blockstore::Error::from(error).into()),
+            };
+            let verified = hashes
+                .iter()
+                .zip(buffer.blocks())
+                .all(|(&hash, block)| self.checksums.block(&block.0) == hash);
+            if verified || base::mutant::active("recovery_trusts_data") {
+                return Ok(Data::Verified(BlockSlice::new(Rc::new(buffer), 0, count)));
             }
-            Err(error) => return Err(blockstore::Error::from(error).into()),
-        };
-        let verified = hashes
-            .iter()
-            .zip(buffer.blocks())
-            .all(|(&hash, block)| self.checksums.block(&block.0) == hash);
-        if verified || base::mutant::active("recovery_trusts_data") {
-            return Ok(Data::Verified(BlockSlice::new(Rc::new(buffer), 0, count)));
         }
         Ok(Data::Missing)
     }
@@ -709,7 +712,11 @@ impl Engine {
         report: &mut OpenReport,
     ) -> Result<(), Error> {
         let counted = self.verify(records, dropped, report).await?;
-        // All together, so that they share log blocks: there is only the reserve to write to.
+        for (record, _) in &counted {
+            self.load_for(record).await?;
+        }
+        // All together, so that they share log blocks: there is only the reserve to write to. What
+        // is waited for in between ends a block.
         let mut rewritten = Vec::with_capacity(counted.len());
         for (record, data) in counted {
             self.rewrite(record, data, &mut rewritten).await?;
@@ -721,6 +728,18 @@ impl Engine {
             }
             crate::engine::wait(rewrite.appended, Pba::new(0)).await?;
             self.log.complete(rewrite.lsn);
+        }
+        Ok(())
+    }
+
+    /// Loads what a record applies to, if it is there yet.
+    async fn load_for(self: &Rc<Self>, record: &Record) -> Result<(), Error> {
+        let source = match record.body {
+            RecordBody::Clone { source, .. } => source,
+            _ => record.vdi,
+        };
+        if self.registry.borrow().directory.contains_key(&source) {
+            self.surviving(source).await?;
         }
         Ok(())
     }

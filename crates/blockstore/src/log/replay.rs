@@ -98,20 +98,13 @@ impl RingReader<'_> {
         while position.distance_from(segment.start) < self.geometry.ring_blocks
             && !(sealed && lsn > segment.last_lsn)
         {
-            let at = self.geometry.log_block(self.log_start, position);
-            let block = self.block(position).await?;
-            let decoded = LogBlock::decode(block, checksums, at, segment.epoch, segment.nonce);
-            let block = match decoded {
+            let block = match self.next(checksums, segment, position, (lsn, chain)).await? {
                 Ok(block) => block,
                 Err(error) => {
-                    undecodable = matches!(error, DecodeError::Invalid(_));
+                    undecodable = error.is_some_and(|it| matches!(it, DecodeError::Invalid(_)));
                     break;
                 }
             };
-            // The first block of an epoch is chained to nothing: its epoch's nonce stands for it.
-            if block.position != position || block.first_lsn != lsn || block.previous != chain {
-                break;
-            }
             see(segment, &block);
             for record in block.records {
                 if !sealed || lsn <= segment.last_lsn {
@@ -151,6 +144,37 @@ impl RingReader<'_> {
         replayed.end = position;
         replayed.lsn_next = lsn;
         Ok(breaks)
+    }
+
+    /// The block at `position` if it continues the chain, or what is wrong with it, if anything. One
+    /// that does not is read once more: a bad transfer is not the end of the log.
+    async fn next(
+        &mut self,
+        checksums: &Checksums,
+        segment: &LogSegment,
+        position: RingPosition,
+        (lsn, chain): (Lsn, u64),
+    ) -> Result<Result<LogBlock, Option<DecodeError>>, Error> {
+        let at = self.geometry.log_block(self.log_start, position);
+        let mut wrong = None;
+        for _ in 0..2 {
+            let block = self.block(position).await?;
+            match LogBlock::decode(block, checksums, at, segment.epoch, segment.nonce) {
+                // The first block of an epoch is chained to nothing: its epoch's nonce stands for
+                // it.
+                Ok(block)
+                    if block.position == position
+                        && block.first_lsn == lsn
+                        && block.previous == chain =>
+                {
+                    return Ok(Ok(block));
+                }
+                Ok(_) => wrong = None,
+                Err(error) => wrong = Some(error),
+            }
+            self.chunk = None;
+        }
+        Ok(Err(wrong))
     }
 
     /// Highest F in valid blocks of the segment's epoch behind a break of its chain; or where a

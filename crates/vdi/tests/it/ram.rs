@@ -22,6 +22,8 @@ struct State {
     unreadable: RefCell<HashSet<u64>>,
     /// A block whose next read fails.
     stumbling: Cell<Option<u64>>,
+    /// A block whose next read gives other bytes.
+    garbled: Cell<Option<u64>>,
     /// Blocks that are really allocated below, and how many can be.
     backed: RefCell<HashSet<u64>>,
     space: Cell<Option<usize>>,
@@ -104,6 +106,11 @@ impl Ram {
         self.0.stumbling.set(Some(at.get()));
     }
 
+    /// Makes the next read of this block give other bytes.
+    pub(crate) fn garble(&self, at: Pba) {
+        self.0.garbled.set(Some(at.get()));
+    }
+
     /// The block that holds nothing but `byte`.
     pub(crate) fn filled_with(&self, byte: u8) -> Option<Pba> {
         let blocks = self.0.blocks.borrow();
@@ -168,6 +175,10 @@ impl Backend for RamBackend {
                 let blocks = state.blocks.borrow();
                 for (index, block) in (at.get()..).zip(&mut buffer.blocks_mut()[..block_count]) {
                     block.0 = blocks.get(&index).map_or([0; base::BLOCK_SIZE], |block| block.0);
+                    if state.garbled.get() == Some(index) {
+                        state.garbled.set(None);
+                        block.0[17] ^= 4;
+                    }
                 }
                 done.send(Ok(buffer));
             }

@@ -4,16 +4,18 @@ use std::cell::Cell;
 use std::rc::Rc;
 use std::time::Duration;
 
-use base::{Block, BlockSlice, ErrorKind, Lba, Pba, SnapshotNumber};
+use base::{Block, BlockSlice, Buffer, ErrorKind, Lba, Pba, SnapshotNumber};
 use device::{Backend, Device, Operation};
+use disk::Request;
 use ondisk::{RangeState, RecordBody};
 use parallax_vdi::{Error, FormatOptions, Store, Target};
+use runtime::Runtime;
 
 use crate::check::{forge_records, set_label};
-use crate::gate::{Gate, start_writers};
+use crate::gate::{Gate, start_writers, with_gated_store};
 use crate::ram::{Ram, run};
-use crate::stuck::DATA_START;
-use crate::{disk, format_options, open_options, read, reopened, with_store, write};
+use crate::stuck::{DATA_START, writes_slot};
+use crate::{STORE_BLOCKS, disk, format_options, open_options, read, reopened, with_store, write};
 
 /// A record is bounded by what a VDI can have at most, but this one has a single block: cut into
 /// subtrees of its size, the range was 2^40 pieces.
@@ -157,4 +159,126 @@ fn recovery_holds_a_bounded_part_of_what_it_writes_again() {
     });
     let window = 8192 + 256;
     assert!((1..=window).contains(&most.get()), "{} blocks in memory", most.get());
+}
+
+/// One bad transfer of the data while the log is read back.
+#[test]
+fn one_bad_transfer_in_recovery_loses_no_acknowledged_write() {
+    let (ram, ()) = with_store(|_, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        write(&disk(&store, "web01").await, 0, &[5; 4096]).await;
+    });
+    ram.garble(ram.filled_with(5).unwrap());
+    reopened(&ram, |_, store, report| async move {
+        let bytes = read(&disk(&store, "web01").await, 0, 4096).await;
+        assert_eq!(bytes, [5; 4096], "{report:?}");
+    });
+}
+
+/// One bad transfer of a block of the log.
+#[test]
+fn one_bad_transfer_of_the_log_loses_no_acknowledged_write() {
+    let (ram, last) = with_gated_store(|_, gate, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        let last = Rc::new(Cell::new(base::Pba::new(0)));
+        let seen = Rc::clone(&last);
+        gate.hold(move |operation| {
+            if let Operation::Write { at, .. } = operation
+                && (4096..DATA_START).contains(&at.get())
+            {
+                seen.set(*at);
+            }
+            false
+        });
+        write(&disk(&store, "web01").await, 0, &[5; 4096]).await;
+        last.get()
+    });
+    assert!(last.get() > 4095);
+    ram.garble(last);
+    reopened(&ram, |_, store, report| async move {
+        let bytes = read(&disk(&store, "web01").await, 0, 4096).await;
+        assert_eq!(bytes, [5; 4096], "{report:?}");
+    });
+}
+
+/// A device that takes its time.
+struct Slow {
+    inner: Rc<dyn Backend>,
+    runtime: Runtime,
+}
+
+impl Backend for Slow {
+    fn submit(&self, operation: Operation) {
+        let (inner, runtime) = (Rc::clone(&self.inner), self.runtime.clone());
+        drop(self.runtime.spawn(async move {
+            runtime.sleep(Duration::from_micros(100)).await;
+            inner.submit(operation);
+        }));
+    }
+
+    fn block_count(&self) -> u64 {
+        self.inner.block_count()
+    }
+
+    fn describe(&self) -> String {
+        self.inner.describe()
+    }
+}
+
+async fn open_device(device: Device, runtime: &Runtime) -> Result<Store, Error> {
+    let opened = Store::open(device, runtime.clone(), &open_options(runtime.random())).await;
+    opened.map(|(store, _)| store)
+}
+
+/// Each VDI that recovery loaded ended a block of the log, which had no room for so many.
+#[test]
+fn many_vdis_above_f_fit_into_the_log_again() {
+    const COUNT: u64 = 40;
+    let (ram, ()) = with_store(|_, store| async move {
+        for vdi in 0..COUNT {
+            let name = format!("web{vdi}");
+            store.create(&name, 1 << 30).await.unwrap();
+            store.snapshot(&name, Some("s")).await.unwrap();
+        }
+        store.close().await.unwrap();
+    });
+    let shared = ram.clone();
+    let used = run(3, move |runtime| async move {
+        let gate = Gate::new(shared.backend(STORE_BLOCKS));
+        let store = open_device(gate.device(), &runtime).await.unwrap();
+        let mut disks = Vec::new();
+        for vdi in 0..COUNT {
+            disks.push(disk(&store, &format!("web{vdi}")).await);
+        }
+        write(&disks[0], 1 << 20, &[1; 4096]).await;
+        store.checkpoint().await.unwrap();
+        gate.hold(writes_slot);
+        // Up to here the log is filled below F.
+        for round in 0.. {
+            write(&disks[0], round % 100 * 4096, &[round as u8; 4096]).await;
+            disks[0].submit(Request::Flush).await.unwrap();
+            if store.stats().log_used_percent >= 54 {
+                break;
+            }
+        }
+        gate.hold(|operation| {
+            writes_slot(operation) || matches!(operation, Operation::Flush { .. })
+        });
+        for round in 0..300u64 {
+            for disk in &disks {
+                let data = Buffer::from_bytes(&[3; 4096]);
+                let offset = (200 + round) * 4096;
+                let request = Request::Write { offset, length: 4096, data, fua: false };
+                drop(runtime.spawn(disk.submit(request)));
+            }
+            runtime.sleep(Duration::from_millis(10)).await;
+        }
+        store.stats().log_used_percent
+    });
+    let opened = run(4, move |runtime| async move {
+        let inner = ram.backend(STORE_BLOCKS);
+        let slow = Device::new(Rc::new(Slow { inner, runtime: runtime.clone() }));
+        open_device(slow, &runtime).await.map(|_| ())
+    });
+    assert!(opened.is_ok(), "log {used}% full: {opened:?}");
 }
