@@ -170,7 +170,8 @@ impl Store {
     /// # Errors
     /// `NotFound`; `Corrupt` if a node of it is damaged.
     pub async fn space(&self, target: &Target) -> Result<VdiSpace, Error> {
-        self.0.space(target).await
+        let (engine, target) = (Rc::clone(&self.0), target.clone());
+        self.finish(async move { engine.space(&target).await }).await
     }
 
     /// Renames a VDI. Durable on return. Open handles go on.
@@ -217,7 +218,8 @@ impl Store {
     /// # Errors
     /// `NotFound`; `Corrupt`.
     pub async fn diff(&self, from: &Target, to: &Target) -> Result<Vec<DiffExtent>, Error> {
-        self.0.diff(from, to).await
+        let (engine, from, to) = (Rc::clone(&self.0), from.clone(), to.clone());
+        self.finish(async move { engine.diff(&from, &to).await }).await
     }
 
     /// Opens a VDI for reading and writing, or a snapshot for reading. Waits until a snapshot or a
@@ -300,7 +302,8 @@ impl Store {
     }
 
     /// Runs `work` as a task of its own: a log record counts once it is appended, and others wait
-    /// for it to complete, whatever became of the caller.
+    /// for it to complete, whatever became of the caller; and a checkpoint that was begun has taken
+    /// what the next one would miss.
     async fn finish<T: 'static>(&self, work: impl Future<Output = T> + 'static) -> T {
         self.0.runtime.spawn(work).await
     }

@@ -266,3 +266,59 @@ fn a_clone_can_be_opened_when_it_is_durable() {
         opened.await;
     });
 }
+
+/// Polls `work` for a while, and drops it.
+async fn abandon_later(runtime: &Runtime, work: impl Future) {
+    let mut work = Box::pin(work);
+    for _ in 0..10 {
+        poll_fn(|context| {
+            assert!(work.as_mut().poll(context).is_pending());
+            Poll::Ready(())
+        })
+        .await;
+        runtime.sleep(Duration::from_millis(1)).await;
+    }
+}
+
+/// Both begin with a checkpoint. What it had taken at its cut went with it, and the next one
+/// published without.
+#[test]
+fn a_comparison_that_nobody_waits_for_loses_no_changes() {
+    let (ram, ()) = with_gated_store(|runtime, gate, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        store.create("web02", 1 << 30).await.unwrap();
+        for (name, byte) in [("web01", 1), ("web02", 2)] {
+            let disk = disk(&store, name).await;
+            write(&disk, 0, &[byte; 4096]).await;
+            gate.hold(writes_data);
+            let target = Target::parse(name);
+            match byte {
+                1 => abandon_later(&runtime, store.space(&target)).await,
+                _ => abandon_later(&runtime, store.diff(&target, &target)).await,
+            }
+            assert!(gate.held() > 0, "the checkpoint had begun");
+            gate.release();
+            store.checkpoint().await.unwrap();
+        }
+    });
+    reopened(&ram, |_, store, report| async move {
+        for (name, byte) in [("web01", 1), ("web02", 2)] {
+            let bytes = read(&disk(&store, name).await, 0, 4096).await;
+            assert_eq!(bytes[0], byte, "{name}: {report:?}");
+        }
+    });
+}
+
+/// One that was dropped while it was published took the slots with it: none could follow.
+#[test]
+fn checkpoints_go_on_after_a_comparison_that_nobody_waits_for() {
+    with_gated_store(|runtime, gate, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        write(&disk(&store, "web01").await, 0, &[1; 4096]).await;
+        gate.hold(writes_slot);
+        abandon_later(&runtime, store.space(&Target::parse("web01"))).await;
+        assert_eq!(gate.held(), 1);
+        gate.release();
+        store.checkpoint().await.unwrap();
+    });
+}
