@@ -365,9 +365,9 @@ struct Range {
     covering: Vec<usize>,
 }
 
-/// Most combinations of writers that are tried before bytes are let pass as undecided: only zeroes
+/// Most choices of writers that are tried before bytes are let pass as undecided: only zeroes
 /// can be explained in more than one way, so this is never reached by real runs.
-const COMBINATIONS_MAX: usize = 5_000;
+const COMBINATIONS_MAX: usize = 20_000;
 
 impl<'a> Question<'a> {
     fn new(block: &'a BlockModel, ops: &'a Ops, floor: Floor) -> Self {
@@ -556,17 +556,40 @@ impl<'a> Question<'a> {
                 }
             }
         }
-        let mut left = happened.clone();
-        while !left.is_empty() {
-            let first = left.iter().position(|&version| {
-                left.iter().all(|&other| {
-                    other == version
-                        || !(self.precedes(other, version) || after.contains(&(other, version)))
-                })
-            })?;
-            left.swap_remove(first);
+        self.can_be_ordered(&happened, &after).then_some(happened)
+    }
+
+    /// Whether versions can follow each other so that each comes behind those that precede it, and
+    /// the second of each pair behind the first.
+    fn can_be_ordered(&self, versions: &[usize], pairs: &[(usize, usize)]) -> bool {
+        let mut goes_first: Vec<Vec<bool>> = versions
+            .iter()
+            .map(|&one| {
+                let follows = |&other: &usize| other != one && self.precedes(one, other);
+                versions.iter().map(follows).collect()
+            })
+            .collect();
+        for (one, other) in pairs {
+            if let (Ok(one), Ok(other)) =
+                (versions.binary_search(one), versions.binary_search(other))
+            {
+                goes_first[one][other] = true;
+            }
         }
-        Some(happened)
+        let count = |at: usize| goes_first.iter().filter(|follows| follows[at]).count();
+        let mut before: Vec<usize> = (0..versions.len()).map(count).collect();
+        let mut ready: Vec<usize> = (0..before.len()).filter(|&at| before[at] == 0).collect();
+        let mut placed = 0;
+        while let Some(first) = ready.pop() {
+            placed += 1;
+            for (at, _) in goes_first[first].iter().enumerate().filter(|(_, follows)| **follows) {
+                before[at] -= 1;
+                if before[at] == 0 {
+                    ready.push(at);
+                }
+            }
+        }
+        placed == versions.len()
     }
 }
 
