@@ -342,13 +342,13 @@ impl Log {
         self.used_blocks(&state) + state.reserved >= self.high_water()
     }
 
-    /// Whether there is room for more than what recovery writes again at most, as it stands and in
-    /// windows: the rest may be spent on records that fall into pieces.
+    /// Whether there is room for so many records more than what recovery writes again at most, as
+    /// it stands and in windows, in blocks of their own.
     #[must_use]
-    pub fn has_room_for_pieces(&self) -> bool {
+    pub fn has_room_for_pieces(&self, pieces_more: u64) -> bool {
         let used = self.used_blocks(&self.0.state.borrow());
         let whole = self.above_durable_max() * 17 / 16 + 2;
-        used + whole < self.0.config.geometry.ring_blocks
+        used + whole + pieces_more < self.0.config.geometry.ring_blocks
     }
 
     /// Whether another record can be appended at all.

@@ -8,6 +8,8 @@
 //!
 //! No tree node is read: replay fills overlays, whatever the size of the store (rule 16).
 
+mod rewrite;
+
 use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
 use std::rc::Rc;
@@ -29,7 +31,7 @@ use ondisk::{
     LogSegment, Record, RecordBody, RootRef, SUPERBLOCK_COPIES, SlotState,
 };
 use runtime::Runtime;
-use runtime::sync::{OneshotReceiver, Semaphore, Signal};
+use runtime::sync::{Semaphore, Signal};
 
 use crate::branch::Base;
 use crate::checkpoint::Checkpoints;
@@ -46,10 +48,6 @@ use crate::{Error, check};
 
 /// The one host that runs today.
 const HOST: HostId = HostId::new(0);
-
-/// Blocks of data that are verified and written again at a time: 32 MiB of memory. Each window ends a
-/// log block, so it is long enough for that to cost little of the log.
-const WINDOW_BLOCKS: usize = 8192;
 
 /// How often a failed read of a write's data is repeated.
 const READ_RETRIES: u32 = 3;
@@ -647,7 +645,7 @@ impl Engine {
         let mut dropped = Dropped::default();
         let mut doubtful = doubtful.into_iter().map(|(_, record)| record).peekable();
         while doubtful.peek().is_some() {
-            self.rewrite_window(next_window(&mut doubtful), &mut dropped, report).await?;
+            self.rewrite_window(rewrite::next_window(&mut doubtful), &mut dropped, report).await?;
         }
         self.log.durable(self.log.last_lsn()).await.map_err(blockstore::Error::from)?;
         // The next crash should find that these need no second look.
@@ -704,46 +702,6 @@ impl Engine {
         Ok(writer.current().clone())
     }
 
-    /// Writes again what counts of some records above F.
-    async fn rewrite_window(
-        self: &Rc<Self>,
-        records: Vec<Record>,
-        dropped: &mut Dropped,
-        report: &mut OpenReport,
-    ) -> Result<(), Error> {
-        let counted = self.verify(records, dropped, report).await?;
-        for (record, _) in &counted {
-            self.load_for(record).await?;
-        }
-        // All together, so that they share log blocks: there is only the reserve to write to. What
-        // is waited for in between ends a block.
-        let mut rewritten = Vec::with_capacity(counted.len());
-        for (record, data) in counted {
-            self.rewrite(record, data, &mut rewritten).await?;
-            report.records_replayed += 1;
-        }
-        for rewrite in rewritten {
-            if let Some(written) = rewrite.written {
-                crate::engine::wait(written, Pba::new(0)).await?;
-            }
-            crate::engine::wait(rewrite.appended, Pba::new(0)).await?;
-            self.log.complete(rewrite.lsn);
-        }
-        Ok(())
-    }
-
-    /// Loads what a record applies to, if it is there yet.
-    async fn load_for(self: &Rc<Self>, record: &Record) -> Result<(), Error> {
-        let source = match record.body {
-            RecordBody::Clone { source, .. } => source,
-            _ => record.vdi,
-        };
-        if self.registry.borrow().directory.contains_key(&source) {
-            self.surviving(source).await?;
-        }
-        Ok(())
-    }
-
     async fn publish_open(&self, slot: HostSlot) -> Result<(), Error> {
         let writer = self.slots.borrow_mut().take();
         let mut writer = writer.ok_or_else(published_already)?;
@@ -754,95 +712,10 @@ impl Engine {
         outcome?;
         Ok(())
     }
-
-    /// New blocks for data that is written again. None if there are none; nor fewer than `count`
-    /// if the log has no room for the pieces that the record would fall into.
-    fn room_to_move(&self, vdi: &Vdi, count: u64) -> Option<Run> {
-        let run = self.allocator.allocate(Space::Data, &mut vdi.window.borrow_mut(), count)?;
-        if run.count == count || self.log.has_room_for_pieces() {
-            return Some(run);
-        }
-        self.allocator.free_now(run);
-        None
-    }
-
-    fn refuse_full_log(&self) -> Result<(), Error> {
-        if self.log.has_reserve() {
-            return Ok(());
-        }
-        Err(Error::refused(ErrorKind::NoSpace, "the log has no room left to recover its end"))
-    }
-
-    /// Writes a record that counts to the new log, and its data to new blocks, and applies it.
-    async fn rewrite(
-        self: &Rc<Self>,
-        record: Record,
-        data: Option<BlockSlice>,
-        rewritten: &mut Vec<Rewritten>,
-    ) -> Result<(), Error> {
-        let (RecordBody::Write { lba, pba, hashes }, Some(data)) = (&record.body, data) else {
-            self.refuse_full_log()?;
-            let (lsn, appended) = self.log.append(&record);
-            rewritten.push(Rewritten { lsn, appended, written: None });
-            return self.apply(lsn, &record).await;
-        };
-        if !self.registry.borrow().directory.contains_key(&record.vdi) {
-            self.replaced_by_recovery((0..as_u64(hashes.len())).map(|index| pba.plus(index)));
-            return Ok(());
-        }
-        let Some(vdi) = self.surviving(record.vdi).await? else {
-            self.replaced_by_recovery((0..as_u64(hashes.len())).map(|index| pba.plus(index)));
-            self.lose(record.vdi);
-            return Ok(());
-        };
-        let mut done = 0;
-        while done < hashes.len() {
-            self.refuse_full_log()?;
-            let left = as_u64(hashes.len() - done);
-            let run = self.room_to_move(&vdi, left);
-            // A full store keeps the data where it was verified; the flush at the end covers it,
-            // unless the device failed one and forgot that it did.
-            let stays = Run { start: pba.plus(as_u64(done)), count: left };
-            let run = run.filter(|_| !base::mutant::active("recovery_trusts_the_cache"));
-            let moves = run.is_some();
-            let run = run.unwrap_or(stays);
-            let count = usize::try_from(run.count).unwrap_or(0);
-            let hashes = hashes.iter().skip(done).take(count).copied().collect();
-            let slice = BlockSlice::new(Rc::clone(data.buffer()), data.first_block() + done, count);
-            let written = moves.then(|| self.write_data(run.start, slice));
-            if moves {
-                let old = as_u64(done)..as_u64(done + count);
-                self.replaced_by_recovery(old.map(|index| pba.plus(index)));
-            }
-            let lba = lba.plus(as_u64(done));
-            let body = RecordBody::Write { lba, pba: run.start, hashes };
-            let part = Record { body, ..record };
-            let (lsn, appended) = self.log.append(&part);
-            rewritten.push(Rewritten { lsn, appended, written });
-            self.apply(lsn, &part).await?;
-            done += count;
-        }
-        Ok(())
-    }
 }
 
 fn published_already() -> Error {
     Error::refused(ErrorKind::Fenced, "the store is being published already")
-}
-
-/// The next records whose data fits into a window; at least one.
-fn next_window(records: &mut impl Iterator<Item = Record>) -> Vec<Record> {
-    let mut window = Vec::new();
-    let mut block_count = 0;
-    while block_count < WINDOW_BLOCKS
-        && let Some(record) = records.next()
-    {
-        if let RecordBody::Write { hashes, .. } = &record.body {
-            block_count += hashes.len();
-        }
-        window.push(record);
-    }
-    window
 }
 
 /// What a read of a write's blocks gave.
@@ -908,13 +781,6 @@ impl Dropped {
             _ => {}
         }
     }
-}
-
-/// A record of the old log on its way into the new one.
-struct Rewritten {
-    lsn: Lsn,
-    appended: OneshotReceiver<Result<(), DeviceError>>,
-    written: Option<OneshotReceiver<Result<(), DeviceError>>>,
 }
 
 /// The identity of a new store.

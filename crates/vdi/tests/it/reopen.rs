@@ -282,3 +282,37 @@ fn many_vdis_above_f_fit_into_the_log_again() {
     });
     assert!(opened.is_ok(), "log {used}% full: {opened:?}");
 }
+
+/// A full file system below refuses new blocks. Recovery gave up, although what it wanted to write
+/// again stood where it was verified.
+#[test]
+fn a_store_opens_although_there_is_no_space_below() {
+    let (ram, ()) = with_store(|_, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        let disk = disk(&store, "web01").await;
+        write(&disk, 0, &[4; 1 << 20]).await;
+        disk.submit(Request::Flush).await.unwrap();
+        write(&disk, 0, &[5; 4096]).await;
+    });
+    ram.limit_space(Some(0));
+    reopened(&ram, |_, store, _| async move {
+        assert_eq!(read(&disk(&store, "web01").await, 0, 4096).await, [5; 4096]);
+    });
+}
+
+/// A bad block where recovery writes data again: each attempt to open met the same one.
+#[test]
+fn a_store_opens_although_a_block_cannot_be_written() {
+    let (ram, ()) = with_store(|_, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        write(&disk(&store, "web01").await, 0, &[5; 4096]).await;
+    });
+    let old = ram.filled_with(5).unwrap();
+    let trial = ram.copy();
+    reopened(&trial, |_, _, _| async {});
+    trial.set_block(old, &base::Block([0; 4096]));
+    ram.spoil(trial.filled_with(5).unwrap());
+    reopened(&ram, |_, store, _| async move {
+        assert_eq!(read(&disk(&store, "web01").await, 0, 4096).await, [5; 4096]);
+    });
+}
