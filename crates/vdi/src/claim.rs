@@ -3,8 +3,8 @@
 //!
 //! Whoever opens a store writes a *claim* into the heartbeat block: a beat with a random number.
 //! If the store was last used by this boot of this machine, and nobody else has claimed it since,
-//! file locks keep all others out that could be at it. Else it waits for a lease time and goes on
-//! only if the claim is still there and the slot is as it was:
+//! file locks keep all others out that could be at it. Else it waits for a lease time, and a bit
+//! more by chance, and goes on only if the claim is still there and the slot is as it was:
 //! - a daemon that runs beats every second, over the claim;
 //! - of several that open at once, the last to claim goes on, and the others see its claim;
 //! - one that has looked and gone on has published before the lease time of the next one is over,
@@ -83,6 +83,12 @@ pub(crate) async fn refuse_alive(
     Ok(())
 }
 
+/// What a claimant waits beyond the lease time: by chance, so that of several machines that try
+/// again and again, each over the claims of the others, one gets through.
+fn jitter(nonce: u64) -> Duration {
+    Duration::from_millis(nonce % 5_000)
+}
+
 /// A claim to a store.
 pub(crate) struct Claim {
     beat: Heartbeat,
@@ -118,7 +124,7 @@ impl Claim {
         claim.write(place).await?;
         if !is_home {
             tracing::info!("another machine or boot used the store last: watching for its daemon");
-            place.runtime.sleep(WATCH).await;
+            place.runtime.sleep(WATCH + jitter(nonce)).await;
             claim.verify(place, slot).await?;
         }
         Ok(claim)

@@ -1,5 +1,7 @@
 //! Several machines that share a device, and whose file locks do not see each other.
 
+use std::cell::Cell;
+use std::rc::Rc;
 use std::time::Duration;
 
 use base::{Buffer, ErrorKind};
@@ -187,5 +189,31 @@ fn a_daemon_that_was_taken_for_dead_stops() {
         let outcome = disk.submit(write_of(6, false)).await;
         assert!(outcome.is_err(), "both acknowledge writes");
         drop(other);
+    });
+}
+
+/// Two machines whose service managers start their daemons again and again: each claimed the store
+/// while the other waited, and none of them ever opened it.
+#[test]
+fn of_two_machines_that_keep_trying_one_opens_the_store() {
+    let ram = Ram::default();
+    run(1, |runtime| async move {
+        Store::format(&ram.device(STORE_BLOCKS), &runtime, &format_options()).await.unwrap();
+        let opened = Rc::new(Cell::new(0));
+        for (boot, start_ms) in [(1, 2000), (2, 0)] {
+            let (ram, clock, opened) = (ram.clone(), runtime.clone(), Rc::clone(&opened));
+            drop(runtime.spawn(async move {
+                clock.sleep(Duration::from_millis(start_ms)).await;
+                loop {
+                    if open_on(&ram, &clock, boot).await.is_ok() {
+                        opened.set(opened.get() + 1);
+                        return;
+                    }
+                    clock.sleep(Duration::from_millis(100)).await;
+                }
+            }));
+        }
+        runtime.sleep(Duration::from_secs(600)).await;
+        assert_eq!(opened.get(), 1, "daemons that opened it in ten minutes");
     });
 }
