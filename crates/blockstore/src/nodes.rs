@@ -19,14 +19,15 @@ use crate::Error;
 use crate::cache::NodeCache;
 use crate::scheduler::{Batch, WriteScheduler};
 
-/// How often a failed read of a metadata block is repeated.
-const READ_RETRIES: u32 = 3;
+/// How often a failed read is repeated before the medium's word is taken: of metadata, a host slot,
+/// or what recovery verifies.
+pub const READ_RETRIES: u32 = 3;
 
 /// How often it is while loads are patient: for longer than it takes to give a block up.
 const PATIENT_RETRIES: u32 = 600;
 
-/// Pause before it is.
-const RETRY_AFTER: Duration = Duration::from_millis(20);
+/// Pause before a failed read is repeated.
+pub const RETRY_AFTER: Duration = Duration::from_millis(20);
 
 /// How long a block must have failed to be read before it counts as damaged.
 const GIVE_UP_AFTER: Duration = Duration::from_secs(10);

@@ -6,21 +6,15 @@
 //! (rule 18).
 
 use std::rc::Rc;
-use std::time::Duration;
 
 use base::{BlockSlice, ErrorKind, HostId, Pba};
 use device::{Device, DeviceError};
 use ondisk::{Checksums, DecodeError, HostSlot};
 use runtime::Runtime;
 
+use crate::nodes::{READ_RETRIES, RETRY_AFTER};
 use crate::scheduler::{After, Batch};
 use crate::{Error, Geometry, WriteScheduler};
-
-/// How often a copy that looks damaged is read again.
-const READ_RETRIES: u32 = 3;
-
-/// Pause before it is.
-const RETRY_AFTER: Duration = Duration::from_millis(20);
 
 /// What the two copies of a host's slot hold.
 #[derive(Clone, Debug)]

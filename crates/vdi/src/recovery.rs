@@ -13,7 +13,6 @@ mod rewrite;
 use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
 use std::rc::Rc;
-use std::time::Duration;
 
 use base::{
     BirthLabel, BlockSlice, Buffer, Epoch, ErrorKind, ExtentIndex, HostId, Lsn, Pba,
@@ -21,6 +20,7 @@ use base::{
 };
 use blockstore::allocator::{Allocator, BITMAP_PAGE_BLOCKS, Run, Space};
 use blockstore::log::{Break, Log, LogConfig, Replayed, survey};
+use blockstore::nodes::{READ_RETRIES, RETRY_AFTER};
 use blockstore::scheduler::Batch;
 use blockstore::slots::{SlotPair, SlotWriter, check_vouched, read_slots};
 use blockstore::table::Named;
@@ -48,12 +48,6 @@ use crate::{Error, check};
 
 /// The one host that runs today.
 const HOST: HostId = HostId::new(0);
-
-/// How often a failed read of a write's data is repeated.
-const READ_RETRIES: u32 = 3;
-
-/// Pause before it is.
-const RETRY_AFTER: Duration = Duration::from_millis(20);
 
 /// Opens the store on `device`.
 ///
