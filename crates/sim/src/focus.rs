@@ -31,11 +31,13 @@ pub enum Focus {
     FlushErrors,
     /// Snapshots, clones and what drops them.
     Branches,
+    /// The power goes while snapshots and clones wait for the flush that makes them durable.
+    Unsettled,
 }
 
 impl Focus {
     /// All of them, with the names that the command line knows.
-    pub const ALL: [(Self, &str); 10] = [
+    pub const ALL: [(Self, &str); 11] = [
         (Self::SlowReads, "slow-reads"),
         (Self::SlowWrites, "slow-writes"),
         (Self::Laps, "laps"),
@@ -46,6 +48,7 @@ impl Focus {
         (Self::WriteErrors, "write-errors"),
         (Self::FlushErrors, "flush-errors"),
         (Self::Branches, "branches"),
+        (Self::Unsettled, "unsettled"),
     ];
 
     /// Its name on the command line.
@@ -104,6 +107,7 @@ impl Plan {
                 });
             }
             Focus::Branches => self.branch_out(random),
+            Focus::Unsettled => self.leave_unsettled(random),
         }
     }
 
@@ -160,6 +164,17 @@ impl Plan {
             self.weights.management.push((20, kind));
         }
         self.live(3, 150, random, |random| (Ending::PowerCut, after_promise(random)));
+    }
+
+    fn leave_unsettled(&mut self, random: &mut Random) {
+        self.erratic = Erratic::Flushes(random.between(5, 200));
+        self.weights.management_per_mille = random.between(50, 300);
+        self.weights.management.push((200, ManagementKind::Snapshot));
+        self.weights.management.push((40, ManagementKind::CloneHead));
+        self.weights.requests.push((200, RequestKind::Write));
+        self.live(5, 60, random, |random| {
+            (Ending::PowerCut, Strike::WorkSteps(random.between(50, 1_500)))
+        });
     }
 
     /// One kind of fault, `low` to `high` times in a million operations; the store is opened again

@@ -184,7 +184,7 @@ pub const ALL: &[Mutant] = &[
         name: "snapshots_with_holes",
         rule: "31",
         breaks: "keeps a snapshot although an earlier write was dropped",
-        focus: Some(Focus::SlowWrites),
+        focus: Some(Focus::Unsettled),
     },
     Mutant {
         name: "management_without_flush",
