@@ -330,7 +330,11 @@ impl Engine {
         if !self.metadata_suffices().await? {
             return Ok(None);
         }
-        Ok(self.allocator.allocate(Space::Data, &mut vdi.window.borrow_mut(), count))
+        let run = self.allocator.allocate(Space::Data, &mut vdi.window.borrow_mut(), count);
+        if let Some(run) = run {
+            self.back_ahead(run);
+        }
+        Ok(run)
     }
 
     /// Waits until there is room for the nodes that one more change may need.

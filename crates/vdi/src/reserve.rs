@@ -5,6 +5,10 @@
 //! of the reserve are allocated before they count. So a full file system below refuses data of
 //! guests, and never a node.
 //!
+//! Data is allocated below ahead of its writes as well, but only for speed: a file system that has to
+//! find space for each write does one after the other. Nobody waits for that, and where it fails the
+//! write itself finds out.
+//!
 //! The blocks of the reserve are busy, as those of a window are, and nobody's: after a crash they
 //! are free again.
 
@@ -22,6 +26,12 @@ use crate::engine::Engine;
 /// Blocks that are allocated below at a time: 16 MiB, the shortest extent.
 const PART_BLOCKS: u64 = 4096;
 
+/// Parts that data is ahead of its writes, the one that is being written included.
+const PARTS_AHEAD: usize = 2;
+
+/// Parts that are remembered as asked for: 1 TiB. To ask again costs little.
+const PARTS_ASKED_MAX: usize = 64 << 10;
+
 /// Blocks that are taken at a time.
 const STEP_BLOCKS: u64 = 256;
 
@@ -38,6 +48,8 @@ pub(crate) struct Reserve {
     window: RefCell<Window>,
     /// Parts of the store that are known to be really allocated, by number.
     backed: RefCell<BTreeSet<u64>>,
+    /// Parts that were asked for ahead of data.
+    asked: RefCell<BTreeSet<u64>>,
     filling: Semaphore,
 }
 
@@ -48,6 +60,7 @@ impl Reserve {
             block_count: Cell::new(0),
             window: RefCell::default(),
             backed: RefCell::default(),
+            asked: RefCell::default(),
             filling: Semaphore::new(1),
         }
     }
@@ -138,6 +151,27 @@ impl Engine {
             self.reserve.backed.borrow_mut().insert(part);
         }
         Ok(true)
+    }
+
+    /// Has the part that data is about to be written to, and the one behind it, really allocated,
+    /// in the background.
+    pub(crate) fn back_ahead(&self, run: Run) {
+        let first = run.start.get() / PART_BLOCKS;
+        let end = self.device.block_count() / PART_BLOCKS;
+        for part in (first..end).take(PARTS_AHEAD) {
+            let mut asked = self.reserve.asked.borrow_mut();
+            if !asked.insert(part) {
+                continue;
+            }
+            if asked.len() > PARTS_ASKED_MAX {
+                asked.clear();
+            }
+            let device = self.device.clone();
+            drop(self.runtime.spawn(async move {
+                // The writes say what is wrong.
+                let _ = device.allocate(Pba::new(part * PART_BLOCKS), PART_BLOCKS).await;
+            }));
+        }
     }
 
     /// A source of blocks for the nodes of a checkpoint; notes in `allocated` what it gave.

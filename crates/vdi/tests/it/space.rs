@@ -76,3 +76,24 @@ fn no_space_below_fails_writes_of_guests_and_nothing_else() {
         });
     }
 }
+
+/// A file system that finds space for each write does one after the other (and a guest that goes on
+/// where it wrote is not refused in the middle).
+#[test]
+fn data_has_its_space_below_before_it_comes() {
+    let ram = Ram::default();
+    run(1, move |runtime| async move {
+        let options = format_options();
+        Store::format(&ram.device(STORE_BLOCKS), &runtime, &options).await.unwrap();
+        let (store, _) = open(&ram, &runtime).await;
+        store.create("web01", 64 << 20).await.unwrap();
+        let head = disk(&store, "web01").await;
+        write(&head, 0, &[1; 4096]).await;
+        ram.limit_space(Some(0));
+        for block in 1..4096 {
+            write(&head, block * 4096, &[2; 4096]).await;
+        }
+        assert!(ram.refused().is_empty());
+        store.close().await.unwrap();
+    });
+}
