@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use crate::clock;
 use crate::console;
 use crate::control::Control;
-use crate::fio::{Figures, Target};
+use crate::fio::Target;
 use crate::qmp::Qmp;
 use crate::server::{EXPORT, Kind, Options, Server};
 
@@ -35,6 +35,8 @@ const IDLE_VDIS: u32 = 1000;
 pub(crate) fn snapshot_busy(bench: &Bench) -> Result<Vec<Line>> {
     let mut ours_times = Vec::new();
     let mut qcow2_times = Vec::new();
+    // A snapshot is durable when it is answered: what a flush takes, it takes at least.
+    let mut flush_times = Vec::new();
     let (mut with, mut without) = (Column::new("ours"), Column::new(OURS_WITHOUT));
     let mut per_second = Vec::new();
     for round in 1..=bench.scale.rounds {
@@ -44,7 +46,8 @@ pub(crate) fn snapshot_busy(bench: &Bench) -> Result<Vec<Line>> {
             let (busy, times) = stage.turn_with(|bench, server| {
                 let mut control = Control::connect(&server.control_socket())?;
                 let snapshot = || control.snapshot(EXPORT).map(drop);
-                under_load(bench, &server.uri(), SNAPSHOT_INTERVAL, snapshot)
+                let target = Target::Nbd(server.uri());
+                bench.timed_beside(&target, BUSY, SNAPSHOT_INTERVAL, snapshot)
             })?;
             let seconds = bench.scale.runtime_seconds + bench.scale.ramp_seconds;
             per_second.push(times.len() as f64 / seconds as f64);
@@ -67,9 +70,16 @@ pub(crate) fn snapshot_busy(bench: &Bench) -> Result<Vec<Line>> {
                 number += 1;
                 internal_snapshot(&mut qmp, &format!("s{number}"))
             };
-            under_load(bench, &server.uri(), QCOW2_INTERVAL, snapshot)
+            bench.timed_beside(&Target::Nbd(server.uri()), BUSY, QCOW2_INTERVAL, snapshot)
         })?;
         qcow2_times.extend(times);
+        let mut stage = Stage::new(bench, Subject::File, State::FilledAnew);
+        let (_, times) = stage.turn_on_file(|bench, path| {
+            let file = std::fs::File::open(path)?;
+            let flush = || Ok(file.sync_data()?);
+            bench.timed_beside(&Target::File(path.to_owned()), BUSY, SNAPSHOT_INTERVAL, flush)
+        })?;
+        flush_times.extend(times);
     }
     let line = |measure: &str, at: f64, limit: f64| {
         let column = |label: &str, times: &[f64]| Column {
@@ -79,7 +89,11 @@ pub(crate) fn snapshot_busy(bench: &Bench) -> Result<Vec<Line>> {
         Line {
             measure: measure.to_owned(),
             unit: Unit::Milliseconds,
-            columns: vec![column("ours", &ours_times), column("qcow2 over NBD", &qcow2_times)],
+            columns: vec![
+                column("ours", &ours_times),
+                column("qcow2 over NBD", &qcow2_times),
+                column("bare file: fdatasync instead", &flush_times),
+            ],
             goals: vec![Goal::AtMost { limit }],
             note: format!("over {} snapshots", ours_times.len()),
         }
@@ -96,32 +110,6 @@ pub(crate) fn snapshot_busy(bench: &Bench) -> Result<Vec<Line>> {
             note: format!("{rate:.0} snapshots a second were taken"),
         },
     ])
-}
-
-/// Runs the busy load, and `command` at every tick meanwhile; returns how long each took, in
-/// milliseconds.
-fn under_load(
-    bench: &Bench,
-    uri: &str,
-    interval: Duration,
-    mut command: impl FnMut() -> Result<()>,
-) -> Result<(Figures, Vec<f64>)> {
-    std::thread::scope(|scope| {
-        let target = Target::Nbd(uri.to_owned());
-        let load = scope.spawn(move || bench.timed(&target, BUSY));
-        let mut times = Vec::new();
-        let mut next = clock::now() + interval;
-        while !load.is_finished() {
-            clock::sleep(next.saturating_duration_since(clock::now()));
-            let start = clock::now();
-            command()?;
-            times.push(milliseconds(start.elapsed()));
-            // A late one does not make the following ones come faster.
-            next = (next + interval).max(clock::now());
-        }
-        let figures = load.join().map_err(|_| anyhow::anyhow!("the load panicked"))??;
-        Ok((figures, times))
-    })
 }
 
 /// Creating and cloning VDIs.

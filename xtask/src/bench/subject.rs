@@ -1,13 +1,15 @@
 //! A subject on its turn: its disk brought into the state that a load needs, and fio on it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::json;
 
+use crate::clock;
 use crate::control::Control;
 use crate::fio::{self, Figures, Target};
+use crate::nbd;
 use crate::qmp::Qmp;
 use crate::server::{self, EXPORT, Kind, Server};
 
@@ -16,6 +18,9 @@ use super::plan::{State, Subject};
 
 /// Longest that filling a disk may take.
 const FILL_LIMIT: Duration = Duration::from_secs(1800);
+
+/// Longest that ours leaves a completed write without a flush (design rule 16).
+const FLUSH_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A subject with a disk in some state. Its server runs only during a turn.
 pub(crate) struct Stage<'a> {
@@ -36,12 +41,41 @@ impl<'a> Stage<'a> {
         Self { bench, subject, state, disk: None }
     }
 
+    /// Who is measured.
+    pub(crate) fn subject(&self) -> Subject {
+        self.subject
+    }
+
     /// One turn: brings the disk into its state if it is not, and runs the load.
     ///
     /// # Errors
     /// If the server or fio fails.
     pub(crate) fn turn(&mut self, options: &str) -> Result<Figures> {
-        self.with_server(|bench, disk| bench.timed(&disk.target(), options))
+        let is_flushed = self.subject == Subject::RawFlushed;
+        self.with_server(|bench, disk| match disk {
+            Disk::Served(server) if is_flushed => {
+                let mut client = nbd::Client::connect(&server.nbd_socket(), EXPORT)?;
+                let flush = || client.ask(nbd::Command::Flush, 0, 0).map(drop);
+                let target = Target::Nbd(server.uri());
+                let (figures, _) = bench.timed_beside(&target, options, FLUSH_INTERVAL, flush)?;
+                Ok(figures)
+            }
+            _ => bench.timed(&disk.target(), options),
+        })
+    }
+
+    /// One turn of any kind, on the bare file.
+    ///
+    /// # Errors
+    /// If `action` fails.
+    pub(crate) fn turn_on_file<T>(
+        &mut self,
+        action: impl FnOnce(&Bench, &Path) -> Result<T>,
+    ) -> Result<T> {
+        self.with_server(|bench, disk| match disk {
+            Disk::Served(_) => anyhow::bail!("a server stands before the file"),
+            Disk::Bare(path) => action(bench, path),
+        })
     }
 
     /// One turn of any kind, with our server running.
@@ -92,7 +126,7 @@ impl<'a> Stage<'a> {
         };
         let kind = match self.subject {
             Subject::File => None,
-            Subject::Raw => Some(Kind::Raw),
+            Subject::Raw | Subject::RawFlushed => Some(Kind::Raw),
             Subject::Qcow2 => Some(Kind::Qcow2),
             Subject::Ours => Some(Kind::Parallax(bench.binary.clone().context("our binary")?)),
         };
@@ -157,6 +191,35 @@ impl Bench {
         let options = format!("{options} --time_based --runtime={runtime} --ramp_time={ramp}");
         let job = fio::job(target, self.scale.disk_bytes, &options, &self.scratch);
         fio::measure(job, Duration::from_secs(runtime + ramp + 60))
+    }
+
+    /// As [`Self::timed`], with `command` run at every tick meanwhile; also returns how long each
+    /// took, in milliseconds.
+    ///
+    /// # Errors
+    /// If fio fails, or `command` does.
+    pub(crate) fn timed_beside(
+        &self,
+        target: &Target,
+        options: &str,
+        interval: Duration,
+        mut command: impl FnMut() -> Result<()>,
+    ) -> Result<(Figures, Vec<f64>)> {
+        std::thread::scope(|scope| {
+            let load = scope.spawn(move || self.timed(target, options));
+            let mut times = Vec::new();
+            let mut next = clock::now() + interval;
+            while !load.is_finished() {
+                clock::sleep(next.saturating_duration_since(clock::now()));
+                let start = clock::now();
+                command()?;
+                times.push(start.elapsed().as_secs_f64() * 1000.0);
+                // A late one does not make the following ones come faster.
+                next = (next + interval).max(clock::now());
+            }
+            let figures = load.join().map_err(|_| anyhow::anyhow!("the load panicked"))??;
+            Ok((figures, times))
+        })
     }
 }
 

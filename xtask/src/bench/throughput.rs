@@ -15,7 +15,8 @@ use super::subject::Stage;
 /// # Errors
 /// If a server or fio fails.
 pub(crate) fn loads(bench: &Bench, loads: &[Load]) -> Result<Vec<Line>> {
-    let subjects = [Subject::Ours, Subject::Raw, Subject::Qcow2, Subject::File];
+    let subjects =
+        [Subject::Ours, Subject::Raw, Subject::RawFlushed, Subject::Qcow2, Subject::File];
     let wanted = |subject: &&Subject| **subject != Subject::Ours || bench.binary.is_some();
     let mut lines = Vec::new();
     let mut states: Vec<State> = Vec::new();
@@ -54,6 +55,8 @@ pub(crate) fn after_snapshot(bench: &Bench) -> Result<Vec<Line>> {
 
 /// Measures one load: rounds of one turn each.
 fn one(bench: &Bench, load: &Load, stages: &mut [(&'static str, Stage<'_>)]) -> Result<Line> {
+    let mut stages: Vec<_> =
+        stages.iter_mut().filter(|(_, stage)| load.compares(stage.subject())).collect();
     let mut columns: Vec<Column> = stages.iter().map(|(label, _)| Column::new(label)).collect();
     for round in 1..=bench.scale.rounds {
         let mut said = Vec::new();
