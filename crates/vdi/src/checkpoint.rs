@@ -33,6 +33,7 @@ use crate::damage::{DamagedTables, Table, is_damage};
 use crate::engine::{Engine, as_u64};
 use crate::manage::labels_used_up;
 use crate::overlay::newest_only;
+use crate::release::ReleasedUpTo;
 use crate::vdi::{Snapshot, Vdi};
 
 /// Overlay nodes gathered between two breaths of the thread.
@@ -80,7 +81,7 @@ pub(crate) struct Checkpoints {
 #[derive(Default)]
 struct Forced {
     running: bool,
-    queued: Vec<OneshotSender<Result<(), ErrorKind>>>,
+    queued: Vec<OneshotSender<Result<ReleasedUpTo, ErrorKind>>>,
 }
 
 impl Checkpoints {
@@ -240,11 +241,23 @@ impl Engine {
     }
 
     /// Two checkpoints, one after the other: afterwards both slots name everything up to now, and
-    /// what was replaced before is free. Those who ask while one pair waits share it.
+    /// what was replaced before is free.
     ///
     /// # Errors
     /// If a checkpoint failed.
     pub(crate) async fn checkpoint_twice(self: &Rc<Self>) -> Result<(), Error> {
+        let released = self.publish_twice().await?;
+        self.released(released).await;
+        Ok(())
+    }
+
+    /// As [`Self::checkpoint_twice`], but what was replaced may not be free yet: [`Self::released`]
+    /// waits for it, and for every reader. Nobody who does so is in the way of the next pair, which
+    /// may give what others need, or fail. Those who ask while a pair is under way share the next.
+    ///
+    /// # Errors
+    /// If a checkpoint failed.
+    pub(crate) async fn publish_twice(self: &Rc<Self>) -> Result<ReleasedUpTo, Error> {
         let (done, outcome) = oneshot();
         let start = {
             let mut forced = self.checkpoints.forced.borrow_mut();
@@ -263,9 +276,9 @@ impl Engine {
                     let mut outcome = engine.checkpoint(SlotState::Running).await;
                     if outcome.is_ok() {
                         outcome = engine.checkpoint(SlotState::Running).await;
-                        engine.released().await;
                     }
                     let outcome = outcome.map_err(|error| error.kind());
+                    let outcome = outcome.map(|()| engine.releases.up_to_now());
                     for waiting in joined {
                         waiting.send(outcome);
                     }

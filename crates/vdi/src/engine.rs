@@ -303,7 +303,12 @@ impl Engine {
             }
             let free_before = self.allocator.free_blocks();
             self.return_windows();
-            self.checkpoint_twice().await?;
+            let released = self.publish_twice().await?;
+            // Merging alone may have made the room.
+            if let Some(run) = self.take_data(vdi, count).await? {
+                return Ok(run);
+            }
+            self.released(released).await;
             if self.allocator.free_blocks() <= free_before && !self.metadata_suffices().await? {
                 break;
             }
@@ -345,7 +350,12 @@ impl Engine {
         if self.metadata_suffices().await? {
             return Ok(());
         }
-        self.checkpoint_twice().await?;
+        let released = self.publish_twice().await?;
+        // Merging alone may have made the room; else what was replaced does.
+        if self.metadata_suffices().await? {
+            return Ok(());
+        }
+        self.released(released).await;
         if self.metadata_suffices().await? {
             return Ok(());
         }

@@ -147,11 +147,19 @@ impl Collector {
 }
 
 impl Engine {
-    /// Runs a cycle that begins after this call, or joins one that does.
+    /// Runs a cycle that begins after this call, or joins one that does; then waits until what it
+    /// swept is free.
     ///
     /// # Errors
     /// See [`crate::Store::collect_garbage`].
     pub(crate) async fn collect_garbage(self: &Rc<Self>) -> Result<GcReport, Error> {
+        let report = self.run_or_join_cycle().await?;
+        self.released(self.releases.up_to_now()).await;
+        self.allocator.reclaim_empty_extents();
+        Ok(report)
+    }
+
+    async fn run_or_join_cycle(self: &Rc<Self>) -> Result<GcReport, Error> {
         let collector = &self.collector;
         let asked = collector.started.get();
         let _one = collector.cycle.acquire(1).await;
@@ -333,8 +341,6 @@ impl Engine {
             // The blocks of the last part are released when the older slot is past them too.
             self.checkpoint(SlotState::Running).await?;
         }
-        self.released().await;
-        self.allocator.reclaim_empty_extents();
         Ok(swept)
     }
 

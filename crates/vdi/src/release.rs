@@ -27,7 +27,16 @@ pub(crate) struct Releases {
     changed: Signal,
 }
 
+/// A moment in the order of releases: all that had come by then.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ReleasedUpTo(u64);
+
 impl Releases {
+    /// This moment, for [`Engine::released`].
+    pub(crate) fn up_to_now(&self) -> ReleasedUpTo {
+        ReleasedUpTo(self.begun.get())
+    }
+
     /// Wakes everybody who waits, so that they see that the store has failed.
     pub(crate) fn wake_all(&self) {
         self.changed.notify();
@@ -66,10 +75,10 @@ impl Engine {
         }));
     }
 
-    /// Waits until everything is free that was to be released before this call, but for what a
-    /// mark holds back; or until the store has failed.
-    pub(crate) async fn released(&self) {
-        let begun = self.releases.begun.get();
+    /// Waits until everything is free that was to be released by some moment, but for what a mark
+    /// holds back; or until the store has failed. A reader may hold this up for as long as its
+    /// device likes: whoever waits here must have nothing that others wait for.
+    pub(crate) async fn released(&self, ReleasedUpTo(begun): ReleasedUpTo) {
         loop {
             let changed = self.releases.changed.changed();
             if self.releases.ended.get() >= begun || self.scheduler.failure().is_some() {

@@ -206,6 +206,57 @@ fn replaced_blocks_wait_for_readers_in_the_background() {
     });
 }
 
+/// Whoever lacked room for metadata waited for a forced checkpoint until what it had replaced was
+/// free, which a stuck read held up for ever, though the merge itself had made the room. One pair
+/// of checkpoints waited at a time, and everybody who came later waited for the next.
+#[test]
+fn a_stuck_read_stops_nobody_who_needs_no_replaced_block() {
+    with_gated_store(|runtime, gate, store| async move {
+        store.create("big", 1 << 30).await.unwrap();
+        store.create("wide", 1 << 40).await.unwrap();
+        let (big, wide) = (disk(&store, "big").await, disk(&store, "wide").await);
+        let mut filled = 0;
+        while big.submit(write_of(filled, 1 << 20)).await.is_ok() {
+            filled += 1 << 20;
+        }
+        store.checkpoint().await.unwrap();
+        begin_stuck_read(&runtime, &gate, &big).await;
+        // What is to be free after this is not, and who asked for that waits.
+        big.submit(Request::Discard { offset: 0, length: 1 << 20, fua: false }).await.unwrap();
+        let (waiting, forced) = (Rc::new(Cell::new(true)), store.clone());
+        let waits = Rc::clone(&waiting);
+        drop(runtime.spawn(async move {
+            forced.checkpoint().await.unwrap();
+            waits.set(false);
+        }));
+        // One changed leaf each, and many records to a block of the log: soon there is no room for
+        // the nodes of so many.
+        let tasks: Vec<_> = (0..400)
+            .map(|task| {
+                let wide = Rc::clone(&wide);
+                runtime.spawn(async move {
+                    for leaf in (task..8_000).step_by(400) {
+                        let (offset, length) = (leaf << 20, 4096);
+                        let discard = Request::Discard { offset, length, fua: false };
+                        wide.submit(discard).await.unwrap();
+                    }
+                })
+            })
+            .collect();
+        let ended = ends(&runtime, async move {
+            for task in tasks {
+                task.await;
+            }
+            store.snapshot("wide", None).await.unwrap();
+        });
+        assert!(ended.await, "discards and snapshots while a read is stuck");
+        assert!(waiting.get(), "a forced checkpoint ends when the space is free");
+        gate.release();
+        runtime.sleep(Duration::from_secs(1)).await;
+        assert!(!waiting.get());
+    });
+}
+
 /// In a full store recovery leaves data where it stands. It wrote a record for each block then,
 /// and a log that was three quarters full had no room for them.
 #[test]
