@@ -1,24 +1,88 @@
 //! Walking trees: what differs between two, and what one maps.
+//!
+//! A walk may take hours, and a read epoch that lasted as long would keep everything that is replaced
+//! meanwhile from becoming free. So it goes in parts, in order of blocks, and enters an epoch for
+//! each: it looks up the trees as they are then, and goes down to where the part before ended. So no
+//! part reads a node that was released:
+//! - the tree of a VDI's head as of now is released no earlier than readers from now on end;
+//! - that of a snapshot is not, until after the snapshot is deleted, which each part looks at first.
+//!
+//! So of a VDI that is written meanwhile, each part is as it was at some moment of the call. The
+//! road not taken: a hidden snapshot would be one moment, and make all that is mapped count as
+//! shared for ever.
 
 use std::rc::Rc;
 
 use base::{BLOCK_SIZE_U64, BirthLabel, ErrorKind};
+use blockstore::Reader;
 use blockstore::tree::span;
 use ondisk::{Entry, EntryState, FANOUT, Node, RootRef};
 
 use crate::Error;
 use crate::branch::{Base, View};
-use crate::engine::Engine;
-use crate::manage::find_snapshot;
+use crate::engine::{Engine, as_u64};
+use crate::manage::{find_snapshot, not_found};
 use crate::mark::BlockSet;
 use crate::types::{DiffExtent, Target, VdiSpace};
+use crate::vdi::{Snapshot, Vdi};
+
+/// Nodes that are read in one part of a walk: a second or two on a slow disk.
+const NODES_PER_PART: u64 = 256;
+
+/// How often a tree is waited for that a checkpoint has yet to make.
+const CHECKPOINTS_MAX: usize = 8;
+
+/// What is walked.
+struct Subject {
+    vdi: Rc<Vdi>,
+    snapshot: Option<Rc<Snapshot>>,
+    target: Target,
+}
 
 /// A tree as of now, and what it may share.
 struct Settled {
     root: RootRef,
-    block_count: u64,
     /// Births above this are exclusive; `None`: nothing is known to be.
     shared_up_to: Option<BirthLabel>,
+}
+
+/// What a walk has read of one tree.
+struct Walked {
+    /// In this part. A tree names each of its nodes once: without that rule a handful of blocks
+    /// could stand for 2^40, and a walk would have no end.
+    blocks: BlockSet,
+    /// How many it may still read, in all parts: what is named again may be so in another part.
+    nodes_left: u64,
+}
+
+impl Subject {
+    fn block_count(&self) -> u64 {
+        let snapshot = self.snapshot.as_ref();
+        snapshot.map_or(self.vdi.block_count.get(), |snapshot| snapshot.block_count)
+    }
+
+    /// The tree as of now; `None` if a checkpoint has yet to make it.
+    fn settled(&self) -> Result<Option<Settled>, Error> {
+        if self.vdi.deleted.get() {
+            return Err(not_found(&self.target.vdi));
+        }
+        let view = match &self.snapshot {
+            Some(snapshot) if snapshot.deleted.get() => {
+                let message = format!("{} was deleted meanwhile", self.target);
+                return Err(Error::refused(ErrorKind::NotFound, message));
+            }
+            Some(snapshot) => snapshot.view(),
+            None => self.vdi.head(),
+        };
+        let settled = match view {
+            View::Head(branch) => match &*branch.base.borrow() {
+                Base::Root(root) => Some((*root, Some(branch.shared_up_to.get()))),
+                Base::Point(_, point) => point.root.get().map(|root| (root, None)),
+            },
+            View::Point(_, point) => point.root.get().map(|root| (root, None)),
+        };
+        Ok(settled.map(|(root, shared_up_to)| Settled { root, shared_up_to }))
+    }
 }
 
 impl Engine {
@@ -29,25 +93,48 @@ impl Engine {
         to: &Target,
     ) -> Result<Vec<DiffExtent>, Error> {
         let _request = self.begin()?;
+        let subjects = [self.subject(from).await?, self.subject(to).await?];
         self.checkpoint(ondisk::SlotState::Running).await?;
-        let _reader = self.epochs.enter();
-        let (from, to) = (self.settled(from).await?, self.settled(to).await?);
-        let height = from.root.height.max(to.root.height);
-        let end = from.block_count.max(to.block_count);
+        let end = subjects.iter().map(Subject::block_count).max().unwrap_or(0);
         let mut differences = Differences { extents: Vec::new(), end };
-        let mut walked = [BlockSet::default(), BlockSet::default()];
+        let mut walked = [self.walked(), self.walked()];
+        let mut next = Some(0);
+        while let Some(start) = next {
+            next = self.diff_part(&subjects, start, &mut walked, &mut differences).await?;
+        }
+        Ok(differences.extents)
+    }
+
+    /// Lists some of what differs at and behind block `start`; where that ended.
+    async fn diff_part(
+        self: &Rc<Self>,
+        subjects: &[Subject; 2],
+        start: u64,
+        walked: &mut [Walked; 2],
+        differences: &mut Differences,
+    ) -> Result<Option<u64>, Error> {
+        let (_reader, [from, to]) = self.enter(subjects).await?;
+        let height = from.root.height.max(to.root.height);
+        walked.iter_mut().for_each(Walked::begin_part);
         let mut stack = vec![(raise(&from.root, height), raise(&to.root, height), height, 0u64)];
-        while let Some((a, b, level, start)) = stack.pop() {
-            if start >= end || a.same(&b) {
+        while let Some((a, b, level, at)) = stack.pop() {
+            if at >= differences.end {
+                return Ok(None);
+            }
+            if at + span(level) <= start || a.same(&b) {
                 continue;
             }
             if level == 0 {
-                differences.push(start, 1, b.entry.state());
+                differences.push(at, 1, b.entry.state());
                 continue;
             }
             if a.is_uniform() && b.is_uniform() {
                 // Hole against zeroes: the bytes are the same.
                 continue;
+            }
+            let node_count: u64 = walked.iter().map(Walked::node_count).sum();
+            if at > start && node_count >= NODES_PER_PART {
+                return Ok(Some(at));
             }
             let (a, b) = (
                 self.children(&a, &mut walked[0]).await?,
@@ -57,28 +144,50 @@ impl Engine {
             for (slot, (a, b)) in
                 (0u64..).zip(a.into_iter().zip(b)).collect::<Vec<_>>().into_iter().rev()
             {
-                stack.push((a, b, level - 1, start + slot * width));
+                stack.push((a, b, level - 1, at + slot * width));
             }
         }
-        Ok(differences.extents)
+        Ok(None)
     }
 
     /// Counts what a VDI or snapshot maps; everything acknowledged before the call is in.
     pub(crate) async fn space(self: &Rc<Self>, target: &Target) -> Result<VdiSpace, Error> {
         let _request = self.begin()?;
+        let subject = [self.subject(target).await?];
         self.checkpoint(ondisk::SlotState::Running).await?;
-        let _reader = self.epochs.enter();
-        let settled = self.settled(target).await?;
         let mut space = VdiSpace::default();
-        let mut walked = BlockSet::default();
-        let mut stack = vec![(settled.root.entry, settled.root.height)];
-        while let Some((entry, level)) = stack.pop() {
-            if entry.state() != EntryState::Mapped {
+        let mut walked = self.walked();
+        let mut next = Some(0);
+        while let Some(start) = next {
+            next = self.space_part(&subject, start, &mut walked, &mut space).await?;
+        }
+        Ok(space)
+    }
+
+    /// Counts some of what is mapped at and behind block `start`; where that ended.
+    async fn space_part(
+        self: &Rc<Self>,
+        subject: &[Subject; 1],
+        start: u64,
+        walked: &mut Walked,
+        space: &mut VdiSpace,
+    ) -> Result<Option<u64>, Error> {
+        let (_reader, [settled]) = self.enter(subject).await?;
+        walked.begin_part();
+        let mut stack = vec![(settled.root.entry, settled.root.height, 0u64)];
+        while let Some((entry, level, at)) = stack.pop() {
+            if entry.state() != EntryState::Mapped || at + span(level) <= start {
                 continue;
             }
             if level > 0 {
-                let node = self.node_once(entry, &mut walked).await?;
-                stack.extend(node.entries().into_iter().map(|child| (child, level - 1)));
+                if at > start && walked.node_count() >= NODES_PER_PART {
+                    return Ok(Some(at));
+                }
+                let node = self.node_once(entry, walked).await?;
+                let width = span(level - 1);
+                let children = node.entries().into_iter().enumerate().rev();
+                let place = |slot| at + as_u64(slot) * width;
+                stack.extend(children.map(|(slot, child)| (child, level - 1, place(slot))));
                 continue;
             }
             space.mapped_bytes += BLOCK_SIZE_U64;
@@ -89,46 +198,63 @@ impl Engine {
                 space.shared_bytes += BLOCK_SIZE_U64;
             }
         }
-        Ok(space)
+        Ok(None)
     }
 
-    /// The tree of a target. A checkpoint has just merged everything that was acknowledged before.
-    async fn settled(self: &Rc<Self>, target: &Target) -> Result<Settled, Error> {
+    async fn subject(self: &Rc<Self>, target: &Target) -> Result<Subject, Error> {
         let vdi = self.find(&target.vdi).await?;
-        let (view, block_count) = match &target.snapshot {
-            Some(label) => {
-                let snapshot = find_snapshot(&vdi, &target.vdi, label)?;
-                (snapshot.view(), snapshot.block_count)
-            }
-            None => (vdi.head(), vdi.block_count.get()),
+        let snapshot = match &target.snapshot {
+            Some(label) => Some(find_snapshot(&vdi, &target.vdi, label)?),
+            None => None,
         };
-        let settled = match view {
-            View::Head(branch) => match &*branch.base.borrow() {
-                Base::Root(root) => Some((*root, Some(branch.shared_up_to.get()))),
-                Base::Point(_, point) => point.root.get().map(|root| (root, None)),
-            },
-            View::Point(_, point) => point.root.get().map(|root| (root, None)),
-        };
-        let (root, shared_up_to) = settled.ok_or_else(|| {
-            let message = format!("{target} was taken while it was being compared; try again");
-            Error::refused(ErrorKind::Busy, message)
-        })?;
-        Ok(Settled { root, block_count, shared_up_to })
+        Ok(Subject { vdi, snapshot, target: target.clone() })
     }
 
-    /// A node of a tree that is walked, and time for others. A tree names each of its nodes once:
-    /// without that rule a handful of blocks could stand for 2^40, and a walk would have no end.
-    async fn node_once(&self, entry: Entry, walked: &mut BlockSet) -> Result<Node, Error> {
+    /// Enters a read epoch, and looks up trees in it. They are there, but for those of a VDI that
+    /// was rolled back meanwhile to a snapshot that no checkpoint has met.
+    async fn enter<const COUNT: usize>(
+        self: &Rc<Self>,
+        subjects: &[Subject; COUNT],
+    ) -> Result<(Reader, [Settled; COUNT]), Error> {
+        for _ in 0..CHECKPOINTS_MAX {
+            self.go_on()?;
+            let reader = self.epochs.enter();
+            let settled: Result<Option<Vec<_>>, Error> =
+                subjects.iter().map(Subject::settled).collect();
+            if let Some(Ok(settled)) = settled?.map(TryInto::try_into) {
+                return Ok((reader, settled));
+            }
+            drop(reader);
+            self.checkpoint(ondisk::SlotState::Running).await?;
+        }
+        let message = "a disk is rolled back again and again while it is walked; try later";
+        Err(Error::refused(ErrorKind::Busy, message))
+    }
+
+    fn walked(&self) -> Walked {
+        // A tree has at most as many nodes as there are blocks. Twice that leaves room for paths
+        // that are walked again, and for what guests change meanwhile.
+        let nodes_left = 2 * self.allocator.capacity_blocks();
+        Walked { blocks: BlockSet::default(), nodes_left }
+    }
+
+    /// A node of a tree that is walked, and time for others.
+    async fn node_once(&self, entry: Entry, walked: &mut Walked) -> Result<Node, Error> {
         let at = entry.pba();
-        if !walked.insert(at) {
+        if !walked.blocks.insert(at) {
             let what = "tree (it names a block twice)";
             return Err(blockstore::Error::Damaged { what, at }.into());
         }
+        walked.nodes_left = walked.nodes_left.checked_sub(1).ok_or_else(|| {
+            let message = "the tree names more nodes than there are blocks, or changes faster \
+                           than it is walked: check the store, or walk a snapshot";
+            Error::refused(ErrorKind::Busy, message)
+        })?;
         self.runtime.yield_now().await;
         Ok(self.nodes.load(entry).await?)
     }
 
-    async fn children(&self, side: &Side, walked: &mut BlockSet) -> Result<Vec<Side>, Error> {
+    async fn children(&self, side: &Side, walked: &mut Walked) -> Result<Vec<Side>, Error> {
         let mut children = vec![side.below(); FANOUT];
         match side.entry.state() {
             _ if side.lift > 0 => {
@@ -148,6 +274,17 @@ impl Engine {
             _ => {}
         }
         Ok(children)
+    }
+}
+
+impl Walked {
+    fn begin_part(&mut self) {
+        self.blocks = BlockSet::default();
+    }
+
+    /// Nodes of this part.
+    fn node_count(&self) -> u64 {
+        self.blocks.len()
     }
 }
 

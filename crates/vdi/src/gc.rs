@@ -356,8 +356,11 @@ impl Engine {
         Ok(count)
     }
 
-    /// Whether the store is still there to be collected.
-    fn go_on(&self) -> Result<(), Error> {
+    /// Whether the store is still there to be walked.
+    ///
+    /// # Errors
+    /// If it has failed, or is being closed.
+    pub(crate) fn go_on(&self) -> Result<(), Error> {
         if let Some(error) = self.scheduler.failure() {
             return Err(crate::engine::stopped(&error));
         }

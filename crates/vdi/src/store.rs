@@ -165,10 +165,11 @@ impl Store {
         self.entry(vdi.id, Some(&vdi)).ok_or_else(|| not_found(name))
     }
 
-    /// Counts the space of a VDI or snapshot by walking its tree.
+    /// Counts the space of a VDI or snapshot by walking its tree. Of a VDI that is written meanwhile,
+    /// each part is as it was at some moment of the call.
     ///
     /// # Errors
-    /// `NotFound`; `Corrupt` if a node of it is damaged.
+    /// `NotFound`, also if it is deleted meanwhile; `Corrupt` if a node of it is damaged.
     pub async fn space(&self, target: &Target) -> Result<VdiSpace, Error> {
         let (engine, target) = (Rc::clone(&self.0), target.clone());
         self.finish(async move { engine.space(&target).await }).await
@@ -213,10 +214,11 @@ impl Store {
         self.finish(async move { engine.rollback(&name, &snapshot).await }).await
     }
 
-    /// Lists the runs of bytes that differ between two VDIs or snapshots. Walks only what differs.
+    /// Lists the runs of bytes that differ between two VDIs or snapshots. Walks only what differs. Of a
+    /// VDI that is written meanwhile, each part is as it was at some moment of the call.
     ///
     /// # Errors
-    /// `NotFound`; `Corrupt`.
+    /// `NotFound`, also if one is deleted meanwhile; `Corrupt`.
     pub async fn diff(&self, from: &Target, to: &Target) -> Result<Vec<DiffExtent>, Error> {
         let (engine, from, to) = (Rc::clone(&self.0), from.clone(), to.clone());
         self.finish(async move { engine.diff(&from, &to).await }).await

@@ -8,7 +8,7 @@ use std::time::Duration;
 use base::{Block, Buffer, Pba};
 use device::{Backend, Cause, Device, DeviceError, Operation};
 use disk::{Disk, Request};
-use parallax_vdi::Store;
+use parallax_vdi::{OpenOptions, Reuse, Store};
 use runtime::Runtime;
 
 use crate::ram::{Ram, run};
@@ -50,6 +50,14 @@ impl Gate {
         *self.wanted.borrow_mut() = None;
         for operation in self.held.take() {
             self.inner.submit(operation);
+        }
+    }
+
+    /// Lets the operation pass that has been held longest.
+    pub(crate) fn pass_one(&self) {
+        let mut held = self.held.borrow_mut();
+        if !held.is_empty() {
+            self.inner.submit(held.remove(0));
         }
     }
 
@@ -98,12 +106,20 @@ impl Backend for Gate {
 pub(crate) fn with_gated_store<T: 'static, F: Future<Output = T> + 'static>(
     work: impl FnOnce(Runtime, Gate, Store) -> F + 'static,
 ) -> (Ram, T) {
+    with_gated_store_that_reuses(Reuse::Late, work)
+}
+
+/// As [`with_gated_store`], with this choice of the blocks that are taken first.
+pub(crate) fn with_gated_store_that_reuses<T: 'static, F: Future<Output = T> + 'static>(
+    reuse: Reuse,
+    work: impl FnOnce(Runtime, Gate, Store) -> F + 'static,
+) -> (Ram, T) {
     let ram = Ram::default();
     let gate = Gate::new(ram.backend(STORE_BLOCKS));
     let outcome = run(1, |runtime| async move {
         let device = gate.device();
         Store::format(&device, &runtime, &format_options()).await.unwrap();
-        let options = open_options(runtime.random());
+        let options = OpenOptions { reuse, ..open_options(runtime.random()) };
         let (store, _) = Store::open(device, runtime.clone(), &options).await.expect("opens");
         work(runtime, gate, store).await
     });

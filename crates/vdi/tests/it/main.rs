@@ -22,6 +22,7 @@ mod ram;
 mod reopen;
 mod space;
 mod stuck;
+mod walks;
 
 use std::rc::Rc;
 

@@ -1,0 +1,147 @@
+//! Walks of whole trees beside everything else: comparing disks, and counting what they map.
+
+use std::cell::Cell;
+use std::rc::Rc;
+use std::time::Duration;
+
+use device::Operation;
+use disk::Disk;
+use parallax_vdi::{Error, Reuse, Store, Target};
+use runtime::Runtime;
+
+use crate::gate::{Gate, with_gated_store, with_gated_store_that_reuses};
+use crate::{disk, write};
+
+const LEAVES: u64 = 1500;
+
+/// A disk of which each leaf maps one block.
+async fn wide_disk(store: &Store, name: &str) -> Rc<dyn Disk> {
+    store.create(name, 1 << 40).await.unwrap();
+    let disk = disk(store, name).await;
+    for leaf in 0..LEAVES {
+        write(&disk, leaf << 20, &[1; 4096]).await;
+    }
+    disk
+}
+
+async fn walk(store: Store, from: Option<&str>, to: &str) -> Result<(), Error> {
+    let to = Target::parse(to);
+    match from {
+        Some(from) => store.diff(&Target::parse(from), &to).await.map(drop),
+        None => store.space(&to).await.map(drop),
+    }
+}
+
+/// Makes reads take a millisecond each, one after the other.
+fn read_slowly(runtime: &Runtime, gate: &Gate) {
+    gate.hold(|operation| matches!(operation, Operation::Read { .. }));
+    let (later, gate) = (runtime.clone(), gate.clone());
+    drop(runtime.spawn(async move {
+        loop {
+            later.sleep(Duration::from_millis(1)).await;
+            gate.pass_one();
+        }
+    }));
+}
+
+/// A walk was one reader from its beginning to its end, hours later on a large disk: nothing that
+/// was replaced meanwhile became free, and who needed space waited.
+#[test]
+fn a_long_walk_keeps_no_space_from_becoming_free() {
+    with_gated_store(|runtime, gate, store| async move {
+        let head = wide_disk(&store, "web01").await;
+        store.snapshot("web01", Some("all")).await.unwrap();
+        store.create("empty", 1 << 40).await.unwrap();
+        let other = disk(&store, "empty").await;
+        read_slowly(&runtime, &gate);
+        for (from, to) in [
+            (None, "web01"),
+            (None, "web01@all"),
+            (Some("empty"), "web01"),
+            (Some("web01@all"), "empty"),
+        ] {
+            let ended = Rc::new(Cell::new(false));
+            let (flag, walking) = (Rc::clone(&ended), store.clone());
+            drop(runtime.spawn(async move {
+                walk(walking, from, to).await.unwrap();
+                flag.set(true);
+            }));
+            runtime.sleep(Duration::from_millis(100)).await;
+            for disk in [&head, &other] {
+                write(disk, (LEAVES + 1) << 20, &[2; 4096]).await;
+            }
+            // Ends when what it replaced is free.
+            store.checkpoint().await.unwrap();
+            assert!(!ended.get(), "the walk of {to} ended first");
+            while !ended.get() {
+                runtime.sleep(Duration::from_millis(100)).await;
+            }
+        }
+    });
+}
+
+/// What a walk finds is right, whatever becomes of nodes that it has not reached yet.
+#[test]
+fn disks_are_compared_and_counted_while_they_are_written() {
+    with_gated_store_that_reuses(Reuse::Soon, |runtime, gate, store| async move {
+        let head = wide_disk(&store, "web01").await;
+        store.snapshot("web01", Some("old")).await.unwrap();
+        for leaf in [3, LEAVES - 3] {
+            write(&head, leaf << 20, &[2; 4096]).await;
+        }
+        let stop = Rc::new(Cell::new(false));
+        let (ended, changing) = (Rc::clone(&stop), store.clone());
+        read_slowly(&runtime, &gate);
+        let changed = runtime.spawn(async move {
+            let mut rounds = 0;
+            while !ended.get() {
+                for leaf in (10..LEAVES - 10).step_by(7) {
+                    write(&head, leaf << 20, &[rounds | 1; 4096]).await;
+                }
+                changing.checkpoint().await.unwrap();
+                rounds += 1;
+            }
+            rounds
+        });
+        for _ in 0..3 {
+            let (old, new) = (Target::parse("web01@old"), Target::parse("web01"));
+            let differences = store.diff(&old, &new).await.unwrap();
+            let has = |leaf: u64| {
+                let offset = leaf << 20;
+                differences.iter().any(|it| (it.offset, it.length, it.data) == (offset, 4096, true))
+            };
+            assert!(has(3) && has(LEAVES - 3) && !has(4) && !has(LEAVES - 4));
+            assert!(differences.len() < 300, "{} differences", differences.len());
+            for target in [&old, &new] {
+                let space = store.space(target).await.unwrap();
+                assert_eq!(space.mapped_bytes, LEAVES * 4096, "{target}");
+            }
+        }
+        stop.set(true);
+        assert!(changed.await > 5);
+    });
+}
+
+/// The nodes of a snapshot are nobody's when it is deleted.
+#[test]
+fn a_walk_of_what_is_deleted_meanwhile_ends_with_not_found() {
+    for victim in ["web01@old", "web01"] {
+        with_gated_store_that_reuses(Reuse::Soon, move |runtime, gate, store| async move {
+            drop(wide_disk(&store, "web01").await);
+            store.snapshot("web01", Some("old")).await.unwrap();
+            store.create("empty", 1 << 40).await.unwrap();
+            read_slowly(&runtime, &gate);
+            let walks = [None, Some("empty")].map(|from| {
+                let store = store.clone();
+                runtime.spawn(async move { walk(store, from, victim).await })
+            });
+            runtime.sleep(Duration::from_millis(100)).await;
+            store.remove(&Target::parse(victim)).await.unwrap();
+            store.collect_garbage().await.unwrap();
+            wide_disk(&store, "new").await;
+            for walk in walks {
+                assert_eq!(walk.await.unwrap_err().kind(), base::ErrorKind::NotFound, "{victim}");
+            }
+        });
+    }
+}
