@@ -13,6 +13,10 @@ use crate::Error;
 use crate::branch::{Place, View};
 use crate::engine::{Engine, as_u64};
 
+/// Times that a tree is asked for the state of blocks for one answer, and as many leaves may be read,
+/// in one read epoch. Who asks for the state of more gets it in several answers.
+const STATE_LOOKUPS_MAX: u64 = 1024;
+
 /// Blocks that stand next to each other, in the VDI and in the blockstore.
 struct MappedRun {
     lba: u64,
@@ -148,7 +152,7 @@ impl Engine {
         Ok(entries)
     }
 
-    /// The state of the bytes from `offset` on, in at most `extents_max` runs.
+    /// The state of the bytes from `offset` on, in at most `extents_max` runs; it may end early.
     ///
     /// # Errors
     /// As [`Self::read`].
@@ -163,9 +167,16 @@ impl Engine {
         let end = offset + length;
         let mut extents: Vec<Extent> = Vec::new();
         let mut at = offset;
-        while at < end {
+        let mut lookups = 0;
+        while at < end && lookups < STATE_LOOKUPS_MAX {
             let block = at / BLOCK_SIZE_U64;
-            let (state, next) = self.state_run(view, block).await?;
+            let (state, next) = match view.place(block) {
+                Place::Entry(entry) => (extent_state(entry.state()), block + 1),
+                Place::Tree(root) => {
+                    lookups += 1;
+                    self.state_run(view, &root, block).await?
+                }
+            };
             let next = next.saturating_mul(BLOCK_SIZE_U64).min(end);
             let full = extents.len() == extents_max;
             match extents.last_mut() {
@@ -178,14 +189,15 @@ impl Engine {
         Ok(extents)
     }
 
-    /// The state of a block, and the first block behind it that may have another one.
-    async fn state_run(&self, view: &View, block: u64) -> Result<(ExtentState, u64), Error> {
-        let root = match view.place(block) {
-            Place::Entry(entry) => return Ok((extent_state(entry.state()), block + 1)),
-            Place::Tree(root) => root,
-        };
+    /// The state of a block that a tree knows, and the first block behind it that may have another.
+    async fn state_run(
+        &self,
+        view: &View,
+        root: &RootRef,
+        block: u64,
+    ) -> Result<(ExtentState, u64), Error> {
         let changed = view.next_changed(block + 1).unwrap_or(u64::MAX);
-        let leaf = tree::leaf(&self.nodes, &root, block).await?;
+        let leaf = tree::leaf(&self.nodes, root, block).await?;
         let state = extent_state(leaf.entry(block).state());
         let leaf_end = leaf.end(block).min(changed);
         let next = match &leaf {

@@ -5,12 +5,12 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use device::Operation;
-use disk::Disk;
+use disk::{Disk, ExtentState, Request, Response};
 use parallax_vdi::{Error, Reuse, Store, Target};
 use runtime::Runtime;
 
 use crate::gate::{Gate, with_gated_store, with_gated_store_that_reuses};
-use crate::{disk, write};
+use crate::{disk, with_store, write};
 
 const LEAVES: u64 = 1500;
 
@@ -144,4 +144,30 @@ fn a_walk_of_what_is_deleted_meanwhile_ends_with_not_found() {
             }
         });
     }
+}
+
+/// Asking for the state of a whole disk was one reader too.
+#[test]
+fn the_state_of_a_large_disk_comes_in_parts() {
+    with_store(|_, store| async move {
+        store.create("web01", 1 << 40).await.unwrap();
+        let disk = disk(&store, "web01").await;
+        for leaf in 0..6000 {
+            write(&disk, leaf << 20, &[1; 4096]).await;
+        }
+        store.checkpoint().await.unwrap();
+        let (mut at, mut parts, mut mapped) = (0, 0, 0);
+        while at < 1 << 40 {
+            let length = (1 << 40) - at;
+            let status = Request::BlockStatus { offset: at, length, extents_max: usize::MAX };
+            let Ok(Response::Extents(extents)) = disk.submit(status).await else { panic!() };
+            for extent in extents {
+                at += extent.length;
+                mapped += if extent.state == ExtentState::Data { extent.length } else { 0 };
+            }
+            parts += 1;
+        }
+        assert_eq!((at, mapped), (1 << 40, 6000 * 4096));
+        assert!((2..100).contains(&parts), "{parts} answers");
+    });
 }
