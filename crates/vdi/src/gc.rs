@@ -133,13 +133,13 @@ impl Collector {
     }
 
     /// Holds blocks back that are to be released, if a mark is under way; else returns them.
-    pub(crate) fn hold(&self, blocks: Vec<Pba>) -> Vec<Pba> {
+    pub(crate) fn hold(&self, blocks: BlockSet) -> BlockSet {
         match &mut *self.held.borrow_mut() {
             Some(held) => {
-                for pba in blocks {
-                    held.insert(pba);
+                for (index, words) in blocks.pages() {
+                    held.insert_page(index, words);
                 }
-                Vec::new()
+                BlockSet::default()
             }
             None => blocks,
         }
@@ -232,7 +232,7 @@ impl Engine {
         let marked = self.mark(&roots).await;
         // In the same breath in which the walk ended, or failed.
         let held = self.collector.held.take().unwrap_or_default();
-        self.release(held.iter().collect());
+        self.release(held.iter());
         let marked = marked?;
         let reached_blocks = marked.len();
         let candidates = if base::mutant::active("gc_frees_newly_live") {

@@ -8,7 +8,8 @@ use std::rc::Rc;
 use base::Pba;
 use runtime::sync::Signal;
 
-use crate::engine::{Engine, as_u64};
+use crate::engine::Engine;
+use crate::mark::BlockSet;
 
 /// Blocks that are released between two breaths of the thread.
 const BLOCKS_PER_TURN: usize = 4096;
@@ -16,8 +17,9 @@ const BLOCKS_PER_TURN: usize = 4096;
 /// Blocks on their way from replaced to free.
 #[derive(Default)]
 pub(crate) struct Releases {
-    /// Blocks that both slots are past, and that readers may still see.
-    waiting: RefCell<Vec<Pba>>,
+    /// Blocks that both slots are past, and that readers may still see: a bit each, for a reader may
+    /// take its time, and all blocks of the store may come meanwhile.
+    waiting: RefCell<BlockSet>,
     /// How many have come, and how many have left.
     begun: Cell<u64>,
     ended: Cell<u64>,
@@ -47,14 +49,23 @@ impl Engine {
     /// Makes blocks that nothing can reach allocatable, when no reader sees them any more. The
     /// only callers are the publication of a checkpoint, when both slots are past the replacement
     /// (design rules 17, 18), and the end of a mark, with what it held back.
-    pub(crate) fn release(self: &Rc<Self>, blocks: Vec<Pba>) {
-        if blocks.is_empty() {
+    ///
+    /// # Panics
+    /// If a block waits already.
+    pub(crate) fn release(self: &Rc<Self>, blocks: impl IntoIterator<Item = Pba>) {
+        let releases = &self.releases;
+        let mut waiting = releases.waiting.borrow_mut();
+        let before = waiting.len();
+        for pba in blocks {
+            assert!(waiting.insert(pba), "block {pba} was released twice");
+        }
+        let count = waiting.len() - before;
+        drop(waiting);
+        if count == 0 {
             self.full.set(false);
             return;
         }
-        let releases = &self.releases;
-        releases.begun.set(releases.begun.get() + as_u64(blocks.len()));
-        releases.waiting.borrow_mut().extend(blocks);
+        releases.begun.set(releases.begun.get() + count);
         if releases.running.replace(true) {
             return;
         }
@@ -63,11 +74,11 @@ impl Engine {
             let releases = &engine.releases;
             loop {
                 let blocks = std::mem::take(&mut *releases.waiting.borrow_mut());
-                if blocks.is_empty() {
+                let count = blocks.len();
+                if count == 0 {
                     releases.running.set(false);
                     return;
                 }
-                let count = as_u64(blocks.len());
                 engine.release_unread(blocks).await;
                 releases.ended.set(releases.ended.get() + count);
                 releases.changed.notify();
@@ -88,17 +99,16 @@ impl Engine {
         }
     }
 
-    async fn release_unread(&self, blocks: Vec<Pba>) {
+    async fn release_unread(&self, blocks: BlockSet) {
         if !base::mutant::active("release_ignores_readers") {
             self.epochs.quiesce().await;
         }
         // Garbage collection may still be reading trees that name them.
         let blocks = self.collector.hold(blocks);
-        for part in blocks.chunks(BLOCKS_PER_TURN) {
-            for pba in part {
-                self.nodes.cache().remove(*pba);
-            }
-            self.allocator.release(part.iter().copied());
+        let mut left = blocks.iter().peekable();
+        while left.peek().is_some() {
+            let part = left.by_ref().take(BLOCKS_PER_TURN);
+            self.allocator.release(part.inspect(|&pba| self.nodes.cache().remove(pba)));
             self.runtime.yield_now().await;
         }
         self.full.set(false);
