@@ -73,6 +73,8 @@ pub(crate) struct Checkpoints {
     /// The log when the last checkpoint cut it.
     last_cut: RefCell<Option<LogSegment>>,
     last_at: Cell<Time>,
+    /// Since when guests have waited while checkpoints failed.
+    failing_since: Cell<Option<Time>>,
     /// Retired blocks that the table knows.
     bad_known: Cell<usize>,
     pub(crate) damaged: DamagedTables,
@@ -95,6 +97,7 @@ impl Checkpoints {
             forced: RefCell::default(),
             last_cut: RefCell::default(),
             last_at: Cell::default(),
+            failing_since: Cell::default(),
             bad_known: Cell::new(0),
             damaged: DamagedTables::default(),
         }
@@ -530,6 +533,7 @@ impl Engine {
         };
         self.release(free);
         self.trim_reserve();
+        self.checkpoints.failing_since.set(None);
         let mut stats = self.stats.borrow_mut();
         stats.checkpoints += 1;
         stats.nodes_written += prepared.nodes_written;
@@ -539,20 +543,15 @@ impl Engine {
     /// Runs checkpoints when they are due, until the store is closed: while it closes, requests
     /// under way may wait for the room that only a checkpoint makes.
     pub(crate) async fn checkpoint_when_due(self: Rc<Self>) {
-        let mut failing_since = None;
         loop {
             let wanted = self.checkpoints.wanted.changed();
             if self.closed.get() || self.scheduler.failure().is_some() {
                 return;
             }
             if self.checkpoint_is_due() {
-                match self.checkpoint(SlotState::Running).await {
-                    Ok(()) => failing_since = None,
-                    Err(error) => {
-                        let since = *failing_since.get_or_insert(self.runtime.now());
-                        self.stop_if_hopeless(since, &error);
-                        self.runtime.sleep(RETRY_AFTER).await;
-                    }
+                if let Err(error) = self.checkpoint(SlotState::Running).await {
+                    self.stop_if_hopeless(&error);
+                    self.runtime.sleep(RETRY_AFTER).await;
                 }
                 continue;
             }
@@ -560,11 +559,15 @@ impl Engine {
         }
     }
 
-    /// Stops the store if checkpoints have failed for long and guests wait for one: an error is
-    /// better than to hang for ever (G10).
-    fn stop_if_hopeless(&self, since: Time, error: &Error) {
+    /// After a checkpoint that failed: stops the store if guests have waited for one that succeeds
+    /// for long. An error is better than to hang for ever (G10).
+    fn stop_if_hopeless(&self, error: &Error) {
         let guests_wait = self.log.is_full() || self.is_full_of_changes();
-        if !guests_wait || self.runtime.now().since(since) < FAILING_MAX {
+        let now = self.runtime.now();
+        let failing_since = &self.checkpoints.failing_since;
+        let since = failing_since.get().unwrap_or(now);
+        failing_since.set(guests_wait.then_some(since));
+        if !guests_wait || now.since(since) < FAILING_MAX {
             return;
         }
         tracing::error!(%error, "no checkpoint succeeds, and guests wait for one");
