@@ -78,7 +78,8 @@ pub async fn read_slots(
     }
 }
 
-/// Reads one copy of a host's slot; one that looks damaged is read again before that is believed.
+/// Reads one copy of a host's slot; one that does not look like one is read again before that is
+/// believed. So is one of zeroes, as a format leaves: they may be those of a bad transfer.
 async fn read_copy(
     device: &Device,
     runtime: &Runtime,
@@ -98,15 +99,17 @@ async fn read_copy(
             None => Err(DecodeError::Magic),
         });
         let is_doubtful = match &slot {
-            // Zeroes are what a format leaves.
-            Ok(slot) => slot.as_ref().is_err_and(|error| *error != DecodeError::Magic),
+            Ok(slot) => slot.is_err(),
             Err(error) => !error.is_transport(),
         };
         if !is_doubtful || attempts == READ_RETRIES {
             return slot;
         }
         attempts += 1;
-        runtime.sleep(RETRY_AFTER).await;
+        // A new store need not wait for what is most likely as it should be.
+        if !matches!(slot, Ok(Err(DecodeError::Magic))) {
+            runtime.sleep(RETRY_AFTER).await;
+        }
     }
 }
 

@@ -22,8 +22,8 @@ struct State {
     unreadable: RefCell<HashSet<u64>>,
     /// A block whose next read fails.
     stumbling: Cell<Option<u64>>,
-    /// A block whose next read gives other bytes.
-    garbled: Cell<Option<u64>>,
+    /// A bad transfer that is to come.
+    garbled: Cell<Option<Garbled>>,
     /// Blocks that are really allocated below, and how many can be.
     backed: RefCell<HashSet<u64>>,
     space: Cell<Option<usize>>,
@@ -33,6 +33,15 @@ struct State {
     operations: Cell<u64>,
     /// The operation that fails, and with what.
     failing: Cell<Option<(u64, i32)>>,
+}
+
+/// A read of a block that gives other bytes than stand there.
+#[derive(Clone, Copy)]
+struct Garbled {
+    at: u64,
+    /// Reads of it that are right before that.
+    reads_before: u32,
+    garble: fn(&mut Block),
 }
 
 struct RamBackend {
@@ -108,7 +117,19 @@ impl Ram {
 
     /// Makes the next read of this block give other bytes.
     pub(crate) fn garble(&self, at: Pba) {
-        self.0.garbled.set(Some(at.get()));
+        self.garble_after(0, at);
+    }
+
+    /// Makes one read of this block give other bytes, after so many that are right.
+    pub(crate) fn garble_after(&self, reads_before: u32, at: Pba) {
+        let garble: fn(&mut Block) = |block| block.0[17] ^= 4;
+        self.0.garbled.set(Some(Garbled { at: at.get(), reads_before, garble }));
+    }
+
+    /// Makes the next read of this block give zeroes.
+    pub(crate) fn blank(&self, at: Pba) {
+        let garble: fn(&mut Block) = |block| block.0 = [0; base::BLOCK_SIZE];
+        self.0.garbled.set(Some(Garbled { at: at.get(), reads_before: 0, garble }));
     }
 
     /// The block that holds nothing but `byte`.
@@ -147,6 +168,22 @@ impl Ram {
     }
 }
 
+impl State {
+    /// What becomes of a block on its way from the medium.
+    fn transfer(&self, at: u64, block: &mut Block) {
+        let Some(garbled) = self.garbled.get().filter(|garbled| garbled.at == at) else { return };
+        self.garbled.set(
+            garbled
+                .reads_before
+                .checked_sub(1)
+                .map(|reads_before| Garbled { reads_before, ..garbled }),
+        );
+        if garbled.reads_before == 0 {
+            (garbled.garble)(block);
+        }
+    }
+}
+
 impl Backend for RamBackend {
     fn submit(&self, operation: Operation) {
         let state = &self.ram.0;
@@ -175,10 +212,7 @@ impl Backend for RamBackend {
                 let blocks = state.blocks.borrow();
                 for (index, block) in (at.get()..).zip(&mut buffer.blocks_mut()[..block_count]) {
                     block.0 = blocks.get(&index).map_or([0; base::BLOCK_SIZE], |block| block.0);
-                    if state.garbled.get() == Some(index) {
-                        state.garbled.set(None);
-                        block.0[17] ^= 4;
-                    }
+                    state.transfer(index, block);
                 }
                 done.send(Ok(buffer));
             }

@@ -11,7 +11,7 @@ use ondisk::{RangeState, RecordBody};
 use parallax_vdi::{Error, FormatOptions, Store, Target};
 use runtime::Runtime;
 
-use crate::check::{forge_records, set_label};
+use crate::check::{Anatomy, forge_records, set_label};
 use crate::gate::{Gate, start_writers, with_gated_store};
 use crate::ram::{Ram, run};
 use crate::stuck::{DATA_START, writes_slot};
@@ -79,6 +79,21 @@ fn a_host_slot_that_was_zeroed_raises_an_alarm() {
             assert_eq!(read(&disk(&store, "web01").await, 0, 4096).await, [1; 4096]);
         });
     }
+}
+
+/// Zeroes are what a format leaves, so one bad transfer of zeroes was believed: the store went back
+/// to the older slot, of before it was closed.
+#[test]
+fn a_host_slot_that_comes_as_zeroes_once_is_read_again() {
+    let (ram, ()) = with_store(|_, store| async move {
+        store.create("web01", 1 << 20).await.unwrap();
+        store.close().await.unwrap();
+    });
+    let pair = Anatomy::of(&ram).pair;
+    ram.blank(Anatomy::of(&ram).geometry.host_slot(pair.newest.host, pair.copy));
+    reopened(&ram, |_, _, report| async move {
+        assert!(report.clean && report.alarms.is_empty(), "{report:?}");
+    });
 }
 
 /// Each run of these tests begins at the same wall time, as a machine with a bad clock does.
