@@ -71,6 +71,21 @@ pub async fn survey(
     Ok((replayed, broken))
 }
 
+/// Blocks that are read at once.
+fn request_blocks() -> u64 {
+    u64::try_from(REQUEST_BLOCKS_MAX).unwrap_or(1)
+}
+
+/// What stands behind a break of the chain.
+struct Behind {
+    /// Highest F.
+    durable: Lsn,
+    /// Position behind the last valid block.
+    end: RingPosition,
+    /// Where a block of a later lap stands.
+    laps: Option<Pba>,
+}
+
 /// Reads the ring in large pieces.
 struct RingReader<'a> {
     device: &'a Device,
@@ -180,38 +195,57 @@ impl RingReader<'_> {
     /// Highest F in valid blocks of the segment's epoch behind a break of its chain; or where a
     /// block of a later lap stands: the ring went round, and the segment is older than the log
     /// knows (rule 18).
+    ///
+    /// One bad transfer must not hide what says so. F never falls along the log, so if it did, what
+    /// says so lies just behind the last valid block that was found: only that is read again.
     async fn durable_behind(
         &mut self,
         checksums: &Checksums,
         segment: &LogSegment,
         broken: RingPosition,
     ) -> Result<Result<Lsn, Pba>, Error> {
-        let mut durable = Lsn::default();
+        let mut behind = Behind { durable: Lsn::default(), end: broken, laps: None };
         let end = segment.start.plus(self.geometry.ring_blocks);
-        let mut position = broken;
-        while position < end {
+        self.look_behind(checksums, segment, (broken, end), &mut behind).await?;
+        if behind.laps.is_none() {
+            self.chunk = None;
+            // Up to the end of the transfer that may have been bad.
+            let again = (behind.end, end.min(behind.end.plus(2 * request_blocks())));
+            self.look_behind(checksums, segment, again, &mut behind).await?;
+        }
+        Ok(behind.laps.map_or(Ok(behind.durable), Err))
+    }
+
+    /// Adds what valid blocks at some positions say to `behind`.
+    async fn look_behind(
+        &mut self,
+        checksums: &Checksums,
+        segment: &LogSegment,
+        (start, end): (RingPosition, RingPosition),
+        behind: &mut Behind,
+    ) -> Result<(), Error> {
+        let mut position = start;
+        while position < end && behind.laps.is_none() {
             let at = self.geometry.log_block(self.log_start, position);
             let block = self.block(position).await?;
-            let decoded = LogBlock::decode(block, checksums, at, segment.epoch, segment.nonce);
-            if let Ok(block) = decoded {
-                if block.position > position {
-                    return Ok(Err(at));
+            match LogBlock::decode(block, checksums, at, segment.epoch, segment.nonce) {
+                Ok(block) if block.position > position => behind.laps = Some(at),
+                Ok(block) if block.position == position => {
+                    behind.durable = behind.durable.max(block.durable);
+                    behind.end = behind.end.max(position.plus(1));
                 }
-                if block.position == position {
-                    durable = durable.max(block.durable);
-                }
+                _ => {}
             }
             position = position.plus(1);
         }
-        Ok(Ok(durable))
+        Ok(())
     }
 
     async fn block(&mut self, position: RingPosition) -> Result<&base::Block, Error> {
         let offset = position.get() % self.geometry.ring_blocks;
         let held = matches!(&self.chunk, Some((start, count, _)) if (*start..start + count).contains(&offset));
         if !held {
-            let chunk = u64::try_from(REQUEST_BLOCKS_MAX).unwrap_or(1);
-            let count = chunk.min(self.geometry.ring_blocks - offset);
+            let count = request_blocks().min(self.geometry.ring_blocks - offset);
             let block_count = usize::try_from(count).unwrap_or(1);
             let buffer = self.runtime.buffers().take(block_count);
             let buffer = self.device.read(self.log_start.plus(offset), block_count, buffer).await?;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use base::{Block, BlockSlice, Buffer, ErrorKind, Lba, Pba, SnapshotNumber};
 use device::{Backend, Device, Operation};
 use disk::Request;
-use ondisk::{RangeState, RecordBody};
+use ondisk::{LogBlock, RangeState, RecordBody};
 use parallax_vdi::{Error, FormatOptions, Store, Target};
 use runtime::Runtime;
 
@@ -93,6 +93,40 @@ fn a_host_slot_that_comes_as_zeroes_once_is_read_again() {
     ram.blank(Anatomy::of(&ram).geometry.host_slot(pair.newest.host, pair.copy));
     reopened(&ram, |_, _, report| async move {
         assert!(report.clean && report.alarms.is_empty(), "{report:?}");
+    });
+}
+
+/// Where the log breaks, it ends, unless something behind says that it went on. That was read once:
+/// after one bad transfer the end of the log was where it had rotted, and what had been flushed was
+/// gone without a word.
+#[test]
+fn what_vouches_for_a_broken_log_is_read_again() {
+    let (ram, ()) = with_store(|_, store| async move {
+        store.create("web01", 1 << 20).await.unwrap();
+        let disk = disk(&store, "web01").await;
+        store.checkpoint().await.unwrap();
+        write(&disk, 0, &[1; 4096]).await;
+        disk.submit(Request::Flush).await.unwrap();
+        write(&disk, 4096, &[2; 4096]).await;
+    });
+    let Anatomy { geometry, checksums, pair, .. } = Anatomy::of(&ram);
+    let segment = *pair.newest.segments.last().unwrap();
+    let places = (0..geometry.ring_blocks)
+        .map(|count| geometry.log_block(pair.newest.log_start, segment.start.plus(count)));
+    let blocks: Vec<Pba> = places
+        .take_while(|&at| {
+            let block = ram.block(at);
+            LogBlock::decode(&block, &checksums, at, segment.epoch, segment.nonce).is_ok()
+        })
+        .collect();
+    let [.., flushed, vouching] = blocks[..] else { panic!("two writes of two records") };
+    ram.rot(flushed);
+    // Blocks that do not validate are read twice, together with what stands behind them.
+    ram.garble_after(2, vouching);
+    reopened(&ram, |_, store, report| async move {
+        assert!(!report.alarms.is_empty(), "{report:?}");
+        let create = store.create("web02", 4096).await;
+        assert_eq!(create.unwrap_err().kind(), ErrorKind::ReadOnly);
     });
 }
 
