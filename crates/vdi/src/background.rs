@@ -50,6 +50,11 @@ async fn tick(engine: Rc<Engine>) {
             // A failure is the scheduler's to report.
             let _ = engine.scheduler.flush().await;
         }
+        if engine.closing.get() {
+            // A block behind the cut of the last checkpoint may arrive when somebody else has
+            // opened the store, and writes there.
+            return;
+        }
         engine.log.mark_durable();
         if engine.checkpoint_is_due() {
             engine.request_checkpoint();

@@ -24,6 +24,9 @@ pub(crate) const DATA_START: u64 = 2 * (16 << 20) / 4096;
 const SLOTS: Range<u64> = 2049..2051;
 const HEARTBEAT: Pba = Pba::new(2051);
 
+/// The extent that the log lies in.
+const LOG: Range<u64> = 4096..DATA_START;
+
 /// Whether it writes data, or nodes.
 fn writes_data(operation: &Operation) -> bool {
     matches!(operation, Operation::Write { at, .. } if at.get() >= DATA_START)
@@ -137,6 +140,36 @@ fn a_store_closes_although_writers_wait_for_room_in_the_log() {
         }));
         let closed = ends(&runtime, async move { store.close().await.unwrap() });
         assert!(closed.await, "close hangs");
+    });
+}
+
+/// A flush that had begun before the store was closed noted in the log what it had made durable:
+/// behind the last checkpoint, at a place where the next opening writes.
+#[test]
+fn a_store_that_closes_writes_no_log() {
+    with_gated_store(|runtime, gate, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        let disk = disk(&store, "web01").await;
+        runtime.sleep(Duration::from_secs(10)).await;
+        write(&disk, 0, &[1; 4096]).await;
+        gate.hold(|operation| matches!(operation, Operation::Flush { .. }));
+        runtime.sleep(Duration::from_secs(2)).await;
+        assert_eq!(gate.held(), 1, "the flush that comes by itself");
+        let closing = store.clone();
+        let closed = runtime.spawn(async move { closing.close().await.unwrap() });
+        runtime.sleep(Duration::from_millis(1)).await;
+        let logged = Rc::new(Cell::new(0));
+        let writes = Rc::clone(&logged);
+        gate.release();
+        gate.hold(move |operation| {
+            let is_log =
+                matches!(operation, Operation::Write { at, .. } if LOG.contains(&at.get()));
+            writes.set(writes.get() + u64::from(is_log));
+            false
+        });
+        closed.await;
+        runtime.sleep(Duration::from_secs(1)).await;
+        assert_eq!(logged.get(), 0, "log blocks were written");
     });
 }
 
