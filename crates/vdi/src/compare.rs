@@ -21,7 +21,7 @@ use ondisk::{Entry, EntryState, FANOUT, Node, RootRef};
 use crate::Error;
 use crate::branch::{Base, View};
 use crate::engine::{Engine, as_u64};
-use crate::manage::{find_snapshot, not_found};
+use crate::manage::not_found;
 use crate::mark::BlockSet;
 use crate::types::{DiffExtent, Target, VdiSpace};
 use crate::vdi::{Snapshot, Vdi};
@@ -202,11 +202,7 @@ impl Engine {
     }
 
     async fn subject(self: &Rc<Self>, target: &Target) -> Result<Subject, Error> {
-        let vdi = self.find(&target.vdi).await?;
-        let snapshot = match &target.snapshot {
-            Some(label) => Some(find_snapshot(&vdi, &target.vdi, label)?),
-            None => None,
-        };
+        let (vdi, snapshot) = self.find_durable(target).await?;
         Ok(Subject { vdi, snapshot, target: target.clone() })
     }
 

@@ -15,7 +15,7 @@ use ondisk::{
 
 use crate::Error;
 use crate::branch::{Base, Branch};
-use crate::engine::Engine;
+use crate::engine::{Engine, as_u64};
 use crate::types::Target;
 use crate::vdi::{Snapshot, Vdi};
 
@@ -206,6 +206,38 @@ impl Engine {
             return Err(not_found(name));
         }
         Ok(vdi)
+    }
+
+    /// What `target` names, when a snapshot or a clone that is being made is durable: before, a crash
+    /// may undo it.
+    pub(crate) async fn find_durable(
+        self: &Rc<Self>,
+        target: &Target,
+    ) -> Result<(Rc<Vdi>, Option<Rc<Snapshot>>), Error> {
+        let vdi = self.find(&target.vdi).await?;
+        let snapshot = match &target.snapshot {
+            Some(label) => Some(find_snapshot(&vdi, &target.vdi, label)?),
+            None => None,
+        };
+        let born = snapshot.as_ref().map_or(vdi.born.get(), |snapshot| snapshot.position);
+        self.log.durable(born).await.map_err(blockstore::Error::from)?;
+        if vdi.deleted.get() {
+            return Err(not_found(&target.vdi));
+        }
+        Ok((vdi, snapshot))
+    }
+
+    /// Whether a snapshot will be there after a crash.
+    pub(crate) fn is_durable(&self, snapshot: &Snapshot) -> bool {
+        self.scheduler.watermarks().durable() >= snapshot.position
+    }
+
+    /// Number of a VDI's snapshots that are durable.
+    pub(crate) fn durable_snapshot_count(&self, vdi: &Vdi) -> u64 {
+        let snapshots = vdi.snapshots.borrow();
+        let newest = snapshots.values().rev();
+        let being_made = newest.take_while(|snapshot| !self.is_durable(snapshot)).count();
+        as_u64(snapshots.len() - being_made)
     }
 
     fn record_of(&self, name: &str) -> Option<DirectoryRecord> {

@@ -10,7 +10,7 @@ use runtime::Runtime;
 
 use crate::engine::{Engine, as_u64};
 use crate::handle::{SnapshotHandle, VdiHandle};
-use crate::manage::{find_snapshot, not_found};
+use crate::manage::not_found;
 use crate::vdi::{Snapshot, Vdi};
 use crate::{GcReport, background, recovery};
 
@@ -140,7 +140,7 @@ impl Store {
         Ok(entries)
     }
 
-    /// Lists at most `max` snapshots of a VDI with numbers above `after`.
+    /// Lists at most `max` snapshots of a VDI with numbers above `after`; only those that are durable.
     ///
     /// # Errors
     /// `NotFound`.
@@ -153,15 +153,17 @@ impl Store {
         let vdi = self.0.find(name).await?;
         let snapshots = vdi.snapshots.borrow();
         let behind = snapshots.range((Bound::Excluded(after), Bound::Unbounded));
-        Ok(behind.take(max).map(|(_, snapshot)| snapshot_entry(snapshot)).collect())
+        let durable = behind.take_while(|(_, snapshot)| self.0.is_durable(snapshot));
+        Ok(durable.take(max).map(|(_, snapshot)| snapshot_entry(snapshot)).collect())
     }
 
-    /// Describes one VDI.
+    /// Describes one VDI, when it is durable; of its snapshots, those count that are.
     ///
     /// # Errors
     /// `NotFound`.
     pub async fn info(&self, name: &str) -> Result<VdiEntry, Error> {
-        let vdi = self.0.find(name).await?;
+        let target = Target { vdi: name.to_owned(), snapshot: None };
+        let (vdi, _) = self.0.find_durable(&target).await?;
         self.entry(vdi.id, Some(&vdi)).ok_or_else(|| not_found(name))
     }
 
@@ -231,16 +233,7 @@ impl Store {
     /// # Errors
     /// `NotFound`.
     pub async fn open_disk(&self, target: &Target) -> Result<Rc<dyn Disk>, Error> {
-        let vdi = self.0.find(&target.vdi).await?;
-        let snapshot = match &target.snapshot {
-            Some(label) => Some(find_snapshot(&vdi, &target.vdi, label)?),
-            None => None,
-        };
-        let born = snapshot.as_ref().map_or(vdi.born.get(), |snapshot| snapshot.position);
-        self.0.log.durable(born).await.map_err(blockstore::Error::from)?;
-        if vdi.deleted.get() {
-            return Err(not_found(&target.vdi));
-        }
+        let (vdi, snapshot) = self.0.find_durable(target).await?;
         let engine = Rc::clone(&self.0);
         Ok(match snapshot {
             Some(snapshot) => Rc::new(SnapshotHandle::new(engine, vdi, snapshot)),
@@ -321,7 +314,7 @@ impl Store {
             name: record.name.clone(),
             size_bytes: vdi.map_or(0, |vdi| vdi.block_count.get() * BLOCK_SIZE_U64),
             created_ns: record.created_ns,
-            snapshot_count: vdi.map_or(0, |vdi| as_u64(vdi.snapshots.borrow().len())),
+            snapshot_count: vdi.map_or(0, |vdi| self.0.durable_snapshot_count(vdi)),
             parent,
             parent_name,
         })

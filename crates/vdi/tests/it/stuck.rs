@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::task::Poll;
 use std::time::Duration;
 
-use base::{Buffer, Epoch, HostId, Pba, StoreUuid};
+use base::{Buffer, Epoch, HostId, Pba, SnapshotNumber, StoreUuid};
 use device::Operation;
 use disk::{Disk, Request};
 use ondisk::{Checksums, Heartbeat};
@@ -348,6 +348,60 @@ fn a_clone_can_be_opened_when_it_is_durable() {
         assert_eq!(gate.held(), 1);
         gate.release();
         opened.await;
+    });
+}
+
+/// A snapshot counts after a crash only if every write before it does. It was listed, counted and
+/// compared before that was certain.
+#[test]
+fn a_snapshot_is_seen_when_it_is_durable() {
+    with_gated_store(|runtime, gate, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        let head = disk(&store, "web01").await;
+        write(&head, 0, &[1; 4096]).await;
+        store.snapshot("web01", None).await.unwrap();
+        gate.hold(|operation| matches!(operation, Operation::Flush { .. }));
+        write(&head, 4096, &[2; 4096]).await;
+        let taking = store.clone();
+        let taken = runtime.spawn(async move { taking.snapshot("web01", None).await.unwrap() });
+        let cloning = store.clone();
+        let cloned = runtime.spawn(async move {
+            cloning.clone_vdi(&Target::parse("web01"), "web02").await.unwrap();
+        });
+        runtime.sleep(Duration::from_millis(1)).await;
+        let counted = store.info("web01").await.unwrap().snapshot_count;
+        let listed = store.snapshots("web01", SnapshotNumber::new(0), 10).await.unwrap().len();
+        assert_eq!((counted, listed), (1, 1));
+        let waiting = Rc::new(Cell::new(3));
+        let count = |left: &Rc<Cell<i32>>| {
+            let left = Rc::clone(left);
+            move || left.set(left.get() - 1)
+        };
+        let (first, second) = (Target::parse("web01@1"), Target::parse("web01@2"));
+        let (comparing, compared) = (store.clone(), count(&waiting));
+        drop(runtime.spawn(async move {
+            comparing.diff(&first, &second).await.unwrap();
+            compared();
+        }));
+        let (counting, counted) = (store.clone(), count(&waiting));
+        drop(runtime.spawn(async move {
+            counting.space(&Target::parse("web01@2")).await.unwrap();
+            counted();
+        }));
+        let (describing, described) = (store.clone(), count(&waiting));
+        drop(runtime.spawn(async move {
+            describing.info("web02").await.unwrap();
+            described();
+        }));
+        // Checkpoints make it durable too, but only when flushes succeed.
+        runtime.sleep(Duration::from_secs(1)).await;
+        assert_eq!(waiting.get(), 3, "answers while it is not durable");
+        gate.release();
+        taken.await;
+        cloned.await;
+        runtime.sleep(Duration::from_secs(1)).await;
+        assert_eq!(waiting.get(), 0);
+        assert_eq!(store.info("web01").await.unwrap().snapshot_count, 2);
     });
 }
 
