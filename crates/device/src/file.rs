@@ -4,6 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::fmt;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -28,6 +29,8 @@ pub struct BlockFile(Rc<State>);
 
 struct State {
     file: File,
+    /// See [`Opened::behind`].
+    behind: Option<OwnedFd>,
     path: PathBuf,
     block_count: u64,
     is_block_device: bool,
@@ -73,6 +76,7 @@ impl BlockFile {
     fn new(io: &Io, path: &Path, opened: Opened, buffered: bool) -> Self {
         Self(Rc::new(State {
             file: io.file(opened.fd),
+            behind: opened.behind,
             path: path.to_owned(),
             block_count: opened.block_count,
             is_block_device: opened.is_block_device,
@@ -213,6 +217,7 @@ impl Drop for State {
         // Nothing is under way any more, or the works would own this. Closing unlocks too, but the
         // ring may keep the file open for a moment longer.
         let _ = rustix::fs::flock(&self.file, FlockOperation::Unlock);
+        drop(self.behind.take());
     }
 }
 

@@ -1,13 +1,15 @@
 //! Opening files and block devices, and what may be wrong with them.
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use base::size::HumanBytes;
 use base::{BLOCK_SIZE, BLOCK_SIZE_U64, Buffer, ErrorKind};
-use rustix::fs::{FileType, FlockOperation, Mode, OFlags, SeekFrom};
+use rustix::fs::{Dev, FileType, FlockOperation, Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
 
 /// How to open a device.
@@ -50,7 +52,7 @@ pub enum OpenCause {
     Exists,
     /// The process may not open it.
     Permission,
-    /// Another process, or another handle of this one, uses it.
+    /// Another process, or another handle of this one, uses it, or the file behind a loop device.
     Busy,
     /// It is shorter than one block; its length in bytes.
     TooSmall(u64),
@@ -125,6 +127,8 @@ impl std::error::Error for OpenError {}
 /// What an open descriptor leads to.
 pub(crate) struct Opened {
     pub(crate) fd: OwnedFd,
+    /// What holds the lock of the file behind a loop device.
+    pub(crate) behind: Option<OwnedFd>,
     pub(crate) block_count: u64,
     pub(crate) is_block_device: bool,
 }
@@ -164,7 +168,37 @@ pub(crate) fn open(path: &Path, options: OpenOptions) -> Result<Opened, OpenErro
         return Err(fail(OpenCause::WrongKind));
     }
     lock(&fd, options.access).map_err(fail)?;
-    examine(fd, kind == FileType::BlockDevice).map_err(fail)
+    let is_block_device = kind == FileType::BlockDevice;
+    let behind = match is_block_device {
+        true => lock_behind(opened.st_rdev, options.access).map_err(fail)?,
+        false => None,
+    };
+    let block_count = examine(&fd).map_err(fail)?;
+    Ok(Opened { fd, behind, block_count, is_block_device })
+}
+
+/// Locks the file behind a loop device, as the store may be opened there too: both have locks of
+/// their own. `None` if it is none, if the store would stand elsewhere in the file, or if there is
+/// no file that we may open; then nobody is kept away from it.
+fn lock_behind(device: Dev, access: Access) -> Result<Option<OwnedFd>, OpenCause> {
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let read = |name| std::fs::read(format!("/sys/dev/block/{major}:{minor}/loop/{name}"));
+    let (Ok(path), Ok(offset)) = (read("backing_file"), read("offset")) else { return Ok(None) };
+    if offset.trim_ascii() != b"0" {
+        return Ok(None);
+    }
+    let path = Path::new(OsStr::from_bytes(path.strip_suffix(b"\n").unwrap_or(&path)));
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let fd = match rustix::fs::open(path, flags, Mode::empty()) {
+        Ok(fd) => fd,
+        Err(error) => {
+            let path = path.display();
+            tracing::warn!(%error, %path, "the file behind the loop device is not locked");
+            return Ok(None);
+        }
+    };
+    lock(&fd, access)?;
+    Ok(Some(fd))
 }
 
 /// Makes a sparse file of `bytes`, rounded down to whole blocks, and opens and locks it. File and
@@ -225,9 +259,10 @@ fn patiently<T>(mut attempt: impl FnMut() -> Result<T, Errno>) -> Result<T, Errn
     }
 }
 
-fn examine(fd: OwnedFd, is_block_device: bool) -> Result<Opened, OpenCause> {
+/// Number of blocks, if they can be read.
+fn examine(fd: &OwnedFd) -> Result<u64, OpenCause> {
     // Of a block device this is what BLKGETSIZE64 says.
-    let bytes = rustix::fs::seek(&fd, SeekFrom::End(0))?;
+    let bytes = rustix::fs::seek(fd, SeekFrom::End(0))?;
     let block_count = bytes / BLOCK_SIZE_U64;
     if block_count == 0 {
         return Err(OpenCause::TooSmall(bytes));
@@ -235,7 +270,7 @@ fn examine(fd: OwnedFd, is_block_device: bool) -> Result<Opened, OpenCause> {
     // Some file systems take O_DIRECT at open and refuse it, or our block size, at the first read.
     let mut block = Buffer::zeroed(1);
     match rustix::io::pread(fd.as_fd(), block.bytes_mut(), 0) {
-        Ok(BLOCK_SIZE) => Ok(Opened { fd, block_count, is_block_device }),
+        Ok(BLOCK_SIZE) => Ok(block_count),
         Err(Errno::INVAL) => Err(OpenCause::DirectRefused),
         Ok(_) => Err(OpenCause::Errno(libc::EIO)),
         Err(errno) => Err(errno.into()),

@@ -6,9 +6,9 @@ use std::process::Command;
 use std::rc::Rc;
 
 use base::{BlockSlice, Buffer, Pba};
-use parallax_device::{BlockFile, Device, OpenCause, OpenOptions};
+use parallax_device::{Access, BlockFile, Device, OpenCause, OpenOptions};
 
-use crate::{Scratch, on_each_engine};
+use crate::{Scratch, on_each_engine, options};
 
 struct Loop(PathBuf);
 
@@ -60,5 +60,33 @@ fn a_block_device_works_like_a_file() {
                 assert!(kept.iter().all(|&byte| byte == 5));
             })
             .unwrap();
+    });
+}
+
+/// Each had a lock of its own: a store could be open through both at once, twice on one machine.
+#[test]
+fn a_loop_device_and_its_file_are_one() {
+    on_each_engine(|reactor| {
+        let scratch = Scratch::new();
+        std::fs::File::create(&scratch.0).unwrap().set_len(8 << 20).unwrap();
+        let Some(node) = Loop::on(&scratch.0) else {
+            eprintln!("not allowed to make a loop device here");
+            return;
+        };
+        let ways = [(&scratch.0, &node.0), (&node.0, &scratch.0)];
+        for (first, second) in ways {
+            for (access, beside, is_allowed) in [
+                (Access::Exclusive, Access::Exclusive, false),
+                (Access::ReadOnly, Access::ReadOnly, true),
+                (Access::Exclusive, Access::Inspect, true),
+            ] {
+                let held = BlockFile::open(reactor.io(), first, options(access)).unwrap();
+                let opened = BlockFile::open(reactor.io(), second, options(beside));
+                let cause = opened.err().map(|error| error.cause);
+                let expected = (!is_allowed).then_some(OpenCause::Busy);
+                assert_eq!(cause, expected, "{beside:?} of {second:?} beside {access:?}");
+                drop(held);
+            }
+        }
     });
 }
