@@ -9,26 +9,22 @@
 //! No tree node is read: replay fills overlays, whatever the size of the store (rule 16).
 
 mod rewrite;
+mod tables;
+mod verify;
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashSet;
 use std::rc::Rc;
 
-use base::{
-    BirthLabel, BlockSlice, Buffer, Epoch, ErrorKind, ExtentIndex, HostId, Lsn, Pba,
-    REQUEST_BLOCKS_MAX, SnapshotNumber, StoreUuid, VdiId,
-};
-use blockstore::allocator::{Allocator, BITMAP_PAGE_BLOCKS, Run, Space};
+use base::{BirthLabel, Epoch, ErrorKind, HostId, Lsn, Pba, StoreUuid, VdiId};
+use blockstore::allocator::{Allocator, Run, Space};
 use blockstore::log::{Break, Log, LogConfig, Replayed, survey};
-use blockstore::nodes::{READ_RETRIES, RETRY_AFTER};
 use blockstore::scheduler::Batch;
 use blockstore::slots::{SlotPair, SlotWriter, check_vouched, read_slots};
-use blockstore::table::Named;
-use blockstore::{Geometry, NodeStore, ReadEpochs, WriteScheduler, superblock, table, tree};
-use device::{Device, DeviceError};
+use blockstore::{Geometry, NodeStore, ReadEpochs, WriteScheduler, superblock, tree};
+use device::Device;
 use ondisk::{
-    Checksums, DirectoryRecord, Entry, ExtentRecord, HostSlot, LOG_SEGMENTS_MAX, LogBlock,
-    LogSegment, Record, RecordBody, RootRef, SUPERBLOCK_COPIES, SlotState,
+    Checksums, Entry, HostSlot, LOG_SEGMENTS_MAX, LogBlock, LogSegment, Record, RecordBody,
+    RootRef, SUPERBLOCK_COPIES, SlotState,
 };
 use runtime::Runtime;
 use runtime::sync::{Semaphore, Signal};
@@ -45,6 +41,8 @@ use crate::reserve::Reserve;
 use crate::types::{OpenOptions, OpenReport};
 use crate::vdi::Vdi;
 use crate::{Error, check};
+
+use verify::Dropped;
 
 /// The one host that runs today.
 const HOST: HostId = HostId::new(0);
@@ -293,96 +291,6 @@ fn build(
 }
 
 impl Engine {
-    /// Reads which extents are in use and which of their blocks: truth as of the published roots.
-    async fn load_space(&self, report: &mut OpenReport) -> Result<(), Error> {
-        let roots = self.roots.get();
-        let ring_end = self.log_start.plus(self.geometry.ring_blocks.saturating_sub(1));
-        self.allocator.load_extent(ExtentIndex::new(0), ondisk::ExtentKind::System)?;
-        let (first, last) =
-            (self.geometry.extent_of(self.log_start), self.geometry.extent_of(ring_end));
-        for extent in first.get()..=last.get() {
-            self.allocator.load_extent(ExtentIndex::new(extent), ondisk::ExtentKind::Log)?;
-        }
-        let mut extents = Vec::new();
-        table::scan(&self.nodes, &roots.extents, |index, record: ExtentRecord| {
-            extents.push((index, record.kind));
-            true
-        })
-        .await?;
-        for (index, kind) in extents {
-            let index = ExtentIndex::new(u32::try_from(index).unwrap_or(u32::MAX));
-            self.allocator.load_extent(index, kind)?;
-        }
-        let mut own = Vec::new();
-        let mut walk = table::Walk::new(&self.nodes, &roots.bitmaps, self.bitmap_pages());
-        while let Some(named) = walk.next().await? {
-            let (Named::Node(entry) | Named::Page(_, entry)) = named;
-            own.push(entry.pba());
-            if let Named::Page(index, entry) = named {
-                let page = self.nodes.load(entry).await?;
-                self.allocator.load_live_page(index, &page.block().0)?;
-            }
-        }
-        for pba in own {
-            if self.allocator.is_live(pba) {
-                // They are released without a look at the bitmaps, which must not know them.
-                let what = "allocation bitmap (it has its own blocks)";
-                return Err(blockstore::Error::Damaged { what, at: pba }.into());
-            }
-            self.allocator.mark_busy(pba, 1, Space::Metadata)?;
-        }
-        let bad = self.load_bad_blocks(roots.bad_blocks).await?;
-        if bad > 0 {
-            report.alarms.push(format!("{bad} blocks were retired after failed writes"));
-        }
-        Ok(())
-    }
-
-    /// Pages of bits that describe the store.
-    fn bitmap_pages(&self) -> u64 {
-        self.geometry.block_count.div_ceil(BITMAP_PAGE_BLOCKS)
-    }
-
-    async fn load_bad_blocks(&self, root: RootRef) -> Result<usize, Error> {
-        let mut walk = table::Walk::new(&self.nodes, &root, self.bitmap_pages());
-        let mut count = 0;
-        while let Some((index, page)) = walk.next_page().await? {
-            for (byte_index, byte) in (0u64..).zip(page.block().0) {
-                for bit in (0..8u64).filter(|bit| byte & (1 << bit) != 0) {
-                    let pba = Pba::new(index * BITMAP_PAGE_BLOCKS + byte_index * 8 + bit);
-                    self.allocator.retire(pba)?;
-                    self.nodes.give_up(pba);
-                    count += 1;
-                }
-            }
-        }
-        Ok(count)
-    }
-
-    /// Reads the control tables.
-    async fn load_tables(&self, report: &mut OpenReport) -> Result<(), Error> {
-        self.load_space(report).await?;
-        self.load_directory().await
-    }
-
-    async fn load_directory(&self) -> Result<(), Error> {
-        let mut records = Vec::new();
-        let root = self.roots.get().directory;
-        table::scan(&self.nodes, &root, |_, record: DirectoryRecord| {
-            records.push(record);
-            true
-        })
-        .await?;
-        let mut registry = self.registry.borrow_mut();
-        for record in records {
-            // An id is never given twice, whatever the slot says.
-            registry.id_next = registry.id_next.max(record.id.get() + 1);
-            registry.names.insert(record.name.clone(), record.id);
-            registry.directory.insert(record.id, record);
-        }
-        Ok(())
-    }
-
     /// Keeps the blocks that a record names from being allocated. A block that a record above the
     /// cut names was free at the cut, and is named once: releasing it again, or under somebody
     /// else, would be the end of the engine.
@@ -525,95 +433,6 @@ impl Engine {
         }
     }
 
-    /// Reads the data of some writes above F. Returns the records that count, with that data.
-    async fn verify(
-        self: &Rc<Self>,
-        records: Vec<Record>,
-        dropped: &mut Dropped,
-        report: &mut OpenReport,
-    ) -> Result<Vec<(Record, Option<BlockSlice>)>, Error> {
-        let mut reads = Vec::with_capacity(records.len());
-        // Enough at a time to keep the device busy, few enough to bound memory.
-        let at_once = Semaphore::new(2 * REQUEST_BLOCKS_MAX);
-        for record in records {
-            let (engine, at_once) = (Rc::clone(self), at_once.clone());
-            let permits = match &record.body {
-                RecordBody::Write { hashes, .. } => at_once.acquire(hashes.len()).await,
-                _ => at_once.acquire(0).await,
-            };
-            reads.push(self.runtime.spawn(async move {
-                let data = engine.verified_data(&record).await;
-                drop(permits);
-                (record, data)
-            }));
-        }
-        let mut counted = Vec::with_capacity(reads.len());
-        for read in reads {
-            let (record, data) = read.await;
-            let stop = base::mutant::active("recovery_stops_at_bad_data");
-            let data = match data? {
-                _ if stop && !dropped.incomplete.is_empty() => None,
-                Data::Missing => None,
-                Data::Verified(data) => Some(Some(data)),
-                Data::Unreadable | Data::NotAWrite => Some(None),
-            };
-            match data {
-                Some(data) if dropped.may_count(&record) => counted.push((record, data)),
-                _ => {
-                    report.records_dropped += 1;
-                    if let RecordBody::Write { pba, hashes, .. } = &record.body {
-                        let blocks = (0..as_u64(hashes.len())).map(|index| pba.plus(index));
-                        self.replaced_by_recovery(blocks);
-                    }
-                    dropped.note(&record);
-                }
-            }
-        }
-        Ok(counted)
-    }
-
-    /// What stands where a write says that its data is.
-    async fn verified_data(&self, record: &Record) -> Result<Data, Error> {
-        let RecordBody::Write { pba, hashes, .. } = &record.body else {
-            return Ok(Data::NotAWrite);
-        };
-        let count = hashes.len();
-        // Twice: a bad transfer is not a bad block.
-        for _ in 0..2 {
-            let buffer = match self.read_again(*pba, count).await {
-                Ok(buffer) => buffer,
-                // A device that cannot be reached says nothing of the block.
-                Err(error) if error.kind() == ErrorKind::Io && !error.is_transport() => {
-                    return Ok(Data::Unreadable);
-                }
-                Err(error) => return Err(blockstore::Error::from(error).into()),
-            };
-            let verified = hashes
-                .iter()
-                .zip(buffer.blocks())
-                .all(|(&hash, block)| self.checksums.block(&block.0) == hash);
-            if verified || base::mutant::active("recovery_trusts_data") {
-                return Ok(Data::Verified(BlockSlice::new(Rc::new(buffer), 0, count)));
-            }
-        }
-        Ok(Data::Missing)
-    }
-
-    /// Reads blocks; a medium that fails them is asked again before its word is taken.
-    async fn read_again(&self, at: Pba, count: usize) -> Result<Buffer, DeviceError> {
-        let mut attempts = 0;
-        loop {
-            let buffer = self.runtime.buffers().take(count);
-            match self.device.read(at, count, buffer).await {
-                Err(error) if attempts < READ_RETRIES && !error.is_transport() => {
-                    attempts += 1;
-                    self.runtime.sleep(RETRY_AFTER).await;
-                }
-                outcome => return outcome,
-            }
-        }
-    }
-
     /// Publishes the new epoch, writes again what counts above F, and seals the old log.
     async fn begin_epoch(
         self: &Rc<Self>,
@@ -710,71 +529,6 @@ impl Engine {
 
 fn published_already() -> Error {
     Error::refused(ErrorKind::Fenced, "the store is being published already")
-}
-
-/// What a read of a write's blocks gave.
-enum Data {
-    /// There is no data to a record of this kind.
-    NotAWrite,
-    /// All blocks are what was written.
-    Verified(BlockSlice),
-    /// Something else is there: the write had not completed.
-    Missing,
-    /// The device fails the read. The write may have been acknowledged, so it counts where it
-    /// stands: what cannot be read later is an error then, and never another content.
-    Unreadable,
-}
-
-/// What recovery drops, and what cannot count without it (design rule 31).
-#[derive(Default)]
-struct Dropped {
-    /// VDIs of which a write is missing.
-    incomplete: HashSet<VdiId>,
-    snapshots: HashSet<(VdiId, SnapshotNumber)>,
-    vdis: HashSet<VdiId>,
-}
-
-impl Dropped {
-    /// Whether nothing that `record` builds on was dropped. A snapshot or clone must not hold a
-    /// later write without an earlier one.
-    fn may_count(&self, record: &Record) -> bool {
-        if base::mutant::active("snapshots_with_holes") {
-            return true;
-        }
-        if self.vdis.contains(&record.vdi) {
-            return false;
-        }
-        match &record.body {
-            RecordBody::Snapshot { .. } => !self.incomplete.contains(&record.vdi),
-            RecordBody::Clone { source, snapshot, .. } => {
-                let whole = snapshot.get() != 0 || !self.incomplete.contains(source);
-                whole
-                    && !self.vdis.contains(source)
-                    && !self.snapshots.contains(&(*source, *snapshot))
-            }
-            RecordBody::Rollback { number } => !self.snapshots.contains(&(record.vdi, *number)),
-            _ => true,
-        }
-    }
-
-    fn note(&mut self, record: &Record) {
-        match &record.body {
-            RecordBody::Write { .. } => {
-                self.incomplete.insert(record.vdi);
-            }
-            RecordBody::Snapshot { number, .. } => {
-                self.snapshots.insert((record.vdi, *number));
-            }
-            RecordBody::Create { .. } | RecordBody::Clone { .. } => {
-                self.vdis.insert(record.vdi);
-            }
-            RecordBody::Rollback { .. } => {
-                // What follows was made on another base.
-                self.incomplete.insert(record.vdi);
-            }
-            _ => {}
-        }
-    }
 }
 
 /// The identity of a new store.

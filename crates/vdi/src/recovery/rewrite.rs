@@ -10,7 +10,7 @@ use device::{Cause, DeviceError};
 use ondisk::{Record, RecordBody};
 use runtime::sync::OneshotReceiver;
 
-use super::Dropped;
+use super::verify::Dropped;
 use crate::Error;
 use crate::engine::{Engine, as_u64, wait};
 use crate::types::OpenReport;

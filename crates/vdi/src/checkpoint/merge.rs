@@ -1,0 +1,470 @@
+//! Merging: what a checkpoint has frozen becomes trees and tables. Nothing that others see changes;
+//! one that fails is given back as a whole.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
+use std::rc::Rc;
+
+use base::{BLOCK_SIZE, BirthLabel, ErrorKind, ExtentIndex, Lsn, Pba};
+use blockstore::scheduler::Batch;
+use blockstore::table;
+use blockstore::tree::{self, Births, Change, OnDamage, Outcome, TreeWriter, span};
+use ondisk::{ExtentRecord, RootRef, Roots, SnapshotRecord, VdiRecord};
+
+use super::{Frozen, NODES_PER_TURN};
+use crate::Error;
+use crate::branch::{Base, Branch, Point};
+use crate::damage::{Table, is_damage};
+use crate::engine::{Engine, as_u64};
+use crate::manage::labels_used_up;
+use crate::overlay::newest_only;
+use crate::vdi::Vdi;
+
+/// A checkpoint being merged.
+pub(super) struct Merge {
+    engine: Rc<Engine>,
+    pub(super) batch: Batch,
+    /// Blocks allocated for nodes and pages, to be given back if it fails.
+    pub(super) allocated: Rc<RefCell<Vec<Pba>>>,
+    added: Vec<Pba>,
+    pub(super) replaced: Vec<Pba>,
+    /// Of `added` and `replaced`, how many the bitmaps know: what a failure has to undo.
+    made_live: usize,
+    cleared: usize,
+    /// Never in any tree: they only stop being busy.
+    pub(super) dead: Vec<Pba>,
+    pub(super) points: HashMap<*const Point, (RootRef, BirthLabel)>,
+    pub(super) nodes_written: u64,
+    /// What garbage collection found; among `replaced` too.
+    garbage: Vec<Pba>,
+    /// See [`Outcome::left`].
+    pub(super) left: u64,
+    /// Extents whose records it stores.
+    extents: Vec<ExtentIndex>,
+    /// Retired blocks that it stores, if there are more than before.
+    pub(super) bad_known: Option<usize>,
+}
+
+/// What a branch became.
+pub(super) struct MergedBranch {
+    pub(super) branch: Rc<Branch>,
+    pub(super) root: RootRef,
+    pub(super) label: BirthLabel,
+    pub(super) shared_up_to: BirthLabel,
+    /// Points that were passed, with their trees if somebody wants them.
+    pub(super) points: Vec<Rc<Point>>,
+    pub(super) generation_count: usize,
+}
+
+/// The new trees.
+pub(super) struct Done {
+    pub(super) branches: Vec<MergedBranch>,
+    pub(super) snapshot_tables: Vec<(Rc<Vdi>, RootRef)>,
+    pub(super) roots: Roots,
+}
+
+impl Merge {
+    pub(super) fn new(engine: &Rc<Engine>) -> Self {
+        Self {
+            engine: Rc::clone(engine),
+            batch: Batch::default(),
+            allocated: Rc::default(),
+            added: Vec::new(),
+            replaced: Vec::new(),
+            made_live: 0,
+            cleared: 0,
+            dead: Vec::new(),
+            points: HashMap::new(),
+            nodes_written: 0,
+            garbage: Vec::new(),
+            left: 0,
+            extents: Vec::new(),
+            bad_known: None,
+        }
+    }
+
+    pub(super) async fn run(&mut self, frozen: &mut Frozen) -> Result<Done, Error> {
+        // What nothing reaches goes the way of what was replaced.
+        self.garbage = self.engine.collector.take_garbage();
+        self.replaced.extend(&self.garbage);
+        let mut branches = Vec::with_capacity(frozen.branches.len());
+        // A base is older than what is built on it: its points have their trees in time.
+        for (branch, is_head) in &frozen.branches {
+            let merged = self.merge_branch(branch, *is_head, frozen.cut).await?;
+            branches.push(merged);
+        }
+        let mut roots = frozen.roots;
+        let (vdis, snapshot_tables) = self.vdi_records(frozen, &branches).await?;
+        let on_damage = match frozen.rewritten.contains(&Table::Vdis) {
+            true => OnDamage::Forget,
+            false => OnDamage::Fail,
+        };
+        roots.vdis = self.store(Table::Vdis, roots.vdis, &vdis, on_damage).await?;
+        let directory = &frozen.directory;
+        roots.directory =
+            self.store(Table::Directory, roots.directory, directory, OnDamage::Fail).await?;
+        roots.bad_blocks = self.store_bad_blocks(roots.bad_blocks).await?;
+        // The table's own blocks may take an extent, which belongs into it too.
+        loop {
+            self.engine.allocator.reclaim_empty_extents();
+            let extents = self.extent_records();
+            if extents.is_empty() {
+                break;
+            }
+            roots.extents =
+                self.store(Table::Extents, roots.extents, &extents, OnDamage::Fail).await?;
+        }
+        roots.bitmaps = self.store_bitmaps(roots.bitmaps).await?;
+        Ok(Done { branches, snapshot_tables, roots })
+    }
+
+    /// Merges one branch: a tree for each point that somebody wants, and one for the head.
+    async fn merge_branch(
+        &mut self,
+        branch: &Rc<Branch>,
+        is_head: bool,
+        cut: Lsn,
+    ) -> Result<MergedBranch, Error> {
+        let (mut root, label, shared_up_to) = self.start_of(branch)?;
+        let passed: Vec<Rc<Point>> = {
+            let points = branch.points.borrow();
+            points.iter().filter(|point| point.position <= cut).map(Rc::clone).collect()
+        };
+        // Held by the branch and by `passed`: nobody else wants it any more.
+        let wanted: Vec<Rc<Point>> =
+            passed.iter().filter(|point| Rc::strong_count(point) > 2).map(Rc::clone).collect();
+        let generation_count = branch.generations.borrow().len() - 1;
+        let intervals = self.gather(branch, generation_count, &wanted).await;
+        let last = intervals.len() - 1;
+        let mut births = Births { label, shared_up_to };
+        for (index, changes) in intervals.into_iter().enumerate() {
+            if index == last && !is_head {
+                // Nothing reads the head of a branch that a rollback or deletion has left.
+                self.dead.extend(changes.iter().filter_map(mapped));
+                break;
+            }
+            if index > 0 && !base::mutant::active("snapshot_shares_nothing") {
+                // What the snapshot before holds is shared from here on.
+                births.shared_up_to = label;
+            }
+            if index == last && index > 0 {
+                births.label = next_label(label)?;
+            }
+            let changes = newest_only(changes, &mut self.dead);
+            root = self.update(root, births, &changes).await?;
+            if let Some(point) = wanted.get(index) {
+                self.points.insert(Rc::as_ptr(point), (root, label));
+            }
+        }
+        Ok(MergedBranch {
+            branch: Rc::clone(branch),
+            root,
+            label: births.label,
+            shared_up_to: births.shared_up_to,
+            points: passed,
+            generation_count,
+        })
+    }
+
+    /// The tree that a branch continues, the label of its new entries, and what it shares.
+    fn start_of(&self, branch: &Branch) -> Result<(RootRef, BirthLabel, BirthLabel), Error> {
+        match &*branch.base.borrow() {
+            Base::Root(root) => Ok((*root, branch.label.get(), branch.shared_up_to.get())),
+            Base::Point(_, point) => {
+                let merged = self.points.get(&Rc::as_ptr(point)).copied();
+                let resolved = point.root.get().map(|root| (root, point.label.get()));
+                let (root, label) = merged.or(resolved).ok_or_else(|| {
+                    Error::refused(ErrorKind::Corrupt, "a branch was merged before its base")
+                })?;
+                // Everything that it starts with is shared; labels never go back (rule 33).
+                let shared_up_to = label.max(branch.label.get());
+                Ok((root, next_label(shared_up_to)?, shared_up_to))
+            }
+        }
+    }
+
+    /// All changes of the frozen generations, by the interval between points that they lie in.
+    async fn gather(
+        &mut self,
+        branch: &Rc<Branch>,
+        generation_count: usize,
+        wanted: &[Rc<Point>],
+    ) -> Vec<Vec<Change>> {
+        let mut intervals = vec![Vec::new(); wanted.len() + 1];
+        let generations: Vec<_> =
+            branch.generations.borrow().iter().take(generation_count).map(Rc::clone).collect();
+        let mut chunk = Vec::new();
+        for generation in generations {
+            self.dead.extend(generation.dead.borrow().iter());
+            let mut after = None;
+            loop {
+                after = generation.overlay.borrow().chunk(after, NODES_PER_TURN, &mut chunk);
+                for change in chunk.drain(..) {
+                    let index = wanted.partition_point(|point| point.position <= change.lsn);
+                    if let Some(interval) = intervals.get_mut(index) {
+                        interval.push(change);
+                    }
+                }
+                if after.is_none() {
+                    break;
+                }
+                self.engine.runtime.yield_now().await;
+            }
+        }
+        intervals
+    }
+
+    async fn update(
+        &mut self,
+        root: RootRef,
+        births: Births,
+        changes: &[Change],
+    ) -> Result<RootRef, Error> {
+        let height = changes.iter().fold(root.height, |height, change| {
+            let end = change.start + span(change.level);
+            height.max(RootRef::height_for(end)).max(change.level + 1)
+        });
+        let engine = Rc::clone(&self.engine);
+        let allocated = Rc::clone(&self.allocated);
+        let mut allocate = engine.node_blocks(&allocated);
+        let batch = self.batch.clone();
+        let mut writer = TreeWriter {
+            nodes: &engine.nodes,
+            batch: &batch,
+            allocate: &mut allocate,
+            on_damage: OnDamage::Mark,
+            outcome: Outcome::default(),
+        };
+        let updated = tree::update(&mut writer, births, root, height, changes).await;
+        let outcome = writer.outcome;
+        self.account(outcome);
+        Ok(updated?)
+    }
+
+    /// Stores records in a table.
+    async fn store<R: ondisk::TableRecord>(
+        &mut self,
+        table: Table,
+        root: RootRef,
+        records: &BTreeMap<u64, Option<R>>,
+        on_damage: OnDamage,
+    ) -> Result<RootRef, Error> {
+        if records.is_empty() {
+            return Ok(root);
+        }
+        let engine = Rc::clone(&self.engine);
+        let allocated = Rc::clone(&self.allocated);
+        let mut allocate = engine.node_blocks(&allocated);
+        let batch = self.batch.clone();
+        let mut writer = TreeWriter {
+            nodes: &engine.nodes,
+            batch: &batch,
+            allocate: &mut allocate,
+            on_damage,
+            outcome: Outcome::default(),
+        };
+        let stored = table::store(&mut writer, root, records).await;
+        let outcome = writer.outcome;
+        self.account(outcome);
+        self.note_damage(table, stored.map_err(Error::from))
+    }
+
+    /// Notes that a table is damaged, if that kept it from being stored.
+    fn note_damage<T>(&self, table: Table, stored: Result<T, Error>) -> Result<T, Error> {
+        stored.inspect_err(|error| {
+            if is_damage(error) {
+                self.engine.checkpoints.damaged.note(table);
+            }
+        })
+    }
+
+    async fn vdi_records(
+        &mut self,
+        frozen: &Frozen,
+        branches: &[MergedBranch],
+    ) -> Result<(BTreeMap<u64, Option<VdiRecord>>, Vec<(Rc<Vdi>, RootRef)>), Error> {
+        let mut records = BTreeMap::new();
+        let mut tables = Vec::new();
+        for id in &frozen.deleted {
+            records.insert(id.get(), None);
+        }
+        for vdi in &frozen.vdis {
+            let merged = branches.iter().find(|merged| Rc::ptr_eq(&merged.branch, &vdi.branch));
+            let (root, label, shared_up_to) = match merged {
+                Some(merged) => (merged.root, merged.label, merged.shared_up_to),
+                None => self.start_of(&vdi.branch)?,
+            };
+            let mut snapshots: BTreeMap<u64, Option<SnapshotRecord>> = BTreeMap::new();
+            for (&number, snapshot) in &vdi.snapshots {
+                let record = match snapshot {
+                    Some(snapshot) => Some(snapshot.record(self.root_of(&snapshot.point)?)),
+                    None => None,
+                };
+                snapshots.insert(number, record);
+            }
+            let id = vdi.vdi.id;
+            let table = vdi.vdi.snapshot_table.get();
+            let table = self.store(Table::Snapshots(id), table, &snapshots, OnDamage::Fail).await?;
+            tables.push((Rc::clone(&vdi.vdi), table));
+            let record = VdiRecord {
+                id: vdi.vdi.id,
+                block_count: vdi.block_count,
+                root,
+                lsn: frozen.cut,
+                claim: vdi.vdi.claim,
+                label,
+                shared_up_to,
+                snapshots: table,
+                snapshot_next: vdi.snapshot_next,
+                snapshot_count: vdi.snapshot_count,
+                history: vdi.vdi.history,
+            };
+            records.insert(vdi.vdi.id.get(), Some(record));
+        }
+        Ok((records, tables))
+    }
+
+    fn root_of(&self, point: &Rc<Point>) -> Result<RootRef, Error> {
+        let merged = self.points.get(&Rc::as_ptr(point)).map(|&(root, _)| root);
+        merged.or(point.root.get()).ok_or_else(|| {
+            Error::refused(ErrorKind::Corrupt, "a snapshot was stored before its tree")
+        })
+    }
+
+    fn extent_records(&mut self) -> BTreeMap<u64, Option<ExtentRecord>> {
+        let (owner, epoch) = (self.engine.host, self.engine.epoch);
+        let record = |kind| ExtentRecord { kind, owner, epoch };
+        let dirty = self.engine.allocator.take_dirty_extents();
+        self.extents.extend(dirty.iter().map(|(index, _)| *index));
+        dirty.into_iter().map(|(index, kind)| (u64::from(index.get()), kind.map(record))).collect()
+    }
+
+    /// Writes the bitmaps as they are once this checkpoint is published. Their own blocks are not
+    /// in them: opening a store reads all of them anyway, and learns where they stand.
+    async fn store_bitmaps(&mut self, root: RootRef) -> Result<RootRef, Error> {
+        let allocator = &self.engine.allocator;
+        for &pba in &self.added {
+            allocator.set_live(pba)?;
+            self.made_live += 1;
+        }
+        for &pba in &self.replaced {
+            allocator.clear_live(pba)?;
+            self.cleared += 1;
+        }
+        let pages = allocator.take_dirty_pages().into_iter().map(|(number, image)| {
+            let mut buffer = self.engine.runtime.buffers().take_to_keep(1);
+            let bytes = buffer.bytes_mut().get_mut(..BLOCK_SIZE).unwrap_or_default();
+            bytes.copy_from_slice(&image[..]);
+            (number, buffer)
+        });
+        let pages: Vec<_> = pages.collect();
+        let numbers: Vec<u64> = pages.iter().map(|(number, _)| *number).collect();
+        let stored = self.store_pages(Table::Bitmaps, root, pages).await;
+        match stored {
+            Ok((root, outcome)) => {
+                // Busy, never live.
+                self.nodes_written += outcome.nodes_written;
+                self.dead.extend(outcome.replaced);
+                Ok(root)
+            }
+            Err(error) => {
+                for number in numbers {
+                    self.engine.allocator.mark_page_dirty(number);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn store_bad_blocks(&mut self, root: RootRef) -> Result<RootRef, Error> {
+        let bad = self.engine.allocator.bad_blocks();
+        if bad.len() == self.engine.checkpoints.bad_known.get() {
+            return Ok(root);
+        }
+        let mut pages: BTreeMap<u64, base::Buffer> = BTreeMap::new();
+        for pba in &bad {
+            let bits = as_u64(BLOCK_SIZE * 8);
+            let buffer = pages.entry(pba.get() / bits).or_insert_with(|| base::Buffer::zeroed(1));
+            let bit = usize::try_from(pba.get() % bits).unwrap_or(0);
+            if let Some(byte) = buffer.bytes_mut().get_mut(bit / 8) {
+                *byte |= 1 << (bit % 8);
+            }
+        }
+        let pages = pages.into_iter().collect();
+        let (root, outcome) = self.store_pages(Table::BadBlocks, root, pages).await?;
+        self.account(outcome);
+        self.bad_known = Some(bad.len());
+        Ok(root)
+    }
+
+    async fn store_pages(
+        &mut self,
+        table: Table,
+        root: RootRef,
+        pages: Vec<(u64, base::Buffer)>,
+    ) -> Result<(RootRef, Outcome), Error> {
+        let engine = Rc::clone(&self.engine);
+        let allocated = Rc::clone(&self.allocated);
+        let mut allocate = engine.node_blocks(&allocated);
+        let batch = self.batch.clone();
+        let mut writer = TreeWriter {
+            nodes: &engine.nodes,
+            batch: &batch,
+            allocate: &mut allocate,
+            on_damage: OnDamage::Fail,
+            outcome: Outcome::default(),
+        };
+        let stored = table::store_pages(&mut writer, root, pages).await;
+        let outcome = writer.outcome;
+        Ok((self.note_damage(table, stored.map_err(Error::from))?, outcome))
+    }
+
+    fn account(&mut self, outcome: Outcome) {
+        self.added.extend(outcome.added);
+        self.replaced.extend(outcome.replaced);
+        self.dead.extend(outcome.overruled);
+        self.left += outcome.left;
+        self.nodes_written += outcome.nodes_written;
+    }
+
+    /// Leaves a block out of what is given back.
+    pub(super) fn forget(&mut self, pba: Pba) {
+        self.allocated.borrow_mut().retain(|&other| other != pba);
+    }
+
+    /// Undoes the allocations and bitmap changes of a checkpoint that failed.
+    pub(super) fn give_back(self) {
+        let allocator = &self.engine.allocator;
+        let undo = || -> Result<(), blockstore::Error> {
+            for &pba in self.replaced.iter().take(self.cleared) {
+                allocator.set_live(pba)?;
+            }
+            for &pba in self.added.iter().take(self.made_live) {
+                allocator.clear_live(pba)?;
+            }
+            Ok(())
+        };
+        if let Err(error) = undo() {
+            tracing::error!(%error, "a failed checkpoint could not be undone");
+        }
+        for &index in &self.extents {
+            allocator.mark_extent_dirty(index);
+        }
+        self.engine.collector.put_garbage(self.garbage);
+        for pba in self.allocated.take() {
+            self.engine.nodes.cache().remove(pba);
+            allocator.free_now(blockstore::allocator::Run { start: pba, count: 1 });
+        }
+    }
+}
+
+fn mapped(change: &Change) -> Option<Pba> {
+    (change.entry.state() == ondisk::EntryState::Mapped).then(|| change.entry.pba())
+}
+
+fn next_label(label: BirthLabel) -> Result<BirthLabel, Error> {
+    if base::mutant::active("labels_wrap") {
+        return Ok(BirthLabel::new((label.get() + 1) % 4));
+    }
+    label.get().checked_add(1).map(BirthLabel::new).ok_or_else(labels_used_up)
+}
