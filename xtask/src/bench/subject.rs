@@ -51,7 +51,7 @@ impl<'a> Stage<'a> {
     /// # Errors
     /// If the server or fio fails.
     pub(crate) fn turn(&mut self, options: &str) -> Result<Figures> {
-        let is_flushed = self.subject == Subject::RawFlushed;
+        let is_flushed = self.subject.is_flushed();
         self.with_server(|bench, disk| match disk {
             Disk::Served(server) if is_flushed => {
                 let mut client = nbd::Client::connect(&server.nbd_socket(), EXPORT)?;
@@ -127,7 +127,7 @@ impl<'a> Stage<'a> {
         let kind = match self.subject {
             Subject::File => None,
             Subject::Raw | Subject::RawFlushed => Some(Kind::Raw),
-            Subject::Qcow2 => Some(Kind::Qcow2),
+            Subject::Qcow2 | Subject::Qcow2Flushed => Some(Kind::Qcow2),
             Subject::Ours => Some(Kind::Parallax(bench.binary.clone().context("our binary")?)),
         };
         let disk = match kind {

@@ -15,8 +15,14 @@ use super::subject::Stage;
 /// # Errors
 /// If a server or fio fails.
 pub(crate) fn loads(bench: &Bench, loads: &[Load]) -> Result<Vec<Line>> {
-    let subjects =
-        [Subject::Ours, Subject::Raw, Subject::RawFlushed, Subject::Qcow2, Subject::File];
+    let subjects = [
+        Subject::Ours,
+        Subject::Raw,
+        Subject::RawFlushed,
+        Subject::Qcow2,
+        Subject::Qcow2Flushed,
+        Subject::File,
+    ];
     let wanted = |subject: &&Subject| **subject != Subject::Ours || bench.binary.is_some();
     let mut lines = Vec::new();
     let mut states: Vec<State> = Vec::new();
