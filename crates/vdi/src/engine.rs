@@ -424,6 +424,9 @@ pub(crate) async fn wait(
     outcome.await.unwrap_or_else(gone).map_err(|error| blockstore::Error::from(error).into())
 }
 
+/// The errno that a store stops with when too much of it fails, for another reason than space.
+pub(crate) const EIO: i32 = 5;
+
 /// What everybody gets who asks for a VDI of which nothing is left but its name.
 fn lost(id: VdiId) -> Error {
     let message = format!("VDI {id} was lost to damage of its record: delete it");

@@ -15,14 +15,14 @@ use base::{
 };
 use blockstore::allocator::Run;
 use blockstore::tree::Change;
-use device::DeviceError;
+use device::{Cause, DeviceError};
 use disk::{Extent, ExtentState};
 use ondisk::{Entry, RangeState, Record, RecordBody};
 use runtime::sync::OneshotReceiver;
 
 use crate::Error;
 use crate::branch::{Branch, Generation};
-use crate::engine::{Engine, as_u64, wait};
+use crate::engine::{EIO, Engine, as_u64, stopped, wait};
 use crate::overlay::subtrees;
 use crate::vdi::Vdi;
 
@@ -275,7 +275,7 @@ impl Engine {
         let (mut old, mut bad) = (old, bad);
         for attempt in 1..=DATA_WRITE_ATTEMPTS {
             tracing::warn!(block = %bad.start, count = bad.count, %error, "a data write failed");
-            self.void(vdi, old.lsn).await?;
+            self.void(vdi, old.lsn, bad.start).await?;
             if error.kind() == ErrorKind::NoSpace {
                 // Nothing is wrong with the blocks: there is no room below them (rule 26).
                 self.allocator.free_now(bad);
@@ -297,7 +297,7 @@ impl Engine {
             let written = self.write_data(run.start, slice.clone());
             let body =
                 RecordBody::Write { lba: Lba::new(lba), pba: run.start, hashes: hashes.clone() };
-            let (lsn, logged) = self.append_reserved(vdi, body);
+            let (lsn, logged) = self.append_reserved(vdi, body, run.start)?;
             let pending = self.pending(vdi, lsn);
             let written = wait(written, run.start).await;
             wait(logged, run.start).await?;
@@ -315,23 +315,35 @@ impl Engine {
         Err(error)
     }
 
-    /// Appends a record out of the log's reserve: it completes one that was admitted.
+    /// Appends a record out of the log's reserve: it completes one that was admitted, at `at`.
+    ///
+    /// # Errors
+    /// If so many writes fail at once that the reserve has no room to say so. The store has stopped
+    /// then: recovery finds the records whose data is not there.
     fn append_reserved(
         &self,
         vdi: &Vdi,
         body: RecordBody,
-    ) -> (Lsn, OneshotReceiver<Result<(), DeviceError>>) {
-        self.log.append(&Record { vdi: vdi.id, claim: vdi.claim, body })
+        at: Pba,
+    ) -> Result<(Lsn, OneshotReceiver<Result<(), DeviceError>>), Error> {
+        if !self.log.has_reserve() {
+            tracing::error!(block = %at, "more data writes fail than the log has room for");
+            let error = DeviceError::new(Cause::Errno(EIO), at);
+            self.scheduler.fail(error);
+            self.log.wake_all();
+            return Err(stopped(&error));
+        }
+        Ok(self.log.append(&Record { vdi: vdi.id, claim: vdi.claim, body }))
     }
 
-    /// Declares that a record does not count.
-    async fn void(&self, vdi: &Vdi, lsn: Lsn) -> Result<(), Error> {
+    /// Declares that a record does not count, whose data is not at `at`.
+    async fn void(&self, vdi: &Vdi, lsn: Lsn, at: Pba) -> Result<(), Error> {
         if base::mutant::active("failed_write_counts") {
             self.log.complete(lsn);
             return Ok(());
         }
-        let (void, appended) = self.append_reserved(vdi, RecordBody::Void { lsn });
-        wait(appended, Pba::new(0)).await?;
+        let (void, appended) = self.append_reserved(vdi, RecordBody::Void { lsn }, at)?;
+        wait(appended, at).await?;
         self.log.complete(lsn);
         self.log.complete(void);
         Ok(())

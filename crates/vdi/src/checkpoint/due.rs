@@ -9,7 +9,7 @@ use ondisk::SlotState;
 use runtime::sync::{OneshotSender, oneshot};
 
 use crate::Error;
-use crate::engine::Engine;
+use crate::engine::{EIO, Engine};
 use crate::release::ReleasedUpTo;
 
 /// Changed nodes that force a checkpoint: each holds up to about two blocks of memory.
@@ -29,9 +29,6 @@ const FAILING_MAX: Duration = Duration::from_secs(60);
 
 /// Pause after one that failed: whatever it was needs time or space.
 const RETRY_AFTER: Duration = Duration::from_millis(100);
-
-/// The errno that a store stops with when checkpoints fail for another reason than space.
-const EIO: i32 = 5;
 
 #[derive(Default)]
 pub(super) struct Forced {

@@ -23,7 +23,7 @@ pub(crate) struct Gate {
     inner: Rc<dyn Backend>,
     wanted: Rc<RefCell<Option<Wanted>>>,
     held: Rc<RefCell<Vec<Operation>>>,
-    refused: Rc<RefCell<Option<Refused>>>,
+    refused: Rc<RefCell<Option<(Cause, Refused)>>>,
 }
 
 impl Gate {
@@ -63,14 +63,20 @@ impl Gate {
 
     /// Finds no space below for writes that begin with a `refused` block from now on.
     pub(crate) fn refuse(&self, refused: impl Fn(Pba, &Block) -> bool + 'static) {
-        *self.refused.borrow_mut() = Some(Rc::new(refused));
+        *self.refused.borrow_mut() = Some((Cause::NoSpace, Rc::new(refused)));
     }
 
-    fn refuses(&self, operation: &Operation) -> bool {
-        let Operation::Write { at, blocks, .. } = operation else { return false };
-        let first = blocks.first().and_then(|slice| slice.blocks().first());
-        let refused = self.refused.borrow().clone();
-        refused.zip(first).is_some_and(|(refused, first)| refused(*at, first))
+    /// Fails writes at these places from now on.
+    pub(crate) fn fail(&self, failed: impl Fn(Pba) -> bool + 'static) {
+        let failed: Refused = Rc::new(move |at, _| failed(at));
+        *self.refused.borrow_mut() = Some((Cause::Errno(5), failed));
+    }
+
+    fn refuses(&self, operation: &Operation) -> Option<Cause> {
+        let Operation::Write { at, blocks, .. } = operation else { return None };
+        let first = blocks.first().and_then(|slice| slice.blocks().first())?;
+        let (cause, refused) = self.refused.borrow().clone()?;
+        refused(*at, first).then_some(cause)
     }
 
     /// Number of operations that are held.
@@ -84,10 +90,10 @@ impl Backend for Gate {
         let wanted = self.wanted.borrow().clone();
         if wanted.is_some_and(|wanted| wanted(&operation)) {
             self.held.borrow_mut().push(operation);
-        } else if self.refuses(&operation)
+        } else if let Some(cause) = self.refuses(&operation)
             && let Operation::Write { at, done, .. } = operation
         {
-            done.send(Err(DeviceError::new(Cause::NoSpace, at)));
+            done.send(Err(DeviceError::new(cause, at)));
         } else {
             self.inner.submit(operation);
         }

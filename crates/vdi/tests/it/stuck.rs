@@ -11,11 +11,12 @@ use base::{Buffer, Epoch, HostId, Pba, SnapshotNumber, StoreUuid};
 use device::Operation;
 use disk::{Disk, Request};
 use ondisk::{Checksums, Heartbeat};
-use parallax_vdi::Target;
+use parallax_vdi::{FormatOptions, Store, Target};
 use runtime::Runtime;
 
 use crate::gate::{Gate, ends, start_writers, with_gated_store};
-use crate::{disk, format_options, read, reopened, write};
+use crate::ram::{Ram, run};
+use crate::{disk, format_options, open_options, read, reopened, write};
 
 /// First block that can hold data in these stores: behind the system extent and that of the log.
 pub(crate) const DATA_START: u64 = 2 * (16 << 20) / 4096;
@@ -140,6 +141,46 @@ fn a_store_closes_although_writers_wait_for_room_in_the_log() {
         }));
         let closed = ends(&runtime, async move { store.close().await.unwrap() });
         assert!(closed.await, "close hangs");
+    });
+}
+
+/// Each data write that fails takes up to five more records, out of what guests leave of the log. So
+/// many at once that this was used up were an assertion, and the end of the daemon.
+#[test]
+fn more_failing_writes_than_the_log_has_room_for_stop_the_store() {
+    // Extents so long that a write of 1 MiB is one run, and its record fills a block of the log.
+    const EXTENT_BYTES: u64 = 64 << 20;
+    let ram = Ram::default();
+    let block_count = 8 * EXTENT_BYTES / 4096;
+    let gate = Gate::new(ram.backend(block_count));
+    run(1, |runtime| async move {
+        let options = FormatOptions { extent_bytes: Some(EXTENT_BYTES), ..format_options() };
+        Store::format(&gate.device(), &runtime, &options).await.unwrap();
+        let open_as = open_options(3);
+        let open = || Store::open(gate.device(), runtime.clone(), &open_as);
+        let (store, _) = open().await.unwrap();
+        store.create("web01", 1 << 30).await.unwrap();
+        let web01 = disk(&store, "web01").await;
+        // No checkpoint makes room.
+        gate.hold(writes_slot);
+        for block in 0..34 {
+            write(&web01, block * 4096, &[2; 4096]).await;
+        }
+        web01.submit(Request::Flush).await.unwrap();
+        gate.fail(|at| at.get() >= 2 * EXTENT_BYTES / 4096);
+        let tasks: Vec<_> = (1..41)
+            .map(|task| runtime.spawn(web01.submit(write_of(task << 20, 1 << 20))))
+            .collect();
+        for task in tasks {
+            assert!(task.await.is_err());
+        }
+        assert!(web01.severed(), "the store goes on");
+        gate.release();
+        drop((web01, store));
+        let (store, _) = open().await.unwrap();
+        let web01 = disk(&store, "web01").await;
+        assert_eq!(read(&web01, 33 * 4096, 4096).await, [2; 4096]);
+        assert_eq!(read(&web01, 1 << 20, 4096).await, [0; 4096]);
     });
 }
 
