@@ -32,7 +32,8 @@ pub struct SlotPair {
 /// Reads both copies of a host's slot.
 ///
 /// # Errors
-/// `Damaged` if no copy is valid, or if both claim the same sequence with different contents.
+/// `Damaged` if no copy is valid, or if both claim the same sequence with different contents; device
+/// errors, if none can be read or the device cannot be reached.
 pub async fn read_slots(
     device: &Device,
     runtime: &Runtime,
@@ -45,11 +46,16 @@ pub async fn read_slots(
     let mut unreadable = None;
     for (copy, slot) in (0u64..).zip(&mut found) {
         let at = geometry.host_slot(host, copy);
-        // A copy that cannot be read is as good as a damaged one: the other may do.
-        *slot = read_copy(device, runtime, checksums, host, at).await.unwrap_or_else(|error| {
-            unreadable = Some(error);
-            Err(DecodeError::Checksum)
-        });
+        *slot = match read_copy(device, runtime, checksums, host, at).await {
+            // A device that cannot be reached says nothing of the copy, which may be the newest.
+            Err(error) if error.is_transport() => return Err(error.into()),
+            // One that cannot be read is as good as a damaged one: the other may do.
+            Err(error) => {
+                unreadable = Some(error);
+                Err(DecodeError::Checksum)
+            }
+            Ok(slot) => slot,
+        };
     }
     if let ([Err(_), Err(_)], Some(error)) = (&found, unreadable) {
         return Err(error.into());

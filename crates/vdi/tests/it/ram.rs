@@ -20,8 +20,8 @@ struct State {
     spoiled: RefCell<HashSet<u64>>,
     /// Blocks whose reads fail.
     unreadable: RefCell<HashSet<u64>>,
-    /// A block whose next read fails.
-    stumbling: Cell<Option<u64>>,
+    /// A block whose next read fails, and why.
+    stumbling: Cell<Option<(u64, Cause)>>,
     /// A bad transfer that is to come.
     garbled: Cell<Option<Garbled>>,
     /// Blocks that are really allocated below, and how many can be.
@@ -112,7 +112,12 @@ impl Ram {
 
     /// Makes the next read of this block fail.
     pub(crate) fn stumble(&self, at: Pba) {
-        self.0.stumbling.set(Some(at.get()));
+        self.0.stumbling.set(Some((at.get(), Cause::Errno(5))));
+    }
+
+    /// Makes the device out of reach for the next read of this block.
+    pub(crate) fn sever(&self, at: Pba) {
+        self.0.stumbling.set(Some((at.get(), Cause::Gone)));
     }
 
     /// Makes the next read of this block give other bytes.
@@ -201,11 +206,13 @@ impl Backend for RamBackend {
         match operation {
             Operation::Read { at, block_count, mut buffer, done } => {
                 state.blocks_read.set(state.blocks_read.get() + block_count as u64);
-                let stumbles = state.stumbling.get() == Some(at.get());
-                if stumbles {
+                let stumbles = state.stumbling.get().filter(|&(block, _)| block == at.get());
+                if let Some((_, cause)) = stumbles {
                     state.stumbling.set(None);
+                    done.send(fail(cause, at).map(|()| buffer));
+                    return;
                 }
-                if stumbles || hits(&state.unreadable, at, block_count as u64) {
+                if hits(&state.unreadable, at, block_count as u64) {
                     done.send(Err(DeviceError::new(Cause::Errno(5), at)));
                     return;
                 }

@@ -96,6 +96,28 @@ fn a_host_slot_that_comes_as_zeroes_once_is_read_again() {
     });
 }
 
+/// A copy of the slot that could not be read was as good as a damaged one, also when it was the whole
+/// device that could not be reached: the store went back to the older slot, or, if another machine
+/// might use it, found that the slot was another one after the watch, and blamed that machine.
+#[test]
+fn a_device_out_of_reach_says_nothing_of_a_host_slot() {
+    let (ram, ()) = with_store(|_, store| async move {
+        store.create("web01", 1 << 20).await.unwrap();
+        store.close().await.unwrap();
+    });
+    let Anatomy { geometry, pair, .. } = Anatomy::of(&ram);
+    ram.sever(geometry.host_slot(pair.newest.host, pair.copy));
+    let device = ram.clone();
+    run(2, move |runtime| async move {
+        let device = device.device(STORE_BLOCKS);
+        let error = Store::open(device, runtime, &open_options(2)).await.expect_err("opens");
+        assert_eq!(error.kind(), ErrorKind::Io, "{error}");
+    });
+    reopened(&ram, |_, _, report| async move {
+        assert!(report.clean && report.alarms.is_empty(), "{report:?}");
+    });
+}
+
 /// Where the log breaks, it ends, unless something behind says that it went on. That was read once:
 /// after one bad transfer the end of the log was where it had rotted, and what had been flushed was
 /// gone without a word.
