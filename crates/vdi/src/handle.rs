@@ -2,10 +2,11 @@
 
 use std::rc::Rc;
 
-use base::{BLOCK_SIZE_U64, ErrorKind};
+use base::{BLOCK_SIZE_U64, ErrorKind, VdiId};
 use disk::{Disk, DiskError, LocalBoxFuture, Request, Response};
 use ondisk::RangeState;
 
+use crate::branch::View;
 use crate::engine::{Engine, as_u64};
 use crate::vdi::{Snapshot, Vdi};
 
@@ -218,23 +219,36 @@ impl Disk for SnapshotHandle {
         let engine = Rc::clone(&self.engine);
         let (vdi, view) = (self.vdi.id, self.snapshot.view());
         Box::pin(async move {
-            let _active = active;
-            match request {
-                Request::Read { length: 0, .. } => Ok(Response::Data(Vec::new())),
-                Request::Read { offset, length } => {
-                    let data = engine.read(vdi, &view, offset, length).await?;
-                    let mut stats = engine.stats.borrow_mut();
-                    stats.reads += 1;
-                    stats.read_bytes += as_u64(length);
-                    Ok(Response::Data(data))
-                }
-                Request::BlockStatus { offset, length, extents_max } => {
-                    let extents =
-                        engine.block_status(&view, offset, length, extents_max.max(1)).await?;
-                    Ok(Response::Extents(extents))
-                }
-                _ => Ok(Response::Done),
+            let outcome = look(&engine, vdi, &view, request).await;
+            drop(active);
+            if outcome.is_err() {
+                engine.stats.borrow_mut().errors += 1;
             }
+            outcome
         })
+    }
+}
+
+/// Executes a request that changes nothing.
+async fn look(
+    engine: &Rc<Engine>,
+    vdi: VdiId,
+    view: &View,
+    request: Request,
+) -> Result<Response, DiskError> {
+    match request {
+        Request::Read { length: 0, .. } => Ok(Response::Data(Vec::new())),
+        Request::Read { offset, length } => {
+            let data = engine.read(vdi, view, offset, length).await?;
+            let mut stats = engine.stats.borrow_mut();
+            stats.reads += 1;
+            stats.read_bytes += as_u64(length);
+            Ok(Response::Data(data))
+        }
+        Request::BlockStatus { offset, length, extents_max } => {
+            let extents = engine.block_status(view, offset, length, extents_max.max(1)).await?;
+            Ok(Response::Extents(extents))
+        }
+        _ => Ok(Response::Done),
     }
 }

@@ -3,7 +3,7 @@
 use std::rc::Rc;
 
 use base::{ErrorKind, Pba};
-use disk::Disk;
+use disk::{Disk, Request};
 use ondisk::{RootRef, Roots};
 use parallax_vdi::{Store, Target};
 
@@ -249,4 +249,23 @@ fn a_node_that_cannot_be_read_for_a_moment_is_not_lost() {
             store.close().await.unwrap();
         });
     }
+}
+
+/// What a snapshot could not give was counted nowhere: the counter of errors stood at 0.
+#[test]
+fn a_read_of_a_snapshot_that_fails_is_counted() {
+    let (ram, ()) = with_store(|_, store| async move {
+        store.create("web01", 1 << 20).await.unwrap();
+        write(&disk(&store, "web01").await, 0, &[5; 4096]).await;
+        store.snapshot("web01", Some("first")).await.unwrap();
+        store.checkpoint().await.unwrap();
+    });
+    ram.rot(ram.filled_with(5).unwrap());
+    reopened(&ram, |_, store, _| async move {
+        let snapshot = disk(&store, "web01@first").await;
+        let request = Request::Read { offset: 0, length: 4096 };
+        assert_eq!(snapshot.submit(request).await.unwrap_err().kind, ErrorKind::Corrupt);
+        let stats = store.stats();
+        assert_eq!((stats.errors, stats.checksum_failures), (1, 1));
+    });
 }
