@@ -211,7 +211,10 @@ impl Client {
         let socket = self.socket.display();
         let message = match error.kind() {
             std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused => {
-                format!("no daemon answers on {socket}; start one with: parallax serve STORE")
+                format!(
+                    "no daemon answers on {socket}; name its socket with --socket or \
+                     PARALLAX_SOCKET, or start one with: parallax serve STORE"
+                )
             }
             std::io::ErrorKind::PermissionDenied => format!(
                 "you may not use {socket}: run as the user who started the daemon, or name \

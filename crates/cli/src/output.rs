@@ -16,12 +16,19 @@ use serde::Serialize;
 /// # Errors
 /// `Io` or `NoSpace` if stdout takes nothing.
 pub(crate) fn print(text: &str) -> Result<(), Error> {
+    print_to_reader(text).map(drop)
+}
+
+/// As [`print()`]; whether anybody still reads.
+///
+/// # Errors
+/// As [`print()`].
+pub(crate) fn print_to_reader(text: &str) -> Result<bool, Error> {
     let mut stdout = std::io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.write_all(b"\n")) {
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
-            Err(Error::system("write to stdout", &error))
-        }
-        _ => Ok(()),
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(Error::system("write to stdout", &error)),
     }
 }
 

@@ -75,7 +75,7 @@ fn welcome(store: &Path, socket: &Path, made_store: bool) -> String {
     format!(
         "ready: {made} {store}, with a disk `{DEMO}` of {size}\n\n\
          To try next, in another terminal:\n\n  \
-         # what a client sees; the same URL works with nbdcopy, fio and qemu -drive\n  \
+         # what a client sees; the same URL works with nbdcopy, fio and QEMU's -drive file=URL,format=raw\n  \
          qemu-img info '{url}'\n\n  \
          # a snapshot, a clone of it, and how they hang together\n  \
          {parallax} snapshot {DEMO} --label first\n  \

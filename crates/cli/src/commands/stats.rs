@@ -28,15 +28,18 @@ pub(super) async fn run(context: &Context, watch: Option<Duration>) -> Result<()
     loop {
         ticks.tick().await;
         let (now, at) = (context.client.stats().await?, Instant::now());
-        if context.json {
+        let is_read = if context.json {
             let line = serde_json::to_string(&now);
-            output::print(&line.map_err(|e| Error::new(api::Kind::Io, e.to_string()))?)?;
+            output::print_to_reader(&line.map_err(|e| Error::new(api::Kind::Io, e.to_string()))?)?
         } else {
             let rates = Rates { last: &last, seconds: (at - since).as_secs_f64() };
             // Home and clear: what was there before is overwritten without flicker.
             let home = if clear { "\x1b[H\x1b[2J" } else { "" };
             let text = table(&now, Some(&rates));
-            output::print(&format!("{home}{}\n\n{text}", header(&daemon)))?;
+            output::print_to_reader(&format!("{home}{}\n\n{text}", header(&daemon)))?
+        };
+        if !is_read {
+            return Ok(());
         }
         (last, since) = (now, at);
     }

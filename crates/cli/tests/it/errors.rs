@@ -37,7 +37,8 @@ fn without_a_daemon_it_is_6_and_says_how_to_start_one() {
         let said = place.fails(6, command);
         let socket = place.text("control.sock");
         let expected = format!(
-            "parallax: no daemon answers on {socket}; start one with: parallax serve STORE\n"
+            "parallax: no daemon answers on {socket}; name its socket with --socket or \
+             PARALLAX_SOCKET, or start one with: parallax serve STORE\n"
         );
         assert_eq!(said, expected);
     }
