@@ -330,7 +330,6 @@ impl Engine {
             tracing::error!(block = %at, "more data writes fail than the log has room for");
             let error = DeviceError::new(Cause::Errno(EIO), at);
             self.scheduler.fail(error);
-            self.log.wake_all();
             return Err(stopped(&error));
         }
         Ok(self.log.append(&Record { vdi: vdi.id, claim: vdi.claim, body }))

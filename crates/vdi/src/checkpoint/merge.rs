@@ -224,21 +224,31 @@ impl Merge {
             let end = change.start + span(change.level);
             height.max(RootRef::height_for(end)).max(change.level + 1)
         });
-        let engine = Rc::clone(&self.engine);
-        let allocated = Rc::clone(&self.allocated);
-        let mut allocate = engine.node_blocks(&allocated);
-        let batch = self.batch.clone();
-        let mut writer = TreeWriter {
-            nodes: &engine.nodes,
-            batch: &batch,
-            allocate: &mut allocate,
-            on_damage: OnDamage::Mark,
-            outcome: Outcome::default(),
+        let update = async |writer: &mut TreeWriter<'_>| {
+            tree::update(writer, births, root, height, changes).await
         };
-        let updated = tree::update(&mut writer, births, root, height, changes).await;
-        let outcome = writer.outcome;
+        let (updated, outcome) = self.write(OnDamage::Mark, update).await;
         self.account(outcome);
         Ok(updated?)
+    }
+
+    /// Has `work` write nodes; also what it replaced, which counts on failure too.
+    async fn write<T>(
+        &self,
+        on_damage: OnDamage,
+        work: impl AsyncFnOnce(&mut TreeWriter<'_>) -> Result<T, blockstore::Error>,
+    ) -> (Result<T, blockstore::Error>, Outcome) {
+        let mut allocate = self.engine.node_blocks(&self.allocated);
+        let mut writer = TreeWriter {
+            nodes: &self.engine.nodes,
+            batch: &self.batch,
+            allocate: &mut allocate,
+            on_damage,
+            outcome: Outcome::default(),
+        };
+        let written = work(&mut writer).await;
+        let outcome = writer.outcome;
+        (written, outcome)
     }
 
     /// Stores records in a table.
@@ -252,19 +262,8 @@ impl Merge {
         if records.is_empty() {
             return Ok(root);
         }
-        let engine = Rc::clone(&self.engine);
-        let allocated = Rc::clone(&self.allocated);
-        let mut allocate = engine.node_blocks(&allocated);
-        let batch = self.batch.clone();
-        let mut writer = TreeWriter {
-            nodes: &engine.nodes,
-            batch: &batch,
-            allocate: &mut allocate,
-            on_damage,
-            outcome: Outcome::default(),
-        };
-        let stored = table::store(&mut writer, root, records).await;
-        let outcome = writer.outcome;
+        let store = async |writer: &mut TreeWriter<'_>| table::store(writer, root, records).await;
+        let (stored, outcome) = self.write(on_damage, store).await;
         self.account(outcome);
         self.note_damage(table, stored.map_err(Error::from))
     }
@@ -403,19 +402,9 @@ impl Merge {
         root: RootRef,
         pages: Vec<(u64, base::Buffer)>,
     ) -> Result<(RootRef, Outcome), Error> {
-        let engine = Rc::clone(&self.engine);
-        let allocated = Rc::clone(&self.allocated);
-        let mut allocate = engine.node_blocks(&allocated);
-        let batch = self.batch.clone();
-        let mut writer = TreeWriter {
-            nodes: &engine.nodes,
-            batch: &batch,
-            allocate: &mut allocate,
-            on_damage: OnDamage::Fail,
-            outcome: Outcome::default(),
-        };
-        let stored = table::store_pages(&mut writer, root, pages).await;
-        let outcome = writer.outcome;
+        let store =
+            async |writer: &mut TreeWriter<'_>| table::store_pages(writer, root, pages).await;
+        let (stored, outcome) = self.write(OnDamage::Fail, store).await;
         Ok((self.note_damage(table, stored.map_err(Error::from))?, outcome))
     }
 
