@@ -13,24 +13,26 @@
 //!   [`Atlas`], until an honest write of the block is durable.
 //! - A discard leaves zeroes, the old contents or anything at all, in the cache like a write.
 
+mod injection;
+mod work;
+
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
-use std::ops::Range;
 use std::rc::Rc;
 
-use base::{BLOCK_SIZE, BlockSlice, Buffer, Pba};
-use blockstore::Geometry;
+use base::{BLOCK_SIZE, BlockSlice, Pba};
 use device::{Backend, Cause, DeviceError, Operation};
-use runtime::sync::OneshotSender;
 use runtime::{Clock, Time};
 
 use crate::clock::SimClock;
-use crate::content;
-use crate::faults::{Atlas, Damage, DamageKind, FaultKind, Faults, Victim};
+use crate::faults::{Atlas, DamageKind, Faults, Victim};
 use crate::medium::{CutStyle, Mark, Medium};
-use crate::plan::{EXTENT_BLOCKS, Erratic};
+use crate::plan::Erratic;
 use crate::random::{Random, to_u64, to_usize};
 use crate::trace::Trace;
+
+use injection::{Trouble, TroubleKind};
+use work::{Fate, LOG_EXTENT, Latencies, Queued, Reply, Work, is_slot};
 
 const MICROSECOND: u64 = 1_000;
 const MILLISECOND: u64 = 1_000_000;
@@ -38,30 +40,6 @@ const SECOND: u64 = 1_000_000_000;
 
 /// What a device answers that cannot read or write a block.
 const EIO: i32 = 5;
-
-/// How long operations take, in nanoseconds: a minimum, and a random addition up to as much.
-#[derive(Clone, Copy, Debug)]
-pub struct Latencies {
-    read: (u64, u64),
-    write: (u64, u64),
-    flush: (u64, u64),
-    slot: (u64, u64),
-}
-
-impl Latencies {
-    /// Draws a device: fast or slow, regular or erratic.
-    #[must_use]
-    pub fn draw(random: &mut Random) -> Self {
-        let mut pair = |low: u64, high: u64| {
-            let minimum = random.between(low, high);
-            (minimum, random.magnitude(minimum * 20))
-        };
-        let read = pair(5 * MICROSECOND, 100 * MICROSECOND);
-        let write = pair(5 * MICROSECOND, 200 * MICROSECOND);
-        let flush = pair(10 * MICROSECOND, 2_000 * MICROSECOND);
-        Self { read, write, flush, slot: write }
-    }
-}
 
 /// The simulated device. Clones share it; it outlives the processes that use it.
 #[derive(Clone)]
@@ -110,60 +88,6 @@ pub struct Counts {
     pub discards: u64,
 }
 
-#[derive(Clone, Copy)]
-struct Trouble {
-    kind: TroubleKind,
-    until: Time,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum TroubleKind {
-    Slow,
-    Hang,
-    /// The cache goes only after somebody was told: a device that comes back without it reports an
-    /// error first.
-    Gone {
-        loses_cache: bool,
-        told: bool,
-    },
-}
-
-struct Queued {
-    work: Work,
-    fate: Fate,
-}
-
-enum Work {
-    Read { at: u64, block_count: usize, buffer: Buffer, done: OneshotSender<ReadResult> },
-    Write { at: u64, blocks: Vec<BlockSlice>, done: OneshotSender<Done> },
-    Flush { covers: Mark, done: OneshotSender<Done> },
-    Discard { at: u64, block_count: u64, done: OneshotSender<Done> },
-    Allocate { at: u64, block_count: u64, done: OneshotSender<Done> },
-}
-
-type ReadResult = Result<Buffer, DeviceError>;
-type Done = Result<(), DeviceError>;
-
-/// Where the one host has its log.
-const LOG_EXTENT: Range<u64> = EXTENT_BLOCKS..2 * EXTENT_BLOCKS;
-
-/// Whether a copy of the host's slot stands here.
-fn is_slot(at: u64) -> bool {
-    let slot = Geometry::host_slots_start();
-    [slot, slot.plus(1)].map(Pba::get).contains(&at)
-}
-
-/// What was decided about an operation when it was submitted.
-#[derive(Clone, Copy)]
-enum Fate {
-    Succeeds,
-    Fails(Cause),
-    /// Says that it succeeded, and did nothing.
-    Lost,
-    /// Says that it succeeded, and wrote from this block on.
-    Misdirected(u64),
-}
-
 impl SimDevice {
     /// A device of zeroes.
     #[must_use]
@@ -194,17 +118,7 @@ impl SimDevice {
     /// Makes some operations take up to so many milliseconds, and others not: what overtakes what is
     /// not to be relied upon.
     pub fn make_erratic(&self, erratic: Erratic) {
-        let latencies = &mut self.0.borrow_mut().latencies;
-        match erratic {
-            Erratic::Nothing => {}
-            Erratic::Reads(ms) => latencies.read.1 = ms * MILLISECOND,
-            Erratic::Writes(ms) => {
-                latencies.write.1 = ms * MILLISECOND;
-                latencies.slot.1 = ms * MILLISECOND;
-            }
-            Erratic::Flushes(ms) => latencies.flush.1 = ms * MILLISECOND,
-            Erratic::Slots(ms) => latencies.slot.1 = ms * MILLISECOND,
-        }
+        self.0.borrow_mut().latencies.make_erratic(erratic);
     }
 
     /// Starts or stops injecting faults. What is under way is not changed.
@@ -365,21 +279,6 @@ impl Backend for SimDevice {
     }
 }
 
-/// An answer that is sent once nothing is borrowed.
-enum Reply {
-    Read(OneshotSender<ReadResult>, ReadResult),
-    Done(OneshotSender<Done>, Done),
-}
-
-impl Reply {
-    fn send(self) {
-        match self {
-            Self::Read(done, result) => done.send(result),
-            Self::Done(done, result) => done.send(result),
-        }
-    }
-}
-
 impl State {
     fn submit(&mut self, operation: Operation) {
         self.operations += 1;
@@ -423,58 +322,6 @@ impl State {
         }
     }
 
-    /// Decides what will become of an operation.
-    fn fate(&mut self, work: &Work) -> Fate {
-        let gone = matches!(self.trouble, Some(Trouble { kind: TroubleKind::Gone { .. }, .. }));
-        if gone {
-            return Fate::Fails(Cause::Gone);
-        }
-        if let Work::Read { at, block_count, .. } = work
-            && self.unreadable.range(*at..*at + to_u64(*block_count)).next().is_some()
-        {
-            return Fate::Fails(Cause::Errno(EIO));
-        }
-        if matches!(work, Work::Write { .. } | Work::Allocate { .. })
-            && !self.has_space(work.at(), work.block_count())
-        {
-            return Fate::Fails(Cause::NoSpace);
-        }
-        if !self.armed {
-            return Fate::Succeeds;
-        }
-        match work {
-            Work::Read { .. } if self.strikes(FaultKind::ReadError) => {
-                Fate::Fails(Cause::Errno(EIO))
-            }
-            Work::Write { .. } if self.strikes(FaultKind::WriteError) => {
-                Fate::Fails(Cause::Errno(EIO))
-            }
-            Work::Write { .. } if self.strikes(FaultKind::LostWrite) => Fate::Lost,
-            Work::Write { at, blocks, .. }
-                if self.strikes(FaultKind::LostNode) && self.begins_with_node(*at, blocks) =>
-            {
-                Fate::Lost
-            }
-            Work::Write { .. } if self.strikes(FaultKind::Misdirected) => {
-                match self.random.pick(self.medium.written()) {
-                    Some(victim) if victim + work.block_count() <= self.block_count => {
-                        Fate::Misdirected(victim)
-                    }
-                    _ => Fate::Succeeds,
-                }
-            }
-            Work::Flush { .. } if self.strikes(FaultKind::FlushError) => {
-                Fate::Fails(Cause::Errno(EIO))
-            }
-            _ => Fate::Succeeds,
-        }
-    }
-
-    fn begins_with_node(&self, at: u64, blocks: &[BlockSlice]) -> bool {
-        let first = blocks.first().and_then(|slice| slice.bytes().get(..BLOCK_SIZE));
-        first.is_some_and(|bytes| self.victim(at, bytes) == Victim::Node)
-    }
-
     fn count_log(&mut self, at: u64, blocks: &[BlockSlice]) {
         if is_slot(at) {
             self.counts.log_since_slot = 0;
@@ -484,19 +331,8 @@ impl State {
         }
     }
 
-    fn strikes(&mut self, kind: FaultKind) -> bool {
-        self.random.rarely(self.faults.rate(kind))
-    }
-
     fn due(&mut self, work: &Work, fate: Fate) -> Time {
-        let (minimum, spread) = match work {
-            Work::Read { .. } => self.latencies.read,
-            Work::Write { at, .. } if is_slot(*at) => self.latencies.slot,
-            Work::Write { .. } => self.latencies.write,
-            Work::Flush { .. } => self.latencies.flush,
-            Work::Discard { .. } | Work::Allocate { .. } => self.latencies.write,
-        };
-        let mut latency = minimum + self.random.magnitude(spread);
+        let mut latency = self.latencies.of(work, &mut self.random);
         let start = self.clock.now().0;
         match self.trouble {
             Some(Trouble { kind: TroubleKind::Slow, .. }) => latency *= 100,
@@ -609,10 +445,6 @@ impl State {
         }
     }
 
-    fn note_damage(&mut self, pba: u64, kind: DamageKind, victim: Victim) {
-        self.atlas.damage(pba, Damage { kind, victim, since: self.medium.mark() });
-    }
-
     fn flush(&mut self, covers: Mark) {
         let Self { medium, atlas, .. } = self;
         medium.flush(covers, |block, written| atlas.heal(block, written));
@@ -631,135 +463,6 @@ impl State {
                 _ => {}
             }
             self.allocated.remove(&block);
-        }
-    }
-
-    /// Whether a write of these blocks finds space below.
-    fn has_space(&self, at: u64, block_count: u64) -> bool {
-        if self.space >= self.block_count {
-            return true;
-        }
-        let new = (at..at + block_count).filter(|block| !self.allocated.contains(block)).count();
-        new == 0 || to_u64(self.allocated.len() + new) <= self.space
-    }
-
-    fn note_error(&mut self, work: &Work, cause: Cause) {
-        self.atlas.errors += 1;
-        if !matches!(work, Work::Read { .. }) {
-            self.atlas.write_side_errors += 1;
-        }
-        if matches!(work, Work::Flush { .. }) {
-            self.atlas.cache_losses += 1;
-        }
-        if cause == Cause::NoSpace {
-            self.atlas.no_space += 1;
-        }
-        self.atlas.count(match (work, cause) {
-            (_, Cause::NoSpace) => "no space below",
-            (Work::Read { .. }, _) => "read error",
-            (Work::Write { .. }, _) => "write error",
-            (Work::Flush { .. }, _) => "flush error",
-            (Work::Discard { .. } | Work::Allocate { .. }, _) => "other error",
-        });
-    }
-
-    /// Perhaps damages a block at rest.
-    fn rot(&mut self) {
-        if !self.armed || !self.strikes(FaultKind::Rot) {
-            return;
-        }
-        let Some(block) = self.random.pick(self.medium.written()) else { return };
-        let victim = self.victim_at(block);
-        let byte = self.random.index(BLOCK_SIZE);
-        let bit = 1u8 << self.random.below(8);
-        let unreadable = self.random.chance(200);
-        let hit = self.medium.damage(block, |contents| {
-            if !unreadable {
-                contents[byte] ^= bit;
-            }
-        });
-        if !hit {
-            return;
-        }
-        self.atlas.count("rot");
-        let kind = if unreadable { DamageKind::Unreadable } else { DamageKind::Flipped };
-        if unreadable {
-            self.unreadable.insert(block);
-        }
-        self.note_damage(block, kind, victim);
-        self.trace.event([11, block, to_u64(byte), u64::from(bit)], || {
-            format!("device  injected: {kind:?} block {block} ({victim:?})")
-        });
-    }
-
-    /// Whose a block is, by what stands there now.
-    fn victim_at(&self, block: u64) -> Victim {
-        let mut bytes = [0; BLOCK_SIZE];
-        self.medium.read(block, &mut bytes);
-        self.victim(block, &bytes)
-    }
-
-    /// Whose a block is that holds, or should hold, `bytes`.
-    fn victim(&self, block: u64, bytes: &[u8]) -> Victim {
-        match content::identify_lba(bytes) {
-            Some(lba) => Victim::Data(lba),
-            None if block >= NODES_START && is_node(bytes, self.block_count) => Victim::Node,
-            None => Victim::Unknown,
-        }
-    }
-
-    fn start_trouble(&mut self) {
-        if !self.armed || self.trouble.is_some() {
-            return;
-        }
-        let mut trouble = None;
-        if self.strikes(FaultKind::Slow) {
-            trouble = Some((TroubleKind::Slow, SECOND, "slow"));
-        }
-        if self.strikes(FaultKind::Hang) {
-            trouble = Some((TroubleKind::Hang, 60 * SECOND, "hang"));
-        }
-        if self.strikes(FaultKind::Gone) {
-            let loses_cache = self.random.chance(500);
-            trouble = Some((TroubleKind::Gone { loses_cache, told: false }, 20 * SECOND, "gone"));
-        }
-        if self.strikes(FaultKind::ClockJump) {
-            let years = i64::try_from(self.random.below(21)).unwrap_or(0) - 10;
-            self.clock.jump_wall(years.saturating_mul(31_556_952_000_000_000));
-            self.atlas.count("clock jump");
-        }
-        if let Some((kind, longest, what)) = trouble {
-            let length = MILLISECOND + self.random.magnitude(longest);
-            let until = Time(self.clock.now().0 + length);
-            self.trouble = Some(Trouble { kind, until });
-            if matches!(kind, TroubleKind::Gone { .. }) {
-                // What is under way does not come back.
-                for queued in self.queue.values_mut() {
-                    queued.fate = Fate::Fails(Cause::Gone);
-                }
-            }
-            self.atlas.count(what);
-            self.trace.note(|| format!("device  injected: {what} for {} ms", length / MILLISECOND));
-        }
-    }
-
-    fn hangs_until(&self) -> Option<Time> {
-        let hang = self.trouble.filter(|trouble| trouble.kind == TroubleKind::Hang)?;
-        Some(hang.until)
-    }
-
-    fn end_trouble_in_time(&mut self) {
-        if self.trouble.is_some_and(|trouble| trouble.until <= self.clock.now()) {
-            self.end_trouble();
-        }
-    }
-
-    fn end_trouble(&mut self) {
-        let Some(trouble) = self.trouble.take() else { return };
-        if trouble.kind == (TroubleKind::Gone { loses_cache: true, told: true }) {
-            self.atlas.cache_losses += 1;
-            self.atlas.count("returned without its cache");
-            self.medium.lose_cache(CutStyle::Torn, &mut self.random);
         }
     }
 
@@ -782,61 +485,6 @@ impl State {
                 Work::Flush { covers, .. } if happens && !power_cut => self.flush(covers),
                 _ => {}
             }
-        }
-    }
-}
-
-/// The first block behind the extents of the system and the log.
-const NODES_START: u64 = 2 * EXTENT_BLOCKS;
-
-/// Whether bytes make sense as a node of a VDI's tree that names something. Nothing that clients
-/// write does. The nodes of a VDI's first label cannot be told from those of tables, whose loss
-/// costs more: they do not count.
-fn is_node(bytes: &[u8], block_count: u64) -> bool {
-    let mut named = 0;
-    let sensible = bytes.chunks_exact(16).all(|entry| {
-        let pba = entry.iter().take(5).rev().fold(0, |pba, &byte| pba << 8 | u64::from(byte));
-        match entry.get(5) {
-            Some(2) => {
-                let birth = entry.get(6..10).and_then(|birth| birth.try_into().ok());
-                named += u32::from(birth.map_or(0, u32::from_le_bytes) > 1);
-                (NODES_START..block_count).contains(&pba)
-            }
-            // Unmapped, zero or damaged, and nothing else.
-            Some(0 | 1 | 3) => (0..16).all(|at| at == 5 || entry[at] == 0),
-            _ => false,
-        }
-    });
-    sensible && named > 0
-}
-
-impl Work {
-    fn name(&self) -> &'static str {
-        match self {
-            Self::Read { .. } => "read",
-            Self::Write { .. } => "write",
-            Self::Flush { .. } => "flush",
-            Self::Discard { .. } => "discard",
-            Self::Allocate { .. } => "allocate",
-        }
-    }
-
-    fn at(&self) -> u64 {
-        match self {
-            Self::Read { at, .. }
-            | Self::Write { at, .. }
-            | Self::Discard { at, .. }
-            | Self::Allocate { at, .. } => *at,
-            Self::Flush { .. } => 0,
-        }
-    }
-
-    fn block_count(&self) -> u64 {
-        match self {
-            Self::Read { block_count, .. } => to_u64(*block_count),
-            Self::Write { blocks, .. } => to_u64(blocks.iter().map(BlockSlice::block_count).sum()),
-            Self::Flush { .. } => 0,
-            Self::Discard { block_count, .. } | Self::Allocate { block_count, .. } => *block_count,
         }
     }
 }

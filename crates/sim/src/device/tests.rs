@@ -3,10 +3,12 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
+use base::Buffer;
 use device::Device;
 use runtime::{Options, Order, Runtime};
 
 use super::*;
+use crate::faults::FaultKind;
 
 struct Bench {
     clock: SimClock,
