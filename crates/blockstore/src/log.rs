@@ -187,7 +187,8 @@ impl Log {
         self.append(record)
     }
 
-    /// Appends a record that may use the reserve: what a checkpoint, a deletion or a repair needs.
+    /// Appends a record that may use the reserve: one that says what became of another, or that
+    /// recovery writes again.
     pub fn append(&self, record: &Record) -> (Lsn, OneshotReceiver<Result<(), DeviceError>>) {
         let (done, outcome) = oneshot();
         let bytes = record.encoded_bytes();
@@ -304,11 +305,10 @@ impl Log {
     pub fn mark_durable(&self) {
         let stale = {
             let state = self.0.state.borrow();
-            let room = self.used_blocks(&state) + 4 < self.0.config.geometry.ring_blocks;
             state.durable_noted < self.0.scheduler.watermarks().durable()
                 && state.open.record_count() == 0
                 && state.in_flight.is_empty()
-                && room
+                && self.leaves_room_to_recover(&state)
         };
         if stale && self.0.scheduler.failure().is_none() {
             self.seal_block();
@@ -342,19 +342,42 @@ impl Log {
         self.used_blocks(&state) + state.reserved >= self.high_water()
     }
 
-    /// Whether there is room for so many records more than what recovery writes again at most, as
-    /// it stands and in windows, in blocks of their own.
+    /// Whether so many blocks more can be written, and one that is begun.
     #[must_use]
-    pub fn has_room_for_pieces(&self, pieces_more: u64) -> bool {
+    pub fn has_room(&self, blocks: u64) -> bool {
         let used = self.used_blocks(&self.0.state.borrow());
-        let whole = self.above_durable_max() * 17 / 16 + 2;
-        used + whole + pieces_more < self.0.config.geometry.ring_blocks
+        used + blocks + 1 < self.0.config.geometry.ring_blocks
     }
 
-    /// Whether another record can be appended at all.
-    #[must_use]
-    pub fn has_reserve(&self) -> bool {
-        self.used_blocks(&self.0.state.borrow()) + 2 < self.0.config.geometry.ring_blocks
+    /// Waits until a record out of the reserve leaves room enough, if a flush makes some: recovery
+    /// must be able to write what is above F again, behind everything else. `false` if there is
+    /// none.
+    ///
+    /// # Errors
+    /// If the flush failed.
+    pub async fn reserve(&self) -> Result<bool, DeviceError> {
+        if base::mutant::active("voids_take_the_reserve") {
+            return Ok(self.has_room(1));
+        }
+        loop {
+            if self.leaves_room_to_recover(&self.0.state.borrow()) {
+                return Ok(true);
+            }
+            if !self.flush_would_cover() {
+                return Ok(false);
+            }
+            self.0.scheduler.flush().await?;
+        }
+    }
+
+    /// Whether recovery has room for what is above F after one block more and all those that were
+    /// promised: the same number of blocks, and those that windows end, one of sixteen at most.
+    fn leaves_room_to_recover(&self, state: &State) -> bool {
+        let more = state.reserved + 1;
+        let open = u64::from(state.open.record_count() > 0);
+        let above = self.blocks_above_durable(state) + open + more;
+        let used = self.used_blocks(state) + more;
+        used + above * 17 / 16 + 2 < self.0.config.geometry.ring_blocks
     }
 
     /// Blocks from the first record above F on: what recovery may have to write again, into the
@@ -424,8 +447,17 @@ impl Log {
         }
     }
 
-    /// Seals the open block and writes it.
+    /// Seals the open block and writes it, unless the store has failed: then the block has no place
+    /// (design rule 56).
     fn seal_block(&self) {
+        if let Some(error) = self.0.scheduler.failure() {
+            let mut state = self.0.state.borrow_mut();
+            state.open = LogBlockBuilder::default();
+            let waiters = std::mem::take(&mut state.open_waiters);
+            drop(state);
+            waiters.into_iter().for_each(|waiter| waiter.send(Err(error)));
+            return;
+        }
         let config = &self.0.config;
         let mut buffer = self.0.runtime.buffers().take(1);
         let (position, at) = {

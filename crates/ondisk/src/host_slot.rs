@@ -13,7 +13,7 @@ use crate::{Checksums, DecodeError, RootRef, StructureKind};
 const MAGIC: [u8; 4] = *b"PXhs";
 const HEARTBEAT_MAGIC: [u8; 4] = *b"PXhb";
 
-/// Most segments of the log that a slot can name. Each recovery adds one, a checkpoint drops those
+/// Most segments of the log that a slot can name. Each recovery adds up to two, a checkpoint drops those
 /// that it covers; recovery writes a checkpoint itself before they run out.
 pub const LOG_SEGMENTS_MAX: usize = 16;
 

@@ -16,6 +16,8 @@ pub enum FaultKind {
     ReadError,
     /// A write fails with EIO, and leaves any mix of old and new sectors in its range.
     WriteError,
+    /// The same, but only writes of data and nodes.
+    DataWriteError,
     /// A flush fails; of what it was to cover each block is kept, lost, or served from the cache
     /// until the power goes, and counts as clean afterwards (fsyncgate).
     FlushError,
@@ -41,9 +43,10 @@ pub enum FaultKind {
 
 impl FaultKind {
     /// All kinds, with the names that the command line knows.
-    pub const ALL: [(Self, &str); 12] = [
+    pub const ALL: [(Self, &str); 13] = [
         (Self::ReadError, "read-error"),
         (Self::WriteError, "write-error"),
+        (Self::DataWriteError, "data-write-error"),
         (Self::FlushError, "flush-error"),
         (Self::NoSpace, "no-space"),
         (Self::Rot, "rot"),
@@ -99,7 +102,7 @@ impl Faults {
             let Some((kind, _)) = random.pick(&FaultKind::ALL) else { continue };
             let rate = match kind {
                 FaultKind::ReadError | FaultKind::WriteError => random.between(300, 10_000),
-                FaultKind::FlushError => random.between(1_000, 50_000),
+                FaultKind::DataWriteError | FaultKind::FlushError => random.between(1_000, 50_000),
                 FaultKind::NoSpace => random.between(1, 1_000_000),
                 FaultKind::Rot | FaultKind::Misdirected | FaultKind::LostWrite => {
                     random.between(200, 8_000)

@@ -17,6 +17,8 @@ pub enum Focus {
     SlowWrites,
     /// Many small writes send a small log round its ring.
     Laps,
+    /// Large writes, many of which fail, fill a small log, and recovery has to fit behind them.
+    CrowdedLog,
     /// The power goes while slots are being written.
     Slots,
     /// One copy of what there are two copies of rots.
@@ -37,10 +39,11 @@ pub enum Focus {
 
 impl Focus {
     /// All of them, with the names that the command line knows.
-    pub const ALL: [(Self, &str); 11] = [
+    pub const ALL: [(Self, &str); 12] = [
         (Self::SlowReads, "slow-reads"),
         (Self::SlowWrites, "slow-writes"),
         (Self::Laps, "laps"),
+        (Self::CrowdedLog, "crowded-log"),
         (Self::Slots, "slots"),
         (Self::Copies, "copies"),
         (Self::LostNodes, "lost-nodes"),
@@ -75,6 +78,7 @@ impl Plan {
             Focus::SlowReads => self.read_slowly(random),
             Focus::SlowWrites => self.write_slowly(random),
             Focus::Laps => self.go_round_the_log(random),
+            Focus::CrowdedLog => self.crowd_the_log(random),
             Focus::Slots => {
                 self.checkpoint_often(random);
                 self.live(6, 60, random, |random| {
@@ -145,6 +149,27 @@ impl Plan {
                 Strike::LogGrown(random.between(10, 60))
             } else {
                 Strike::WorkSteps(random.between(2_000, 20_000))
+            };
+            (Ending::Kill, strike)
+        });
+    }
+
+    fn crowd_the_log(&mut self, random: &mut Random) {
+        self.log_bytes = 256 << 10;
+        self.erratic = Erratic::Slots(random.between(1_000, 20_000));
+        if random.chance(700) {
+            let rate = u32::try_from(random.between(10_000, 400_000)).unwrap_or(u32::MAX);
+            self.faults = Faults::only(FaultKind::DataWriteError, rate);
+        }
+        self.layout = Layout::new(&[(0, random.between(256, 1_024))]);
+        self.weights.management_per_mille = random.magnitude(20);
+        self.weights.blocks_max = random.between(16, 256);
+        self.weights.requests.push((300, RequestKind::Write));
+        self.live(6, 100, random, |random| {
+            // Often before a checkpoint has made room again.
+            let strike = match random.chance(400) {
+                true => Strike::Steps(random.between(100, 2_000)),
+                false => Strike::LogGrown(random.between(10, 60)),
             };
             (Ending::Kill, strike)
         });

@@ -454,15 +454,19 @@ impl Engine {
             superblock::write(&self.device, &found.superblock, &copies).await?;
             report.alarms.push("a damaged copy of the superblock was repaired".into());
         }
-        let segment = self.log.cut();
+        let again = self.log.cut();
         let mut dropped = Dropped::default();
-        let mut doubtful = doubtful.into_iter().map(|(_, record)| record).peekable();
-        while doubtful.peek().is_some() {
-            self.rewrite_window(rewrite::next_window(&mut doubtful), &mut dropped, report).await?;
+        let mut doubtful: Vec<Record> = doubtful.into_iter().map(|(_, record)| record).collect();
+        while !doubtful.is_empty() {
+            let log_blocks = rewrite::log_blocks(&doubtful);
+            let window = doubtful.drain(..rewrite::window(&doubtful)).collect();
+            self.rewrite_window(window, log_blocks, &mut dropped, report).await?;
         }
         self.log.durable(self.log.last_lsn()).await.map_err(blockstore::Error::from)?;
-        // The next crash should find that these need no second look.
-        self.log.mark_durable();
+        // What was written again is sealed as well: after the next crash there may be no room to do
+        // so once more.
+        let (again, segment) =
+            (LogSegment { last_lsn: self.log.last_lsn(), ..again }, self.log.cut());
         let mut segments = self.segments.borrow().clone();
         if let Some(last) = segments.last_mut()
             && last.last_lsn == Lsn::default()
@@ -474,7 +478,12 @@ impl Engine {
         }
         // What the roots contain already need not be read again.
         segments.retain(|segment| segment.last_lsn > old.cut);
-        segments.push(segment);
+        if base::mutant::active("recovered_log_is_not_sealed") {
+            segments.push(LogSegment { last_lsn: Lsn::default(), ..again });
+        } else {
+            segments.extend((segment.first_lsn > again.first_lsn).then_some(again));
+            segments.push(segment);
+        }
         let slot = HostSlot {
             state: SlotState::Running,
             boot_id: options.boot_id,
@@ -488,7 +497,8 @@ impl Engine {
         let tail = segments.first().map_or(segment.start, |first| first.start);
         let sequence = self.slots.borrow().as_ref().map_or(0, |slots| slots.current().sequence);
         self.log.published(sequence, old.cut, tail);
-        let crowded = segments.len() + 2 > LOG_SEGMENTS_MAX;
+        // Two each time: what was written again, and what is sealed next time.
+        let crowded = segments.len() + 3 > LOG_SEGMENTS_MAX;
         let has_lost = !self.registry.borrow().lost.is_empty();
         *self.segments.borrow_mut() = segments;
         self.start_checkpoints(segment, self.allocator.bad_blocks().len());

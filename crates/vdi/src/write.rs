@@ -292,12 +292,13 @@ impl Engine {
                 self.allocator.free_now(run);
                 break;
             }
+            self.reserve_log(run.start).await?;
             let hashes: Vec<u64> =
                 slice.blocks().iter().map(|block| self.checksums.block(&block.0)).collect();
             let written = self.write_data(run.start, slice.clone());
             let body =
                 RecordBody::Write { lba: Lba::new(lba), pba: run.start, hashes: hashes.clone() };
-            let (lsn, logged) = self.append_reserved(vdi, body, run.start)?;
+            let (lsn, logged) = self.append_reserved(vdi, body);
             let pending = self.pending(vdi, lsn);
             let written = wait(written, run.start).await;
             wait(logged, run.start).await?;
@@ -315,24 +316,29 @@ impl Engine {
         Err(error)
     }
 
-    /// Appends a record out of the log's reserve: it completes one that was admitted, at `at`.
+    /// Waits for room in the log's reserve for one record, which says what becomes of one that was
+    /// admitted, whose data is not at `at`.
     ///
     /// # Errors
-    /// If so many writes fail at once that the reserve has no room to say so. The store has stopped
-    /// then: recovery finds the records whose data is not there.
+    /// If so many writes fail at once that there is none. The store has stopped then: recovery finds
+    /// the records whose data is not there, and has the room to write again those that count.
+    async fn reserve_log(&self, at: Pba) -> Result<(), Error> {
+        if self.log.reserve().await.map_err(blockstore::Error::from)? {
+            return Ok(());
+        }
+        tracing::error!(block = %at, "more data writes fail than the log has room for");
+        let error = DeviceError::new(Cause::Errno(EIO), at);
+        self.scheduler.fail(error);
+        Err(stopped(&error))
+    }
+
+    /// Appends a record for which [`Self::reserve_log`] found room just now.
     fn append_reserved(
         &self,
         vdi: &Vdi,
         body: RecordBody,
-        at: Pba,
-    ) -> Result<(Lsn, OneshotReceiver<Result<(), DeviceError>>), Error> {
-        if !self.log.has_reserve() {
-            tracing::error!(block = %at, "more data writes fail than the log has room for");
-            let error = DeviceError::new(Cause::Errno(EIO), at);
-            self.scheduler.fail(error);
-            return Err(stopped(&error));
-        }
-        Ok(self.log.append(&Record { vdi: vdi.id, claim: vdi.claim, body }))
+    ) -> (Lsn, OneshotReceiver<Result<(), DeviceError>>) {
+        self.log.append(&Record { vdi: vdi.id, claim: vdi.claim, body })
     }
 
     /// Declares that a record does not count, whose data is not at `at`.
@@ -341,7 +347,8 @@ impl Engine {
             self.log.complete(lsn);
             return Ok(());
         }
-        let (void, appended) = self.append_reserved(vdi, RecordBody::Void { lsn }, at)?;
+        self.reserve_log(at).await?;
+        let (void, appended) = self.append_reserved(vdi, RecordBody::Void { lsn });
         wait(appended, at).await?;
         self.log.complete(lsn);
         self.log.complete(void);

@@ -60,6 +60,11 @@ impl State {
             Work::Write { .. } if self.strikes(FaultKind::WriteError) => {
                 Fate::Fails(Cause::Errno(EIO))
             }
+            Work::Write { at, .. }
+                if *at >= NODES_START && self.strikes(FaultKind::DataWriteError) =>
+            {
+                Fate::Fails(Cause::Errno(EIO))
+            }
             Work::Write { .. } if self.strikes(FaultKind::LostWrite) => Fate::Lost,
             Work::Write { at, blocks, .. }
                 if self.strikes(FaultKind::LostNode) && self.begins_with_node(*at, blocks) =>

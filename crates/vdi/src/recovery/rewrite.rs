@@ -7,7 +7,7 @@ use std::rc::Rc;
 use base::{BlockSlice, ErrorKind, Lsn, Pba};
 use blockstore::allocator::{Run, Space, Window};
 use device::{Cause, DeviceError};
-use ondisk::{Record, RecordBody};
+use ondisk::{LOG_PAYLOAD_BYTES, Record, RecordBody};
 use runtime::sync::OneshotReceiver;
 
 use super::verify::Dropped;
@@ -19,19 +19,36 @@ use crate::types::OpenReport;
 /// log block, so it is long enough for that to cost little of the log.
 const WINDOW_BLOCKS: usize = 8192;
 
-/// The next records whose data fits into a window; at least one.
-pub(super) fn next_window(records: &mut impl Iterator<Item = Record>) -> Vec<Record> {
-    let mut window = Vec::new();
+/// How many of some records have data that fits into a window; at least one.
+pub(super) fn window(records: &[Record]) -> usize {
     let mut block_count = 0;
-    while block_count < WINDOW_BLOCKS
-        && let Some(record) = records.next()
-    {
+    let next = records.iter().position(|record| {
+        let is_full = block_count >= WINDOW_BLOCKS;
         if let RecordBody::Write { hashes, .. } = &record.body {
             block_count += hashes.len();
         }
-        window.push(record);
+        is_full
+    });
+    next.unwrap_or(records.len())
+}
+
+/// Log blocks that some records take, in windows.
+pub(super) fn log_blocks(records: &[Record]) -> u64 {
+    let mut block_count = 0;
+    let mut rest = records;
+    while !rest.is_empty() {
+        let (first, behind) = rest.split_at(window(rest));
+        let mut bytes_left = 0;
+        for bytes in first.iter().map(Record::encoded_bytes) {
+            if bytes > bytes_left {
+                block_count += 1;
+                bytes_left = LOG_PAYLOAD_BYTES;
+            }
+            bytes_left -= bytes;
+        }
+        rest = behind;
     }
-    window
+    block_count
 }
 
 /// Blocks of a write next to each other, and where their data is.
@@ -57,15 +74,17 @@ impl Piece {
 }
 
 impl Engine {
-    /// Writes again what counts of some records above F.
+    /// Writes again what counts of some records above F, which with all behind them take so many
+    /// log blocks.
     pub(super) async fn rewrite_window(
         self: &Rc<Self>,
         records: Vec<Record>,
+        log_blocks: u64,
         dropped: &mut Dropped,
         report: &mut OpenReport,
     ) -> Result<(), Error> {
         let counted = self.verify(records, dropped, report).await?;
-        let counted = self.move_data(counted).await?;
+        let counted = self.move_data(counted, log_blocks).await?;
         for (record, _) in &counted {
             self.load_for(record).await?;
         }
@@ -99,14 +118,14 @@ impl Engine {
     async fn move_data(
         &self,
         counted: Vec<(Record, Option<BlockSlice>)>,
+        mut log_blocks: u64,
     ) -> Result<Vec<(Record, Vec<Piece>)>, Error> {
         let mut window = Window::default();
-        let mut pieces_more = 0;
         let mut moved = Vec::with_capacity(counted.len());
         for (record, data) in counted {
             let pieces = match (&record.body, data) {
                 (RecordBody::Write { pba, .. }, Some(data)) => {
-                    self.move_record(*pba, &data, &mut window, &mut pieces_more)
+                    self.move_record(*pba, &data, &mut window, &mut log_blocks)
                 }
                 _ => Vec::new(),
             };
@@ -124,7 +143,7 @@ impl Engine {
         old: Pba,
         data: &BlockSlice,
         window: &mut Window,
-        pieces_more: &mut u64,
+        log_blocks: &mut u64,
     ) -> Vec<Piece> {
         let mut pieces = Vec::with_capacity(1);
         let mut done = 0;
@@ -132,7 +151,7 @@ impl Engine {
             let index = as_u64(done);
             let old = old.plus(index);
             let left = as_u64(data.block_count() - done);
-            let run = self.room_to_move(window, left, *pieces_more);
+            let run = self.room_to_move(window, left, *log_blocks);
             let run = run.filter(|_| !base::mutant::active("recovery_trusts_the_cache"));
             let moves = run.is_some();
             // A full store keeps the data where it was verified; the flush at the end covers it,
@@ -142,17 +161,18 @@ impl Engine {
             let slice = BlockSlice::new(Rc::clone(data.buffer()), data.first_block() + done, count);
             let written = moves.then(|| self.write_data(run.start, slice));
             pieces.push(Piece { index, old, run, written });
-            *pieces_more += u64::from(run.count < left);
+            // Each piece more is a record more, in a block of its own at worst.
+            *log_blocks += u64::from(run.count < left);
             done += count;
         }
         pieces
     }
 
     /// New blocks for data that is written again. None if there are none; nor fewer than `count`
-    /// if the log has no room for so many more records as writes fall into pieces.
-    fn room_to_move(&self, window: &mut Window, count: u64, pieces_more: u64) -> Option<Run> {
+    /// if the log has no room for one more than the blocks that are to come, and one that is begun.
+    fn room_to_move(&self, window: &mut Window, count: u64, log_blocks: u64) -> Option<Run> {
         let run = self.allocator.allocate(Space::Data, window, count)?;
-        if run.count == count || self.log.has_room_for_pieces(pieces_more + 1) {
+        if run.count == count || self.log.has_room(log_blocks + 2) {
             return Some(run);
         }
         self.allocator.free_now(run);
@@ -182,7 +202,7 @@ impl Engine {
     }
 
     fn refuse_full_log(&self) -> Result<(), Error> {
-        if self.log.has_reserve() {
+        if self.log.has_room(1) {
             return Ok(());
         }
         Err(Error::refused(ErrorKind::NoSpace, "the log has no room left to recover its end"))
