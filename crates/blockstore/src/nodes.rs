@@ -24,7 +24,7 @@ use crate::scheduler::{Batch, WriteScheduler};
 pub const READ_RETRIES: u32 = 3;
 
 /// How often it is while loads are patient: for longer than it takes to give a block up.
-const PATIENT_RETRIES: u32 = 600;
+pub(crate) const PATIENT_RETRIES: u32 = 600;
 
 /// Pause before a failed read is repeated.
 pub const RETRY_AFTER: Duration = Duration::from_millis(20);

@@ -137,6 +137,12 @@ async fn open_as_is(
         engine.apply(lsn, &record).await?;
         report.records_replayed += 1;
     }
+    if let Some(at) = replayed.unreadable {
+        report.alarms.push(format!(
+            "the log ends at block {at}, which cannot be read: what was acknowledged or flushed last \
+             may be lost"
+        ));
+    }
     if let Some(broken) = broken {
         report.alarms.push(format!(
             "the log is damaged at block {}: of records {} to {}, which were durable, some are \

@@ -3,13 +3,17 @@
 //! A chain of blocks ends where the next one does not validate. That is the end of the log if
 //! nothing behind it was promised to be durable; it is damage if a later block of the same epoch
 //! says that F had passed the missing one (design rule 9), if a sealed segment ends early, or if the
-//! next block is intact and yet cannot be decoded: nothing torn has a valid checksum.
+//! next block is intact and yet cannot be decoded: nothing torn has a valid checksum. A block that
+//! cannot be read is one that does not validate; most likely the power went while it was written.
 
-use base::{Lsn, Pba, REQUEST_BLOCKS_MAX, RingPosition};
+use std::collections::BTreeSet;
+
+use base::{BLOCK_SIZE, Buffer, Lsn, Pba, REQUEST_BLOCKS_MAX, RingPosition};
 use device::Device;
 use ondisk::{Checksums, DecodeError, LogBlock, LogSegment, Record};
 use runtime::Runtime;
 
+use crate::nodes::{PATIENT_RETRIES, READ_RETRIES, RETRY_AFTER};
 use crate::{Error, Geometry};
 
 /// What a log says.
@@ -25,6 +29,9 @@ pub struct Replayed {
     pub lsn_next: Lsn,
     /// Newest host slot sequence that a block names as durable.
     pub slot_sequence: u64,
+    /// The block behind the last valid one, if it cannot be read: what was acknowledged last may have
+    /// stood there, also what was flushed since the last valid one was written.
+    pub unreadable: Option<Pba>,
 }
 
 /// Where a log breaks although more of it was promised to be durable.
@@ -47,7 +54,7 @@ pub struct Break {
 /// then it returns what stands before the break, and the break.
 ///
 /// # Errors
-/// Device errors.
+/// If the device is out of reach.
 pub async fn survey(
     device: &Device,
     runtime: &Runtime,
@@ -57,7 +64,8 @@ pub async fn survey(
     segments: &[LogSegment],
     see: &mut dyn FnMut(&LogSegment, &LogBlock),
 ) -> Result<(Replayed, Option<Break>), Error> {
-    let mut ring = RingReader { device, runtime, geometry, log_start, chunk: None };
+    let unreadable = BTreeSet::new();
+    let mut ring = RingReader { device, runtime, geometry, log_start, chunk: None, unreadable };
     let mut replayed = Replayed::default();
     let mut broken = None;
     for (index, segment) in segments.iter().enumerate() {
@@ -93,7 +101,9 @@ struct RingReader<'a> {
     geometry: &'a Geometry,
     log_start: Pba,
     /// Offset in the ring, number of blocks, contents.
-    chunk: Option<(u64, u64, base::Buffer)>,
+    chunk: Option<(u64, u64, Buffer)>,
+    /// Blocks that cannot be read, by offset in the ring.
+    unreadable: BTreeSet<u64>,
 }
 
 impl RingReader<'_> {
@@ -156,6 +166,8 @@ impl RingReader<'_> {
             durable = Lsn::new(lsn.get().saturating_sub(1));
         }
         replayed.durable = replayed.durable.max(durable);
+        let ends = !sealed && breaks.is_none() && self.unreadable.contains(&self.offset(position));
+        replayed.unreadable = ends.then_some(at);
         replayed.end = position;
         replayed.lsn_next = lsn;
         Ok(breaks)
@@ -172,7 +184,7 @@ impl RingReader<'_> {
     ) -> Result<Result<LogBlock, Option<DecodeError>>, Error> {
         let at = self.geometry.log_block(self.log_start, position);
         let mut wrong = None;
-        for _ in 0..2 {
+        for attempt in 0..3 {
             let block = self.block(position).await?;
             match LogBlock::decode(block, checksums, at, segment.epoch, segment.nonce) {
                 // The first block of an epoch is chained to nothing: its epoch's nonce stands for
@@ -188,8 +200,24 @@ impl RingReader<'_> {
                 Err(error) => wrong = Some(error),
             }
             self.chunk = None;
+            let offset = self.offset(position);
+            let is_unreadable = self.unreadable.contains(&offset);
+            if attempt > 0 && !(attempt == 1 && is_unreadable && self.recovers(offset).await?) {
+                break;
+            }
         }
         Ok(Err(wrong))
+    }
+
+    /// Whether a block can be read after a while. The log is cut before it if not, for ever.
+    async fn recovers(&self, offset: u64) -> Result<bool, Error> {
+        for _ in 0..PATIENT_RETRIES {
+            self.runtime.sleep(RETRY_AFTER).await;
+            if self.read(offset, 1).await?.is_some() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Highest F in valid blocks of the segment's epoch behind a break of its chain; or where a
@@ -241,14 +269,16 @@ impl RingReader<'_> {
         Ok(())
     }
 
+    fn offset(&self, position: RingPosition) -> u64 {
+        position.get() % self.geometry.ring_blocks
+    }
+
     async fn block(&mut self, position: RingPosition) -> Result<&base::Block, Error> {
-        let offset = position.get() % self.geometry.ring_blocks;
+        let offset = self.offset(position);
         let held = matches!(&self.chunk, Some((start, count, _)) if (*start..start + count).contains(&offset));
         if !held {
             let count = request_blocks().min(self.geometry.ring_blocks - offset);
-            let block_count = usize::try_from(count).unwrap_or(1);
-            let buffer = self.runtime.buffers().take(block_count);
-            let buffer = self.device.read(self.log_start.plus(offset), block_count, buffer).await?;
+            let buffer = self.read_chunk(offset, usize::try_from(count).unwrap_or(1)).await?;
             self.chunk = Some((offset, count, buffer));
         }
         let at = self.log_start.plus(offset);
@@ -258,6 +288,41 @@ impl RingReader<'_> {
                 buffer.blocks().get(usize::try_from(offset - start).ok()?)
             })
             .ok_or(Error::Damaged { what: "log ring", at })
+    }
+
+    /// Reads blocks of the ring: all at once, or one by one if some cannot be read. Those are zeroes.
+    async fn read_chunk(&mut self, offset: u64, block_count: usize) -> Result<Buffer, Error> {
+        for attempt in 0..=READ_RETRIES {
+            if attempt > 0 {
+                self.runtime.sleep(RETRY_AFTER).await;
+            }
+            if let Some(blocks) = self.read(offset, block_count).await? {
+                let end = offset + u64::try_from(block_count).unwrap_or(0);
+                self.unreadable.retain(|block| !(offset..end).contains(block));
+                return Ok(blocks);
+            }
+        }
+        let mut all = self.runtime.buffers().take(block_count);
+        for (offset, into) in (offset..).zip(all.bytes_mut().chunks_exact_mut(BLOCK_SIZE)) {
+            if let Some(block) = self.read(offset, 1).await? {
+                into.copy_from_slice(block.bytes());
+                self.unreadable.remove(&offset);
+            } else {
+                into.fill(0);
+                self.unreadable.insert(offset);
+            }
+        }
+        Ok(all)
+    }
+
+    /// Reads blocks of the ring, if they can be read.
+    async fn read(&self, offset: u64, block_count: usize) -> Result<Option<Buffer>, Error> {
+        let buffer = self.runtime.buffers().take(block_count);
+        match self.device.read(self.log_start.plus(offset), block_count, buffer).await {
+            Ok(blocks) => Ok(Some(blocks)),
+            Err(error) if error.is_transport() => Err(error.into()),
+            Err(_) => Ok(None),
+        }
     }
 }
 

@@ -253,6 +253,10 @@ impl Examiner<'_> {
             &mut |_, _| {},
         )
         .await?;
+        if let Some(at) = log.unreadable {
+            let message = format!("{title} ends at block {at}, which cannot be read");
+            self.audit.warn(FindingKind::Log, Some(at), message);
+        }
         if let Some(broken) = broken {
             let message = format!(
                 "{title} is damaged at block {} ({}): record {} is missing, but records up to {} \

@@ -269,3 +269,42 @@ fn a_read_of_a_snapshot_that_fails_is_counted() {
         assert_eq!((stats.errors, stats.checksum_failures), (1, 1));
     });
 }
+
+/// A drive may report the sector that it was writing when the power went, or any other of the ring
+/// that lies idle, as uncorrectable. That is the end of the log, or damage in it; no opening
+/// succeeded any more, and no repair.
+#[test]
+fn a_log_block_that_cannot_be_read_keeps_no_store_shut() {
+    const LOG_START: Pba = Pba::new(4096);
+    const RING_BLOCKS: u64 = 64;
+    let mut intact = 0;
+    for offset in 0..RING_BLOCKS {
+        let (ram, ()) = with_store(|_, store| async move {
+            store.create("web01", 1 << 20).await.unwrap();
+            let disk = disk(&store, "web01").await;
+            for round in 1..6 {
+                write(&disk, 0, &[round; 4096]).await;
+                disk.submit(Request::Flush).await.unwrap();
+            }
+        });
+        ram.set_unreadable(LOG_START.plus(offset), true);
+        let found = reopened(&ram, move |_, store, report| async move {
+            let is_cut = report.alarms.iter().any(|alarm| alarm.contains("is damaged"));
+            if is_cut {
+                return report.alarms;
+            }
+            let disk = disk(&store, "web01").await;
+            // The last one was flushed, and nothing behind it says so.
+            let last = if report.alarms.is_empty() { 5..6 } else { 4..6 };
+            let found = read(&disk, 0, 4096).await;
+            assert!(last.contains(&found[0]), "block {offset} of the ring: {}", found[0]);
+            write(&disk, 0, &[6; 4096]).await;
+            report.alarms
+        });
+        match found.first() {
+            Some(alarm) => assert!(alarm.contains("the log"), "{found:?}"),
+            None => intact += 1,
+        }
+    }
+    assert!(intact > RING_BLOCKS / 2, "{intact}");
+}
