@@ -276,6 +276,7 @@ impl Engine {
             ranges: Default::default(),
             incarnation: Cell::new(0),
             deleted: Cell::new(false),
+            leaving: Cell::new(0),
             snapshots: RefCell::new(snapshots),
             snapshot_next: Cell::new(record.snapshot_next),
             snapshots_dirty: RefCell::default(),
@@ -288,12 +289,14 @@ impl Engine {
     /// checkpoints, and for garbage collection, that may free some.
     ///
     /// # Errors
-    /// `NoSpace` when even those gave nothing.
+    /// `NoSpace` when even those gave nothing; `Fenced` if the VDI is to go meanwhile, whose range
+    /// the caller holds.
     pub(crate) async fn allocate_data(
         self: &Rc<Self>,
         vdi: &Vdi,
         count: u64,
     ) -> Result<Run, Error> {
+        let gives_up = || vdi.leaving.get() > 0;
         for attempt in 0..2 {
             if let Some(run) = self.take_data(vdi, count).await? {
                 return Ok(run);
@@ -308,7 +311,10 @@ impl Engine {
             if let Some(run) = self.take_data(vdi, count).await? {
                 return Ok(run);
             }
-            self.released(released).await;
+            self.released(released, gives_up).await;
+            if gives_up() {
+                return Err(severed());
+            }
             if self.allocator.free_blocks() <= free_before && !self.metadata_suffices().await? {
                 break;
             }
@@ -318,10 +324,13 @@ impl Engine {
         if let Some(run) = self.take_data(vdi, count).await? {
             return Ok(run);
         }
-        if self.collect_for_space().await
+        if self.collect_for_space(gives_up).await
             && let Some(run) = self.take_data(vdi, count).await?
         {
             return Ok(run);
+        }
+        if gives_up() {
+            return Err(severed());
         }
         self.full.set(true);
         Err(Error::refused(
@@ -331,7 +340,7 @@ impl Engine {
     }
 
     /// Free data blocks, if there are some and room for the nodes that name them.
-    async fn take_data(&self, vdi: &Vdi, count: u64) -> Result<Option<Run>, Error> {
+    pub(crate) async fn take_data(&self, vdi: &Vdi, count: u64) -> Result<Option<Run>, Error> {
         if !self.metadata_suffices().await? {
             return Ok(None);
         }
@@ -342,11 +351,15 @@ impl Engine {
         Ok(run)
     }
 
-    /// Waits until there is room for the nodes that one more change may need.
+    /// Waits until there is room for the nodes that one more change may need. Who has something that
+    /// others wait for may give up.
     ///
     /// # Errors
     /// `NoSpace` when checkpoints gave none.
-    pub(crate) async fn reserve_metadata(self: &Rc<Self>) -> Result<(), Error> {
+    pub(crate) async fn reserve_metadata(
+        self: &Rc<Self>,
+        gives_up: impl Fn() -> bool,
+    ) -> Result<(), Error> {
         if self.metadata_suffices().await? {
             return Ok(());
         }
@@ -355,7 +368,10 @@ impl Engine {
         if self.metadata_suffices().await? {
             return Ok(());
         }
-        self.released(released).await;
+        self.released(released, &gives_up).await;
+        if gives_up() {
+            return Err(severed());
+        }
         if self.metadata_suffices().await? {
             return Ok(());
         }
@@ -439,6 +455,12 @@ pub(crate) fn stopped(error: &DeviceError) -> Error {
         ErrorKind::Fenced,
         format!("the store stopped after a failed write or flush ({error}); it must be reopened"),
     )
+}
+
+/// What a request gets that was on its way when its disk went.
+pub(crate) fn severed() -> Error {
+    let message = "the disk was deleted, rolled back or shrunk meanwhile";
+    Error::refused(ErrorKind::Fenced, message)
 }
 
 pub(crate) fn as_u64(count: usize) -> u64 {

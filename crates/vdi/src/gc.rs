@@ -148,13 +148,16 @@ impl Collector {
 
 impl Engine {
     /// Runs a cycle that begins after this call, or joins one that does; then waits until what it
-    /// swept is free.
+    /// swept is free, or who waits gives up.
     ///
     /// # Errors
     /// See [`crate::Store::collect_garbage`].
-    pub(crate) async fn collect_garbage(self: &Rc<Self>) -> Result<GcReport, Error> {
+    pub(crate) async fn collect_garbage(
+        self: &Rc<Self>,
+        gives_up: impl Fn() -> bool,
+    ) -> Result<GcReport, Error> {
         let report = self.run_or_join_cycle().await?;
-        self.released(self.releases.up_to_now()).await;
+        self.released(self.releases.up_to_now(), gives_up).await;
         self.allocator.reclaim_empty_extents();
         Ok(report)
     }
@@ -191,13 +194,13 @@ impl Engine {
         Ok(report)
     }
 
-    /// Runs a cycle for somebody who needs space, if one may help; whether it ran.
-    pub(crate) async fn collect_for_space(self: &Rc<Self>) -> bool {
+    /// Runs a cycle for somebody who needs space and may give up, if one may help; whether it ran.
+    pub(crate) async fn collect_for_space(self: &Rc<Self>, gives_up: impl Fn() -> bool) -> bool {
         let collector = &self.collector;
         if collector.suspected.get() == 0 && collector.cycle.available() > 0 {
             return false;
         }
-        match self.collect_garbage().await {
+        match self.collect_garbage(gives_up).await {
             // Also what the mark held back is free now.
             Ok(_) => true,
             Err(error) => {
@@ -218,7 +221,7 @@ impl Engine {
         }
         let engine = Rc::clone(self);
         drop(self.runtime.spawn(async move {
-            match engine.collect_garbage().await {
+            match engine.collect_garbage(|| false).await {
                 Ok(report) => tracing::info!(freed = report.freed_blocks, "garbage was collected"),
                 Err(error) => tracing::warn!(%error, "garbage could not be collected"),
             }

@@ -13,24 +13,34 @@ use ondisk::{
     RootRef,
 };
 
+use runtime::sync::Permits;
+
 use crate::Error;
 use crate::branch::{Base, Branch};
 use crate::engine::{Engine, as_u64};
+use crate::ranges::RangeGuard;
 use crate::types::Target;
 use crate::vdi::{Snapshot, Vdi};
 
 /// Claims rise when VDIs move between hosts; a host that never lets go stays in the first.
 const FIRST_CLAIM: ClaimGeneration = ClaimGeneration::new(1);
 
+/// A VDI of which nothing is on its way. Nobody else manages any meanwhile.
+struct Quiet {
+    vdi: Rc<Vdi>,
+    all: RangeGuard,
+    one: Permits,
+}
+
 impl Engine {
     /// Creates an empty VDI. Durable on return.
     pub(crate) async fn create(self: &Rc<Self>, name: &str, size: u64) -> Result<VdiId, Error> {
         let _request = self.begin_change()?;
-        self.reserve_metadata().await?;
-        let room = self.room().await?;
+        self.reserve_metadata(|| false).await?;
         let block_count = blocks_of(size)?;
         check_name(name)?;
         let one = self.management.acquire(1).await;
+        let room = self.room().await?;
         self.refuse_taken(name)?;
         let id = self.next_id();
         let wall_ns = self.runtime.wall_ns();
@@ -50,12 +60,13 @@ impl Engine {
         name: &str,
     ) -> Result<VdiId, Error> {
         let _request = self.begin_change()?;
-        self.reserve_metadata().await?;
-        let room = self.room().await?;
+        self.reserve_metadata(|| false).await?;
         check_name(name)?;
+        self.find(&source.vdi).await?;
         let one = self.management.acquire(1).await;
-        self.refuse_taken(name)?;
         let vdi = self.find(&source.vdi).await?;
+        let room = self.room().await?;
+        self.refuse_taken(name)?;
         let snapshot = match &source.snapshot {
             Some(label) => Some(find_snapshot(&vdi, &source.vdi, label)?),
             None => None,
@@ -82,11 +93,11 @@ impl Engine {
         label: Option<&str>,
     ) -> Result<SnapshotNumber, Error> {
         let _request = self.begin_change()?;
-        self.reserve_metadata().await?;
-        let room = self.room().await?;
+        self.reserve_metadata(|| false).await?;
         let label = label.unwrap_or_default();
         check_label(label)?;
         let vdi = self.find(name).await?;
+        let room = self.room().await?;
         if !label.is_empty() && vdi.snapshot(label).is_some() {
             let message = format!("{name}@{label} exists already");
             return Err(Error::refused(ErrorKind::Exists, message));
@@ -110,13 +121,14 @@ impl Engine {
     /// Gives a VDI another name. Durable on return.
     pub(crate) async fn rename(self: &Rc<Self>, name: &str, new: &str) -> Result<(), Error> {
         let _request = self.begin_change()?;
-        let room = self.room().await?;
         check_name(new)?;
+        self.find(name).await?;
         let one = self.management.acquire(1).await;
         let vdi = self.find(name).await?;
         if name == new {
             return Ok(());
         }
+        let room = self.room().await?;
         self.refuse_taken(new)?;
         let appended = self.append(room, &vdi, RecordBody::Rename { name: new.to_owned() });
         self.apply_rename(vdi.id, new);
@@ -127,55 +139,76 @@ impl Engine {
     /// Changes the size. Shrinking severs open handles. Durable on return.
     pub(crate) async fn resize(self: &Rc<Self>, name: &str, size: u64) -> Result<(), Error> {
         let _request = self.begin_change()?;
-        let room = self.room().await?;
         let block_count = blocks_of(size)?;
-        let _one = self.management.acquire(1).await;
-        let vdi = self.find(name).await?;
-        let shrinks = block_count < vdi.block_count.get();
-        if shrinks {
+        let shrinks = |vdi: &Vdi| Ok(block_count < vdi.block_count.get());
+        let Quiet { vdi, all, one } = self.quiet(name, shrinks).await?;
+        let room = self.room().await?;
+        if shrinks(&vdi)? {
             vdi.sever();
         }
-        // Nothing is on its way while the size changes.
-        let _all = vdi.ranges.lock(0..u64::MAX).await;
         let appended = self.append(room, &vdi, RecordBody::Resize { block_count });
         self.apply_resize(&vdi, block_count, appended.0);
-        self.settle(appended).await
+        drop(one);
+        self.settle(appended).await?;
+        drop(all);
+        Ok(())
     }
 
     /// Deletes a VDI with its snapshots, or one snapshot. Durable on return.
     pub(crate) async fn remove(self: &Rc<Self>, target: &Target) -> Result<(), Error> {
         let _request = self.begin_change()?;
+        match &target.snapshot {
+            Some(label) => self.remove_snapshot(&target.vdi, label).await,
+            None => self.remove_vdi(&target.vdi).await,
+        }
+    }
+
+    async fn remove_vdi(self: &Rc<Self>, name: &str) -> Result<(), Error> {
+        let Quiet { vdi, all, one } = loop {
+            match self.quiet(name, |_| Ok(true)).await {
+                // Of what nothing is left the name can still go.
+                Err(error) if error.kind() == ErrorKind::Corrupt => {
+                    if self.remove_lost(name).await? {
+                        return Ok(());
+                    }
+                }
+                quiet => break quiet?,
+            }
+        };
         let room = self.room().await?;
+        vdi.sever();
+        let appended = self.append(room, &vdi, RecordBody::Delete);
+        self.apply_delete(&vdi);
+        drop((all, one));
+        self.settle(appended).await
+    }
+
+    /// Deletes a VDI of which nothing is left but its name; `false` if it is another one by now.
+    async fn remove_lost(self: &Rc<Self>, name: &str) -> Result<bool, Error> {
         let one = self.management.acquire(1).await;
-        let vdi = match self.find(&target.vdi).await {
-            // Of what nothing is left the name can still go.
-            Err(error) if error.kind() == ErrorKind::Corrupt && target.snapshot.is_none() => {
-                let record = self.record_of(&target.vdi).ok_or(error)?;
-                let (vdi, claim) = (record.id, record.claim);
-                let body = RecordBody::Delete;
-                let appended = self.log.append_admitted(room, &Record { vdi, claim, body });
-                self.apply_delete_lost(vdi);
-                drop(one);
-                return self.settle(appended).await;
-            }
-            vdi => vdi?,
-        };
-        let appended = match &target.snapshot {
-            Some(label) => {
-                let snapshot = find_snapshot(&vdi, &target.vdi, label)?;
-                let number = snapshot.number;
-                let appended = self.append(room, &vdi, RecordBody::DeleteSnapshot { number });
-                self.apply_delete_snapshot(&vdi, number);
-                appended
-            }
-            None => {
-                vdi.sever();
-                let _all = vdi.ranges.lock(0..u64::MAX).await;
-                let appended = self.append(room, &vdi, RecordBody::Delete);
-                self.apply_delete(&vdi);
-                appended
-            }
-        };
+        match self.find(name).await {
+            Err(error) if error.kind() == ErrorKind::Corrupt => {}
+            found => return found.map(|_| false),
+        }
+        let room = self.room().await?;
+        let record = self.record_of(name).ok_or_else(|| not_found(name))?;
+        let (vdi, claim) = (record.id, record.claim);
+        let appended =
+            self.log.append_admitted(room, &Record { vdi, claim, body: RecordBody::Delete });
+        self.apply_delete_lost(vdi);
+        drop(one);
+        self.settle(appended).await?;
+        Ok(true)
+    }
+
+    async fn remove_snapshot(self: &Rc<Self>, name: &str, label: &str) -> Result<(), Error> {
+        self.find(name).await?;
+        let one = self.management.acquire(1).await;
+        let vdi = self.find(name).await?;
+        let room = self.room().await?;
+        let number = find_snapshot(&vdi, name, label)?.number;
+        let appended = self.append(room, &vdi, RecordBody::DeleteSnapshot { number });
+        self.apply_delete_snapshot(&vdi, number);
         drop(one);
         self.settle(appended).await
     }
@@ -183,19 +216,52 @@ impl Engine {
     /// Makes a VDI what a snapshot of it was. Severs open handles. Durable on return.
     pub(crate) async fn rollback(self: &Rc<Self>, name: &str, label: &str) -> Result<(), Error> {
         let _request = self.begin_change()?;
+        let source = |vdi: &Vdi| {
+            let snapshot = find_snapshot(vdi, name, label)?;
+            refuse_without_labels(&vdi.branch.borrow())?;
+            refuse_without_labels(&snapshot.branch)?;
+            Ok(snapshot)
+        };
+        let Quiet { vdi, all, one } = self.quiet(name, |vdi| source(vdi).map(|_| true)).await?;
         let room = self.room().await?;
-        let one = self.management.acquire(1).await;
-        let vdi = self.find(name).await?;
-        let snapshot = find_snapshot(&vdi, name, label)?;
-        refuse_without_labels(&vdi.branch.borrow())?;
-        refuse_without_labels(&snapshot.branch)?;
+        // It may have been deleted meanwhile.
+        let snapshot = source(&vdi)?;
         vdi.sever();
-        let all = vdi.ranges.lock(0..u64::MAX).await;
         let appended = self.append(room, &vdi, RecordBody::Rollback { number: snapshot.number });
         self.apply_rollback(&vdi, &snapshot);
-        drop(all);
-        drop(one);
+        drop((all, one));
         self.settle(appended).await
+    }
+
+    /// Waits until nothing of a VDI is on its way, and keeps it so. Its handles are severed before,
+    /// if they are to be; and once more when it is done, as it may have been opened meanwhile.
+    ///
+    /// A request may take as long as its device does. So it is waited for first: others manage
+    /// their VDIs meanwhile.
+    async fn quiet(
+        self: &Rc<Self>,
+        name: &str,
+        severs: impl Fn(&Vdi) -> Result<bool, Error>,
+    ) -> Result<Quiet, Error> {
+        loop {
+            let vdi = self.find(name).await?;
+            let severs = severs(&vdi)?;
+            if severs {
+                vdi.sever();
+                vdi.leaving.set(vdi.leaving.get() + 1);
+                // Who waits for space gives up.
+                self.releases.wake_all();
+            }
+            let all = vdi.ranges.lock(0..u64::MAX).await;
+            if severs {
+                vdi.leaving.set(vdi.leaving.get() - 1);
+            }
+            let one = self.management.acquire(1).await;
+            // It may have been deleted or renamed meanwhile.
+            if Rc::ptr_eq(&vdi, &self.find(name).await?) {
+                return Ok(Quiet { vdi, all, one });
+            }
+        }
     }
 
     /// The VDI of this name.
@@ -280,6 +346,7 @@ impl Engine {
             ranges: Default::default(),
             incarnation: Cell::new(0),
             deleted: Cell::new(false),
+            leaving: Cell::new(0),
             snapshots: RefCell::default(),
             snapshot_next: Cell::new(SnapshotNumber::new(1)),
             snapshots_dirty: RefCell::default(),

@@ -39,7 +39,7 @@ impl Releases {
         ReleasedUpTo(self.begun.get())
     }
 
-    /// Wakes everybody who waits, so that they see that the store has failed.
+    /// Wakes everybody who waits, so that they see that there is nothing to wait for any more.
     pub(crate) fn wake_all(&self) {
         self.changed.notify();
     }
@@ -87,12 +87,18 @@ impl Engine {
     }
 
     /// Waits until everything is free that was to be released by some moment, but for what a mark
-    /// holds back; or until the store has failed. A reader may hold this up for as long as its
-    /// device likes: whoever waits here must have nothing that others wait for.
-    pub(crate) async fn released(&self, ReleasedUpTo(begun): ReleasedUpTo) {
+    /// holds back; or until the store has failed, or who waits gives up. A reader may hold this up
+    /// for as long as its device likes: whoever waits here must have nothing that others wait for,
+    /// or give up when they do.
+    pub(crate) async fn released(
+        &self,
+        ReleasedUpTo(begun): ReleasedUpTo,
+        gives_up: impl Fn() -> bool,
+    ) {
         loop {
             let changed = self.releases.changed.changed();
-            if self.releases.ended.get() >= begun || self.scheduler.failure().is_some() {
+            let is_over = self.releases.ended.get() >= begun || self.scheduler.failure().is_some();
+            if is_over || gives_up() {
                 return;
             }
             changed.await;

@@ -263,7 +263,7 @@ impl Store {
         let engine = Rc::clone(&self.0);
         self.finish(async move {
             let _request = request;
-            engine.collect_garbage().await
+            engine.collect_garbage(|| false).await
         })
         .await
     }

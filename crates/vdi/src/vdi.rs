@@ -30,6 +30,8 @@ pub(crate) struct Vdi {
     /// Handles opened under an older number are severed.
     pub(crate) incarnation: Cell<u64>,
     pub(crate) deleted: Cell<bool>,
+    /// How many wait until nothing is on its way, to delete it, roll it back or shrink it.
+    pub(crate) leaving: Cell<u32>,
     pub(crate) snapshots: RefCell<BTreeMap<SnapshotNumber, Rc<Snapshot>>>,
     pub(crate) snapshot_next: Cell<SnapshotNumber>,
     /// Snapshots taken (`true`) or deleted since the last checkpoint.

@@ -14,6 +14,7 @@ use base::{
     REQUEST_BLOCKS_MAX,
 };
 use blockstore::allocator::Run;
+use blockstore::log::Admission;
 use blockstore::tree::Change;
 use device::{Cause, DeviceError};
 use disk::{Extent, ExtentState};
@@ -22,7 +23,7 @@ use runtime::sync::OneshotReceiver;
 
 use crate::Error;
 use crate::branch::{Branch, Generation};
-use crate::engine::{EIO, Engine, as_u64, stopped, wait};
+use crate::engine::{EIO, Engine, as_u64, severed, stopped, wait};
 use crate::overlay::subtrees;
 use crate::vdi::Vdi;
 
@@ -212,9 +213,8 @@ impl Engine {
         offset: u64,
         data: &Rc<Buffer>,
     ) -> Result<PendingRun, Error> {
-        let room = self.room().await?;
         let count = count.min(as_u64(REQUEST_BLOCKS_MAX));
-        let run = self.allocate_data(vdi, count).await?;
+        let (run, room) = self.blocks_and_room(vdi, count).await?;
         let offset = usize::try_from(offset).unwrap_or(0);
         let length = usize::try_from(run.count).unwrap_or(0);
         let slice = BlockSlice::new(Rc::clone(data), offset, length);
@@ -226,6 +226,25 @@ impl Engine {
         let pending = self.pending(vdi, lsn);
         self.nudge(run.count * BLOCK_SIZE_U64);
         Ok(PendingRun { pending, logged, written, lba, run, slice, hashes })
+    }
+
+    /// Takes free blocks, and room in the log for a record that names them. Who waits for blocks has
+    /// no room: that is what others wait for.
+    async fn blocks_and_room(
+        self: &Rc<Self>,
+        vdi: &Vdi,
+        count: u64,
+    ) -> Result<(Run, Admission), Error> {
+        loop {
+            let room = self.room().await?;
+            if let Some(run) = self.take_data(vdi, count).await? {
+                return Ok((run, room));
+            }
+            drop(room);
+            // When there are some, they are taken as above.
+            let run = self.allocate_data(vdi, count).await?;
+            self.allocator.free_now(run);
+        }
     }
 
     /// The branch and generation that a record which was appended just now belongs to.
@@ -366,7 +385,7 @@ impl Engine {
     ) -> Result<(), Error> {
         let _range = vdi.ranges.lock(first..first + count).await;
         refuse_severed(vdi, incarnation)?;
-        self.reserve_metadata().await?;
+        self.reserve_metadata(|| vdi.leaving.get() > 0).await?;
         let room = self.room().await?;
         let body = RecordBody::Range { lba: Lba::new(first), count, state };
         let (lsn, logged) = self.append(room, vdi, body);
@@ -408,8 +427,5 @@ impl Engine {
 
 /// A request that waited behind a deletion, a rollback or a shrink must not change what came after.
 fn refuse_severed(vdi: &Vdi, incarnation: u64) -> Result<(), Error> {
-    if vdi.incarnation.get() == incarnation {
-        return Ok(());
-    }
-    Err(Error::refused(ErrorKind::Fenced, "the disk was deleted, rolled back or shrunk meanwhile"))
+    if vdi.incarnation.get() == incarnation { Ok(()) } else { Err(severed()) }
 }

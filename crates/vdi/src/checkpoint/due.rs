@@ -96,7 +96,7 @@ impl Engine {
     /// If a checkpoint failed.
     pub(crate) async fn checkpoint_twice(self: &Rc<Self>) -> Result<(), Error> {
         let released = self.publish_twice().await?;
-        self.released(released).await;
+        self.released(released, || false).await;
         Ok(())
     }
 

@@ -390,6 +390,113 @@ fn a_stuck_read_stops_nobody_who_needs_no_replaced_block() {
     });
 }
 
+/// Writes to a full store wait for what a stuck read keeps from being free. Each held room in the log
+/// meanwhile, until there was none for anybody; and its range of the disk, so that deleting the
+/// disk waited, and everybody who managed another behind that.
+#[test]
+fn writes_that_wait_for_space_behind_a_stuck_read_stop_nobody_else() {
+    with_gated_store(|runtime, gate, store| async move {
+        store.create("big", 1 << 30).await.unwrap();
+        store.create("wide", 1 << 40).await.unwrap();
+        let big = disk(&store, "big").await;
+        let mut filled = 0;
+        while big.submit(write_of(filled, 1 << 20)).await.is_ok() {
+            filled += 1 << 20;
+        }
+        store.checkpoint().await.unwrap();
+        begin_stuck_read(&runtime, &gate, &big).await;
+        // This may be free soon: so writes wait.
+        big.submit(Request::Discard { offset: 0, length: 1 << 20, fua: false }).await.unwrap();
+        let failed = Rc::new(Cell::new(0));
+        for task in 0..40 {
+            let (write, failed) =
+                (big.submit(write_of(filled + task * 4096, 4096)), Rc::clone(&failed));
+            drop(runtime.spawn(async move {
+                let is_err = write.await.is_err();
+                failed.set(failed.get() + u32::from(is_err));
+            }));
+        }
+        runtime.sleep(Duration::from_secs(10)).await;
+        assert_eq!(failed.get(), 0, "they wait");
+        let managed = store.clone();
+        let ended = ends(&runtime, async move {
+            managed.snapshot("wide", None).await.unwrap();
+            managed.resize("wide", 1 << 41).await.unwrap();
+        });
+        assert!(ended.await, "a snapshot and a resize of another disk");
+        let managed = store.clone();
+        let ended = ends(&runtime, async move {
+            managed.remove(&Target::parse("big")).await.unwrap();
+            managed.create("new", 1 << 30).await.unwrap();
+        });
+        assert!(ended.await, "what makes space again");
+        assert_eq!(failed.get(), 40);
+        gate.release();
+    });
+}
+
+/// A client that is cut off connects again at once. It went on with what it had read before the disk
+/// was rolled back, or deleted.
+#[test]
+fn who_opens_a_disk_that_is_about_to_go_is_severed_too() {
+    for rolls_back in [true, false] {
+        with_gated_store(move |runtime, gate, store| async move {
+            store.create("web01", 1 << 30).await.unwrap();
+            store.snapshot("web01", Some("s")).await.unwrap();
+            let web01 = disk(&store, "web01").await;
+            gate.hold(writes_data);
+            drop(runtime.spawn(web01.submit(write_of(0, 4096))));
+            runtime.sleep(Duration::from_millis(1)).await;
+            let leaving = store.clone();
+            let left = runtime.spawn(async move {
+                match rolls_back {
+                    true => leaving.rollback("web01", "s").await,
+                    false => leaving.remove(&Target::parse("web01")).await,
+                }
+            });
+            runtime.sleep(Duration::from_millis(1)).await;
+            let again = disk(&store, "web01").await;
+            assert!(web01.severed() && !again.severed());
+            gate.release();
+            left.await.unwrap();
+            assert!(again.severed());
+        });
+    }
+}
+
+/// A request may take as long as its device does. Deleting its disk waited for it, and everybody who
+/// managed another disk behind that.
+#[test]
+fn a_disk_that_cannot_be_deleted_yet_is_in_nobodys_way() {
+    with_gated_store(|runtime, gate, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        let web01 = disk(&store, "web01").await;
+        write(&web01, 0, &[1; 4096]).await;
+        store.checkpoint().await.unwrap();
+        gate.hold(|operation| matches!(operation, Operation::Read { .. }));
+        // It begins by reading the rest of its block.
+        drop(runtime.spawn(web01.submit(write_of(512, 512))));
+        runtime.sleep(Duration::from_millis(1)).await;
+        assert_eq!(gate.held(), 1);
+        let removed = Rc::new(Cell::new(false));
+        let (flag, removing) = (Rc::clone(&removed), store.clone());
+        drop(runtime.spawn(async move {
+            removing.remove(&Target::parse("web01")).await.unwrap();
+            flag.set(true);
+        }));
+        let managed = store.clone();
+        let ended = ends(&runtime, async move {
+            managed.create("web02", 1 << 30).await.unwrap();
+            managed.rename("web02", "web03").await.unwrap();
+        });
+        assert!(ended.await && !removed.get(), "others are managed meanwhile");
+        gate.release();
+        runtime.sleep(Duration::from_secs(1)).await;
+        assert!(removed.get());
+        assert!(store.info("web01").await.is_err());
+    });
+}
+
 /// In a full store recovery leaves data where it stands. It wrote a record for each block then,
 /// and a log that was three quarters full had no room for them.
 #[test]
