@@ -189,16 +189,19 @@ fn lock_behind(device: Dev, access: Access) -> Result<Option<OwnedFd>, OpenCause
     }
     let path = Path::new(OsStr::from_bytes(path.strip_suffix(b"\n").unwrap_or(&path)));
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
-    let fd = match rustix::fs::open(path, flags, Mode::empty()) {
-        Ok(fd) => fd,
-        Err(error) => {
-            let path = path.display();
-            tracing::warn!(%error, %path, "the file behind the loop device is not locked");
-            return Ok(None);
+    let locked = rustix::fs::open(path, flags, Mode::empty())
+        .map_err(OpenCause::from)
+        .and_then(|fd| lock(&fd, access).map(|()| fd));
+    match locked {
+        Ok(fd) => Ok(Some(fd)),
+        Err(OpenCause::Busy) => Err(OpenCause::Busy),
+        Err(cause) => {
+            // Not every file system can lock a file that is open for reading only.
+            let error = OpenError::new(path, cause);
+            tracing::warn!(%error, "the file behind the loop device is not locked");
+            Ok(None)
         }
-    };
-    lock(&fd, access)?;
-    Ok(Some(fd))
+    }
 }
 
 /// Makes a sparse file of `bytes`, rounded down to whole blocks, and opens and locks it. File and
