@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::rc::Rc;
 
-use base::{BirthLabel, BlockSlice, Epoch, ErrorKind, HostId, Lsn, Pba, VdiId};
+use base::{BLOCK_SIZE_U64, BirthLabel, BlockSlice, Epoch, ErrorKind, HostId, Lsn, Pba, VdiId};
 use blockstore::allocator::{Allocator, Run, Space};
 use blockstore::log::{Admission, Log};
 use blockstore::slots::SlotWriter;
@@ -94,6 +94,13 @@ pub(crate) struct Registry {
     pub(crate) dirty: BTreeSet<VdiId>,
     /// Branches with changes or points that no tree has yet, by serial number.
     pub(crate) unsettled: BTreeMap<u64, Rc<Branch>>,
+}
+
+impl Registry {
+    /// What a person calls a VDI.
+    pub(crate) fn name(&self, id: VdiId) -> &str {
+        self.directory.get(&id).map_or("(deleted)", |record| &record.name)
+    }
 }
 
 /// A request under way; keeps `close` waiting.
@@ -232,7 +239,9 @@ impl Engine {
             && is_damage(error)
         {
             // The VDI and its other snapshots are none the worse for it.
-            tracing::error!(vdi = %id, "snapshots are lost: their records are damaged");
+            let registry = self.registry.borrow();
+            let disk = registry.name(id);
+            tracing::error!(disk, "snapshots are lost: their records are damaged");
             self.checkpoints.damaged.note(Table::Snapshots(id));
         } else {
             scanned?;
@@ -398,7 +407,13 @@ impl Engine {
     /// Counts and reports a block that is not what was written.
     pub(crate) fn alarm_damage(&self, vdi: VdiId, lba: u64, pba: Pba) {
         self.stats.borrow_mut().checksum_failures += 1;
-        tracing::error!(%vdi, lba, block = %pba, "a data block does not match its checksum");
+        let registry = self.registry.borrow();
+        tracing::error!(
+            disk = registry.name(vdi),
+            offset = lba.saturating_mul(BLOCK_SIZE_U64),
+            block = %pba,
+            "data is damaged: reading it fails until it is written again"
+        );
     }
 
     /// Writes data blocks; the receiver answers when they have completed.

@@ -101,23 +101,27 @@ impl Engine {
         };
         let buffer = self.runtime.buffers().take(count);
         let mut buffer = self.device.read(run.pba, count, buffer).await.map_err(failed)?;
-        if !self.all_match(&run.entries, &buffer) {
+        if self.first_damaged(&run.entries, &buffer).is_some() {
             // Once more: a bad transfer is not a bad block.
             buffer = self.device.read(run.pba, count, buffer).await.map_err(failed)?;
-            if !self.all_match(&run.entries, &buffer) {
-                self.alarm_damage(vdi, run.lba, run.pba);
-                return Err(blockstore::Error::Damaged { what: "data block", at: run.pba }.into());
+            if let Some(index) = self.first_damaged(&run.entries, &buffer) {
+                let at = run.pba.plus(index);
+                self.alarm_damage(vdi, run.lba + index, at);
+                return Err(blockstore::Error::Damaged { what: "data block", at }.into());
             }
         }
         Ok(BlockSlice::new(Rc::new(buffer), 0, count))
     }
 
-    fn all_match(&self, entries: &[Entry], buffer: &base::Buffer) -> bool {
-        base::mutant::active("ignore_data_checksum")
-            || entries
-                .iter()
-                .zip(buffer.blocks())
-                .all(|(entry, block)| entry.matches(self.checksums.block(&block.0)))
+    /// Index of the first block that is not what its entry says.
+    fn first_damaged(&self, entries: &[Entry], buffer: &base::Buffer) -> Option<u64> {
+        if base::mutant::active("ignore_data_checksum") {
+            return None;
+        }
+        let mut blocks = (0u64..).zip(entries.iter().zip(buffer.blocks()));
+        let damaged =
+            blocks.find(|(_, (entry, block))| !entry.matches(self.checksums.block(&block.0)));
+        damaged.map(|(index, _)| index)
     }
 
     /// The entries of some blocks, through overlays and tree.

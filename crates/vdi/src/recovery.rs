@@ -435,7 +435,7 @@ impl Engine {
         }
         registry.dirty.insert(id);
         if registry.lost.insert(id) {
-            tracing::error!(vdi = %id, "the VDI is lost: its record is damaged");
+            tracing::error!(disk = registry.name(id), "the disk is lost: its record is damaged");
         }
     }
 
