@@ -96,7 +96,7 @@ impl Dump {
             "{host_slot_count} host slots from block {host_slots_start}, {lock_slot_count} lock \
              slots from block {lock_slots_start}"
         ));
-        line(format!("created {created_ns} ns after 1970"));
+        line(format!("created {}", time(*created_ns)));
     }
 
     /// Both copies of the host slot, and the heartbeat.
@@ -120,11 +120,11 @@ impl Dump {
         let beat = self.block(at).await?;
         match beat.map(|block| Heartbeat::decode(&block, &self.checksums, at)) {
             Some(Ok(beat)) => line(format!(
-                "heartbeat at block {at}: epoch {}, sequence {}, boot {}, {} ns after 1970",
+                "heartbeat at block {at}: epoch {}, sequence {}, boot {}, {}",
                 beat.epoch,
                 beat.sequence,
                 StoreUuid(beat.boot_id),
-                beat.wall_ns
+                time(beat.wall_ns)
             )),
             Some(Err(error)) => line(format!("heartbeat at block {at}: {error}")),
             None => line(format!("heartbeat at block {at}: none")),
@@ -188,14 +188,14 @@ impl Dump {
         .await?;
         for record in names {
             line(format!(
-                "VDI {} {:?}: parent {}@{}, claim {} of host {}, created {} ns after 1970",
+                "VDI {} {:?}: parent {}@{}, claim {} of host {}, created {}",
                 record.id,
                 record.name,
                 record.parent,
                 record.parent_snapshot,
                 record.claim,
                 record.owner,
-                record.created_ns
+                time(record.created_ns)
             ));
             let vdi = table::get::<VdiRecord>(&self.nodes, &roots.vdis, record.id.get()).await;
             match vdi {
@@ -223,13 +223,13 @@ impl Dump {
         ));
         let shown = table::scan(&self.nodes, &vdi.snapshots, |_, snapshot: SnapshotRecord| {
             line(format!(
-                "  @{} {:?}: position {}, {} blocks, root {}, {} ns after 1970",
+                "  @{} {:?}: position {}, {} blocks, root {}, {}",
                 snapshot.number,
                 snapshot.label,
                 snapshot.position,
                 snapshot.block_count,
                 root(&snapshot.root),
-                snapshot.wall_ns
+                time(snapshot.wall_ns)
             ));
             true
         });
@@ -399,6 +399,14 @@ fn human(blocks: u64) -> base::size::HumanBytes {
     base::size::HumanBytes(blocks.saturating_mul(BLOCK_SIZE_U64))
 }
 
+/// RFC 3339 in UTC, to the nanosecond that is stored.
+fn time(ns_since_1970: u64) -> String {
+    match jiff::Timestamp::from_nanosecond(i128::from(ns_since_1970)) {
+        Ok(time) => time.to_string(),
+        Err(_) => format!("{ns_since_1970} ns after 1970"),
+    }
+}
+
 fn root(root: &RootRef) -> String {
     format!("{:?} of height {}", root.entry, root.height)
 }
@@ -414,8 +422,11 @@ fn show_slot(slot: &HostSlot, copy: u64, at: base::Pba, line: Lines<'_>) {
         slot.host, slot.sequence, slot.epoch, slot.ballot
     ));
     line(format!(
-        "  contains records up to {}; next VDI {}; {} ns after 1970, open for {} ns",
-        slot.cut, slot.vdi_id_next, slot.wall_ns, slot.store_ns
+        "  contains records up to {}; next VDI {}; {}, open for {} ns",
+        slot.cut,
+        slot.vdi_id_next,
+        time(slot.wall_ns),
+        slot.store_ns
     ));
     let roots = &slot.roots;
     for (title, tree) in [
@@ -469,7 +480,7 @@ fn describe(record: &Record) -> String {
         }
         RecordBody::Void { lsn } => format!("void record {lsn}"),
         RecordBody::Snapshot { number, label, wall_ns, .. } => {
-            format!("snapshot {number} {label:?}, {wall_ns} ns after 1970")
+            format!("snapshot {number} {label:?}, {}", time(*wall_ns))
         }
         RecordBody::DeleteSnapshot { number } => format!("delete snapshot {number}"),
         RecordBody::Create { block_count, name, .. } => {
@@ -483,7 +494,7 @@ fn describe(record: &Record) -> String {
         RecordBody::Delete => "delete".to_owned(),
         RecordBody::Rollback { number } => format!("roll back to snapshot {number}"),
         RecordBody::Time { wall_ns, store_ns } => {
-            format!("time: {wall_ns} ns after 1970, open for {store_ns} ns")
+            format!("time: {}, open for {store_ns} ns", time(*wall_ns))
         }
     }
 }
