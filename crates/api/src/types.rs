@@ -181,6 +181,10 @@ pub struct Diff {
     pub from: String,
     /// The second one.
     pub to: String,
+    /// Logical size of the first one.
+    pub from_size_bytes: u64,
+    /// Logical size of the second one.
+    pub to_size_bytes: u64,
     /// Runs of bytes that differ, in order of offset.
     pub extents: Vec<DiffExtent>,
 }

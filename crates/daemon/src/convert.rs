@@ -39,15 +39,19 @@ pub(crate) fn space(space: vdi::VdiSpace) -> api::Space {
     }
 }
 
-pub(crate) fn diff(extents: Vec<vdi::DiffExtent>) -> Vec<api::DiffExtent> {
-    extents
-        .into_iter()
-        .map(|extent| api::DiffExtent {
-            offset: extent.offset,
-            length: extent.length,
-            data: extent.data,
-        })
-        .collect()
+pub(crate) fn diff(from: String, to: String, diff: vdi::VdiDiff) -> api::Diff {
+    let extent = |extent: vdi::DiffExtent| api::DiffExtent {
+        offset: extent.offset,
+        length: extent.length,
+        data: extent.data,
+    };
+    api::Diff {
+        from,
+        to,
+        from_size_bytes: diff.from_size_bytes,
+        to_size_bytes: diff.to_size_bytes,
+        extents: diff.extents.into_iter().map(extent).collect(),
+    }
 }
 
 pub(crate) fn opened(report: vdi::OpenReport) -> api::OpenReport {

@@ -536,8 +536,9 @@ async fn diff(session: &Session, random: &mut Random) {
     let places = [one, other].map(|(vdi, number)| Place::Snapshot(vdi, number));
     let [from, to] = places.map(|place| session.target(place));
     match session.store.diff(&from, &to).await {
-        Ok(extents) => {
-            let ranges: Vec<(u64, u64, bool)> = extents
+        Ok(diff) => {
+            let ranges: Vec<(u64, u64, bool)> = diff
+                .extents
                 .iter()
                 .map(|extent| (extent.offset, extent.offset + extent.length, extent.data))
                 .collect();

@@ -23,7 +23,7 @@ use crate::branch::{Base, View};
 use crate::engine::{Engine, as_u64};
 use crate::manage::not_found;
 use crate::mark::BlockSet;
-use crate::types::{DiffExtent, Target, VdiSpace};
+use crate::types::{DiffExtent, Target, VdiDiff, VdiSpace};
 use crate::vdi::{Snapshot, Vdi};
 
 /// Nodes that are read in one part of a walk: a second or two on a slow disk.
@@ -91,18 +91,22 @@ impl Engine {
         self: &Rc<Self>,
         from: &Target,
         to: &Target,
-    ) -> Result<Vec<DiffExtent>, Error> {
+    ) -> Result<VdiDiff, Error> {
         let _request = self.begin()?;
         let subjects = [self.subject(from).await?, self.subject(to).await?];
         self.checkpoint(ondisk::SlotState::Running).await?;
-        let end = subjects.iter().map(Subject::block_count).max().unwrap_or(0);
-        let mut differences = Differences { extents: Vec::new(), end };
+        let [from, to] = subjects.each_ref().map(Subject::block_count);
+        let mut differences = Differences { extents: Vec::new(), end: from.max(to) };
         let mut walked = [self.walked(), self.walked()];
         let mut next = Some(0);
         while let Some(start) = next {
             next = self.diff_part(&subjects, start, &mut walked, &mut differences).await?;
         }
-        Ok(differences.extents)
+        Ok(VdiDiff {
+            from_size_bytes: from * BLOCK_SIZE_U64,
+            to_size_bytes: to * BLOCK_SIZE_U64,
+            extents: differences.extents,
+        })
     }
 
     /// Lists some of what differs at and behind block `start`; where that ended.

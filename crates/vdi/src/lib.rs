@@ -46,6 +46,6 @@ pub use error::Error;
 pub use gc::GcReport;
 pub use store::Store;
 pub use types::{
-    DiffExtent, FormatOptions, OpenOptions, OpenReport, SnapshotEntry, Stats, Target, VdiEntry,
-    VdiSpace,
+    DiffExtent, FormatOptions, OpenOptions, OpenReport, SnapshotEntry, Stats, Target, VdiDiff,
+    VdiEntry, VdiSpace,
 };

@@ -16,7 +16,7 @@ use crate::{GcReport, background, recovery};
 
 use crate::Error;
 use crate::types::{
-    DiffExtent, FormatOptions, OpenOptions, OpenReport, SnapshotEntry, Stats, Target, VdiEntry,
+    FormatOptions, OpenOptions, OpenReport, SnapshotEntry, Stats, Target, VdiDiff, VdiEntry,
     VdiSpace,
 };
 
@@ -221,7 +221,7 @@ impl Store {
     ///
     /// # Errors
     /// `NotFound`, also if one is deleted meanwhile; `Corrupt`.
-    pub async fn diff(&self, from: &Target, to: &Target) -> Result<Vec<DiffExtent>, Error> {
+    pub async fn diff(&self, from: &Target, to: &Target) -> Result<VdiDiff, Error> {
         let (engine, from, to) = (Rc::clone(&self.0), from.clone(), to.clone());
         self.finish(async move { engine.diff(&from, &to).await }).await
     }

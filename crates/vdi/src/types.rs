@@ -124,6 +124,17 @@ pub struct VdiSpace {
     pub shared_bytes: u64,
 }
 
+/// What differs between two VDIs or snapshots.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VdiDiff {
+    /// Logical size of the first one.
+    pub from_size_bytes: u64,
+    /// Logical size of the second one.
+    pub to_size_bytes: u64,
+    /// In order of offset. Behind its end, the smaller one counts as zeroes.
+    pub extents: Vec<DiffExtent>,
+}
+
 /// A run of bytes that differs between two VDIs or snapshots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DiffExtent {

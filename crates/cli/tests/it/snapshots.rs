@@ -61,9 +61,21 @@ fn a_diff_names_what_changed() {
         { "offset": 0, "length": 4096, "data": false },
         { "offset": 1 << 20, "length": 4096, "data": true },
     ]);
-    assert_eq!(diff, json!({ "from": "a@s", "to": "a", "extents": extents }));
+    let mut expected = json!({
+        "from": "a@s",
+        "to": "a",
+        "from_size_bytes": 64 << 20,
+        "to_size_bytes": 64 << 20,
+        "extents": extents,
+    });
+    assert_eq!(diff, expected);
     let table = place.ok(&["diff", "a@s", "a"]);
     assert!(table.ends_with("8 KiB differ in 2 ranges"), "{table}");
+    place.ok(&["resize", "a", "128M"]);
+    expected["to_size_bytes"] = (128 << 20).into();
+    assert_eq!(place.json(&["diff", "a@s", "a"]), expected);
+    let table = place.ok(&["diff", "a@s", "a"]);
+    assert!(table.contains("a@s has 64 MiB, a has 128 MiB"), "{table}");
 }
 
 #[test]

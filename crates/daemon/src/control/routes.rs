@@ -259,6 +259,5 @@ async fn diff(
 ) -> Answer<Diff> {
     let targets = (Target::parse(&from), Target::parse(&to));
     let answer = async move |served: &Served| served.store.diff(&targets.0, &targets.1).await;
-    let extents = convert::diff(current.call(answer).await?);
-    Ok(Json(Diff { from, to, extents }))
+    Ok(Json(convert::diff(from, to, current.call(answer).await?)))
 }

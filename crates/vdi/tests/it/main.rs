@@ -376,8 +376,12 @@ fn diff_lists_what_differs() {
         write(&disk, 1 << 29, &[3; 8192]).await;
         disk.submit(Request::Discard { offset: 12288, length: 4096, fua: false }).await.unwrap();
         let diff = store.diff(&Target::parse("a@s"), &Target::parse("a")).await.unwrap();
-        let extents: Vec<_> = diff.iter().map(|e| (e.offset, e.length, e.data)).collect();
+        let extents: Vec<_> = diff.extents.iter().map(|e| (e.offset, e.length, e.data)).collect();
         assert_eq!(extents, [(4096, 4096, true), (12288, 4096, false), (1 << 29, 8192, true)]);
+        store.resize("a", 2 << 30).await.unwrap();
+        let grown = store.diff(&Target::parse("a@s"), &Target::parse("a")).await.unwrap();
+        assert_eq!((grown.from_size_bytes, grown.to_size_bytes), (1 << 30, 2 << 30));
+        assert_eq!(grown.extents, diff.extents, "what is behind the end counts as zeroes");
         let space = store.space(&Target::parse("a")).await.unwrap();
         assert_eq!(space.mapped_bytes, 5 * 4096);
         assert_eq!(space.exclusive_bytes, 3 * 4096);

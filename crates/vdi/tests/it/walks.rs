@@ -105,7 +105,7 @@ fn disks_are_compared_and_counted_while_they_are_written() {
         });
         for _ in 0..3 {
             let (old, new) = (Target::parse("web01@old"), Target::parse("web01"));
-            let differences = store.diff(&old, &new).await.unwrap();
+            let differences = store.diff(&old, &new).await.unwrap().extents;
             let has = |leaf: u64| {
                 let offset = leaf << 20;
                 differences.iter().any(|it| (it.offset, it.length, it.data) == (offset, 4096, true))
