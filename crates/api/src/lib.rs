@@ -5,6 +5,7 @@
 //! |---|---|---|---|
 //! | `/v1/daemon` | GET | | [`DaemonStatus`] |
 //! | `/v1/stats` | GET | | [`Stats`] |
+//! | `/v1/nbd` | GET | | [`NbdMetrics`] |
 //! | `/v1/vdis?after=&max=` | GET | | [`VdiPage`] |
 //! | `/v1/vdis` | POST | [`CreateVdi`] | [`Vdi`] |
 //! | `/v1/vdis/{name}` | GET | | [`Vdi`] |
@@ -33,7 +34,8 @@ pub use check::{CheckCounts, CheckReport, Finding, FindingKind};
 pub use client::Client;
 pub use error::{Error, Kind};
 pub use types::{
-    ChangeVdi, CreateVdi, DaemonStatus, Diff, DiffExtent, NbdEndpoint, OpenReport, PAGE_MAX,
-    Parent, Removed, Rollback, Snapshot, SnapshotPage, Space, Stats, TakeSnapshot, Vdi, VdiPage,
+    ChangeVdi, CreateVdi, DaemonStatus, Diff, DiffExtent, NbdEndpoint, NbdMetrics, OpenReport,
+    PAGE_MAX, Parent, Removed, Rollback, Snapshot, SnapshotPage, Space, Stats, TakeSnapshot, Vdi,
+    VdiPage,
 };
 pub use url::percent_encode;

@@ -47,6 +47,9 @@ pub struct NbdEndpoint {
     pub tls: bool,
 }
 
+/// What the NBD server has counted since the store was opened, by name; docs/nbd.md explains each.
+pub type NbdMetrics = std::collections::BTreeMap<String, u64>;
+
 /// A VDI.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Vdi {

@@ -42,6 +42,10 @@ impl Served {
     pub(crate) fn stats(&self) -> api::Stats {
         convert::stats(&self.store.stats(), self.servers.connection_count())
     }
+
+    pub(crate) fn nbd_metrics(&self) -> api::NbdMetrics {
+        self.servers.metrics()
+    }
 }
 
 /// What the engine reports when it is ready.

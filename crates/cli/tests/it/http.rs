@@ -59,6 +59,17 @@ fn every_failure_has_one_shape() {
 }
 
 #[test]
+fn what_the_nbd_server_counts_can_be_read() {
+    let place = Place::with_store("256M");
+    let _served = place.serve(&[]);
+    place.ok(&["create", "a", "--size", "1M"]);
+    place.write("a", 1, 0, 65_536);
+    let (status, metrics) = request(&place, "GET", "/v1/nbd", "");
+    assert_eq!((status, &metrics["nbd_written_bytes_total"]), (200, &json!(65_536)), "{metrics}");
+    assert!(metrics["nbd_flush_requests_total"].as_u64().unwrap() > 0, "{metrics}");
+}
+
+#[test]
 fn pages_follow_each_other() {
     let place = Place::with_store("256M");
     let _served = place.serve(&[]);

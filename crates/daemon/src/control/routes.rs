@@ -1,8 +1,8 @@
 //! One function per route: take the request apart, call the engine, put the answer together.
 
 use api::{
-    ChangeVdi, CreateVdi, DaemonStatus, Diff, Error, Kind, PAGE_MAX, Removed, Rollback, Snapshot,
-    SnapshotPage, Space, Stats, TakeSnapshot, Vdi, VdiPage,
+    ChangeVdi, CreateVdi, DaemonStatus, Diff, Error, Kind, NbdMetrics, PAGE_MAX, Removed, Rollback,
+    Snapshot, SnapshotPage, Space, Stats, TakeSnapshot, Vdi, VdiPage,
 };
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -24,6 +24,7 @@ pub(super) fn router(current: Current) -> Router {
     let routes = Router::new()
         .route("/daemon", get(daemon))
         .route("/stats", get(stats))
+        .route("/nbd", get(nbd))
         .route("/vdis", get(list).post(create))
         .route("/vdis/{name}", get(info).patch(change).delete(remove))
         .route("/vdis/{name}/space", get(space))
@@ -47,6 +48,11 @@ async fn daemon(State(current): State<Current>) -> Answer<DaemonStatus> {
 
 async fn stats(State(current): State<Current>) -> Answer<Stats> {
     let answer = async |served: &Served| Ok(served.stats());
+    Ok(Json(current.call(answer).await?))
+}
+
+async fn nbd(State(current): State<Current>) -> Answer<NbdMetrics> {
+    let answer = async |served: &Served| Ok(served.nbd_metrics());
     Ok(Json(current.call(answer).await?))
 }
 

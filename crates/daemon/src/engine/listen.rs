@@ -75,6 +75,17 @@ impl Servers {
         all.map(|server| server.metrics().connections_open).sum()
     }
 
+    /// What all have counted, by name.
+    pub(super) fn metrics(&self) -> api::NbdMetrics {
+        let mut metrics = api::NbdMetrics::new();
+        for server in std::iter::once(&self.plain).chain(&self.tls) {
+            for (name, value, _) in server.metrics().values() {
+                *metrics.entry(name.to_owned()).or_default() += value;
+            }
+        }
+        metrics
+    }
+
     /// Ends all connections, after what is in flight.
     pub(super) async fn shutdown(&self, runtime: &Runtime) {
         let tls = self.tls.clone();
