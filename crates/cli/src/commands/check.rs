@@ -30,21 +30,33 @@ pub(super) fn run(check: &Check, json: bool) -> Result<(), Error> {
         return Ok(());
     }
     let errors = report.errors_omitted.saturating_add(as_u64(report.errors.len()));
-    let hint = if check.repair { "" } else { "; --repair repairs what can be repaired" };
+    let hint = match check.repair {
+        false => "--repair repairs what can be repaired",
+        true => {
+            "what remains cannot be repaired: bring the disks back from a snapshot or a backup, or \
+             write the damaged blocks again"
+        }
+    };
     let path = check.path.display();
-    Err(Error::new(Kind::Damaged, format!("{path} has {}{hint}", count(errors, "error"))))
+    Err(Error::new(Kind::Damaged, format!("{path} has {}; {hint}", count(errors, "error"))))
 }
 
 fn describe(report: &CheckReport) -> String {
     let counts = &report.counts;
     let mut lines = vec![format!(
-        "{}, {}; {} of metadata, {} of data, {} of them verified",
+        "{}, {}; {} of metadata, {} of data",
         count(counts.vdis, "disk"),
         count(counts.snapshots, "snapshot"),
         count(counts.metadata_blocks, "block"),
         count(counts.data_blocks, "block"),
-        counts.data_blocks_verified,
     )];
+    if counts.data_blocks_verified > 0 {
+        // More than disks and snapshots have: recovery relies on the others.
+        lines.push(format!(
+            "verified {} of data, with those that only the log or the older host slot names",
+            count(counts.data_blocks_verified, "block"),
+        ));
+    }
     if !report.closed_cleanly {
         let records = count(counts.log_records, "log record");
         lines.push(format!("not closed cleanly: the next start replays {records}"));

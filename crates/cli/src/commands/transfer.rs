@@ -129,7 +129,16 @@ pub(super) async fn export(
         None => (hold(context, &source.name).await?, true),
     };
     let target = format!("{}@{snapshot}", source.name);
-    let copied = copy_out(context, &target, file, &format, &mut interrupts).await;
+    let damaged_before = context.client.stats().await?.checksum_failures;
+    let mut copied = copy_out(context, &target, file, &format, &mut interrupts).await;
+    if let Err(error) = &mut copied
+        && error.kind == Kind::Io
+        && context.client.stats().await.is_ok_and(|now| now.checksum_failures > damaged_before)
+    {
+        // To qemu-img it is an I/O error like any other.
+        error.kind = Kind::Damaged;
+        error.message.push_str("; the disk is damaged there, and the daemon's log names the block");
+    }
     let released = match temporary {
         true => context.client.remove_snapshot(&source.name, &snapshot).await.map(drop),
         false => Ok(()),

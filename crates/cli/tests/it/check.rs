@@ -63,6 +63,9 @@ fn damage_is_4_and_stays_in_its_block() {
     assert_eq!(outcome.code, Some(4), "{outcome:?}");
     assert!(outcome.stdout.contains("error: "), "{outcome:?}");
     assert!(outcome.stderr.contains("--repair"), "{outcome:?}");
+    let outcome = place.run(&["check", "store", "--repair"]);
+    assert_eq!(outcome.code, Some(4), "data cannot be repaired: {outcome:?}");
+    assert!(outcome.stderr.contains("backup"), "it says what to do: {outcome:?}");
     let outcome = place.run(&["check", "store", "--json"]);
     assert_eq!(outcome.code, Some(4), "{outcome:?}");
     let report: serde_json::Value = serde_json::from_str(&outcome.stdout).unwrap();
@@ -81,9 +84,14 @@ fn damage_is_4_and_stays_in_its_block() {
         assert!(read(sound).contains("read 4096/4096"), "block at {sound}");
     }
     assert!(place.json(&["stats"])["checksum_failures"].as_u64().unwrap() > 0);
+    let said = place.fails(4, &["export", "a", "copy.raw"]);
+    assert!(said.contains("damaged") && !place.path("copy.raw").exists(), "{said}");
     place.write("a", 9, 65_536, 4096);
     assert!(place.holds("a", 9, 65_536, 4096), "writing heals");
-    served.stop();
+    served.signal(rustix::process::Signal::TERM);
+    let (_, said) = served.wait();
+    let names_it = said.contains("disk=\"a\" offset=65536");
+    assert!(names_it, "the log names what is damaged: {said}");
 }
 
 #[test]
