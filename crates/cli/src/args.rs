@@ -24,7 +24,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
     max_term_width = 100,
     subcommand_required = true,
     arg_required_else_help = true,
-    after_long_help = EXIT_CODES
+    after_long_help = format!("{EXIT_CODES}\n\n{ENVIRONMENT}")
 )]
 pub(crate) struct Cli {
     #[command(flatten)]
@@ -42,21 +42,26 @@ Exit codes:
   3  busy: somebody else holds what is needed
   4  damaged: stored bytes are not what they must be
   5  no space left
-  6  any other I/O error; also when no daemon answers";
+  6  any other I/O error; also when no daemon answers, or after Ctrl-C";
+
+/// What else decides what a command does.
+pub(crate) const ENVIRONMENT: &str = "\
+Environment:
+  PARALLAX_SOCKET     control socket of the daemon, unless --socket is given
+  PARALLAX_IO_ENGINE  how a store is read and written: io_uring, threads or auto";
 
 /// Options of every command.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Global {
     /// Control socket of the daemon
     ///
-    /// Without it: /run/parallax.sock for root, else parallax.sock in $XDG_RUNTIME_DIR.
+    /// Without it: what PARALLAX_SOCKET names, else /run/parallax.sock for root and parallax.sock
+    /// in $XDG_RUNTIME_DIR for others.
     #[arg(
         long,
         global = true,
-        env = "PARALLAX_SOCKET",
         value_name = "PATH",
-        value_parser = OsStringValueParser::new().map(PathBuf::from),
-        hide_env_values = true
+        value_parser = OsStringValueParser::new().map(PathBuf::from)
     )]
     #[arg(value_hint = ValueHint::AnyPath, help_heading = "Global options")]
     pub(crate) socket: Option<PathBuf>,
@@ -71,7 +76,8 @@ pub(crate) enum Command {
     /// Try Parallax: make a small store, serve a disk, say what to do next
     ///
     /// Creates DIR with a store in one file (sparse, 64 GiB) and a disk `demo` of 10 GiB, unless
-    /// they are there already, and serves them until Ctrl-C. Nothing outside DIR is touched.
+    /// they are there already, and serves them until Ctrl-C. Nothing outside DIR is touched: the
+    /// control socket is DIR/parallax.sock unless --socket is given, whatever the environment says.
     Quickstart {
         /// Where everything goes
         #[arg(value_name = "DIR", default_value = "parallax-data", value_hint = ValueHint::DirPath)]
@@ -96,6 +102,9 @@ pub(crate) enum Command {
     Serve(Serve),
 
     /// Create an empty disk; it takes no space until it is written
+    ///
+    /// A name has letters (of any language), digits and - _ . / : +, begins with a letter, a digit or
+    /// _, and is at most 191 bytes long.
     Create {
         #[command(flatten)]
         name: NewName,
@@ -182,7 +191,8 @@ pub(crate) enum Command {
     /// Delete a disk with all its snapshots, or one snapshot
     ///
     /// Clones are not affected, whatever they were cloned from. Clients of what is deleted are
-    /// disconnected.
+    /// disconnected. Its space counts as free when garbage has been collected: by itself while less
+    /// than half of the store is free, and before a write is refused for lack of space.
     #[command(visible_alias = "remove")]
     Rm {
         #[command(flatten)]

@@ -5,12 +5,15 @@ use std::path::PathBuf;
 
 use api::{Error, Kind};
 
-/// The socket that `--socket` or PARALLAX_SOCKET names, else the default for this user.
+/// The socket that `--socket` names, or else PARALLAX_SOCKET, else the default for this user.
 ///
 /// # Errors
 /// `Invalid` if there is no default: a directory that anybody may write, such as /tmp, would let
 /// others pose as the daemon.
 pub(crate) fn choose(given: Option<PathBuf>) -> Result<PathBuf, Error> {
+    // Not read by clap, which would show the option in usage lines as if it were required, and
+    // give it to `quickstart`, which has a socket of its own.
+    let given = given.or_else(|| std::env::var_os("PARALLAX_SOCKET").map(PathBuf::from));
     let root = rustix::process::geteuid().is_root();
     default(given, root, std::env::var_os("XDG_RUNTIME_DIR"))
 }

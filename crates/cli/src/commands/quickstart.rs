@@ -1,8 +1,8 @@
 //! `parallax quickstart`: from nothing to a disk that is served, in one command.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use api::{Error, percent_encode};
+use api::{Error, OpenReport, percent_encode};
 use daemon::offline::{self, Format};
 use daemon::{Config, Daemon, own_nbd_socket};
 use serde_json::json;
@@ -41,17 +41,23 @@ pub(super) fn run(dir: &Path, buffered: bool, global: Global) -> Result<(), Erro
         buffered,
     })?;
     let made_disk = daemon.create_unless_there(DEMO, DEMO_BYTES)?;
+    let status = daemon.status()?;
     if global.json {
         let ready = json!({
             "ready": true,
             "socket": socket,
             "made_store": made_store,
             "made_disk": made_disk,
-            "daemon": *daemon.status()?,
+            "daemon": *status,
         });
         output::print(&ready.to_string())?;
     } else {
-        output::print(&welcome(&store, &socket, made_store))?;
+        let found = if made_store { "made and serving".to_owned() } else { found(&status.opened) };
+        output::print(&format!(
+            "ready: {found} {}, with a disk `{DEMO}`\n\n{}",
+            store.display(),
+            to_try(&socket, made_disk)
+        ))?;
     }
     daemon.run()
 }
@@ -66,25 +72,63 @@ fn make_store(store: &Path, buffered: bool) -> Result<(), Error> {
         .map_err(|e| Error::system(&format!("rename {}", unfinished.display()), &e))
 }
 
-fn welcome(store: &Path, socket: &Path, made_store: bool) -> String {
-    let made = if made_store { "made and serving" } else { "serving" };
-    let parallax = std::env::current_exe().unwrap_or_else(|_| "parallax".into());
-    let parallax = format!("{} --socket {}", quote(&parallax), quote(socket));
+/// What opening a store that was there found.
+fn found(opened: &OpenReport) -> String {
+    let OpenReport { clean, records_replayed, records_dropped, alarms } = opened;
+    let mut text = match clean {
+        true => "serving".to_owned(),
+        false => format!(
+            "recovered after an unclean stop ({} replayed, {records_dropped} dropped), serving",
+            output::count(*records_replayed, "log record")
+        ),
+    };
+    if !alarms.is_empty() {
+        text = format!("ALARM: {}; {text}", alarms.join("; "));
+    }
+    text
+}
+
+/// Commands for another terminal, to be typed as they stand; the second time, those that can be
+/// repeated.
+fn to_try(socket: &Path, made_disk: bool) -> String {
+    let path = match directory_outside_path() {
+        Some(directory) => format!("  export PATH={}:$PATH\n", quote(&directory)),
+        None => String::new(),
+    };
+    let snapshots = match made_disk {
+        true => {
+            "# a snapshot, a clone of it, and how they hang together\n  \
+             parallax snapshot demo --label first\n  \
+             parallax clone demo@first copy\n  \
+             parallax tree"
+        }
+        false => {
+            "# one more snapshot, and all that there are\n  \
+             parallax snapshot demo\n  \
+             parallax snapshots demo\n  \
+             parallax tree"
+        }
+    };
     let nbd_socket = percent_encode(&own_nbd_socket(socket).to_string_lossy()).replace("%2F", "/");
-    let url = format!("nbd+unix:///{DEMO}?socket={nbd_socket}");
     format!(
-        "ready: {made} {store}, with a disk `{DEMO}` of {size}\n\n\
-         To try next, in another terminal:\n\n  \
-         # what a client sees; the same URL works with nbdcopy, fio and QEMU's -drive file=URL,format=raw\n  \
-         qemu-img info '{url}'\n\n  \
-         # a snapshot, a clone of it, and how they hang together\n  \
-         {parallax} snapshot {DEMO} --label first\n  \
-         {parallax} clone {DEMO}@first copy\n  \
-         {parallax} tree\n\n\
+        "To try next, in another terminal:\n\n\
+         {path}  export PARALLAX_SOCKET={socket}\n\n  \
+         {snapshots}\n\n  \
+         # what a client sees: QEMU, nbdcopy and fio take the same URL\n  \
+         qemu-img info 'nbd+unix:///{DEMO}?socket={nbd_socket}'\n\n\
          Ctrl-C stops; the same command goes on where it stopped.",
-        store = store.display(),
-        size = output::bytes(DEMO_BYTES),
+        socket = quote(socket),
     )
+}
+
+/// Where this program lies, if a shell would not find it there.
+fn directory_outside_path() -> Option<PathBuf> {
+    let program = std::env::current_exe().ok()?;
+    let directory = program.parent()?;
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut candidates = std::env::split_paths(&path).map(|entry| entry.join("parallax"));
+    let found = candidates.find(|file| file.exists()).and_then(|file| file.canonicalize().ok());
+    (found.as_deref() != Some(&program)).then(|| directory.to_owned())
 }
 
 /// A path as a word for a shell.

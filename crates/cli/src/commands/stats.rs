@@ -47,7 +47,7 @@ pub(super) async fn run(context: &Context, watch: Option<Duration>) -> Result<()
 
 fn header(daemon: &DaemonStatus) -> String {
     let DaemonStatus { store, device, version, pid, .. } = daemon;
-    let mut text = format!("{store} ({device})\nparallax {version}, process {pid}");
+    let mut text = format!("{store}\n{device}\nparallax {version}, process {pid}");
     for alarm in &daemon.opened.alarms {
         text.push_str("\nALARM: ");
         text.push_str(alarm);
@@ -129,6 +129,19 @@ mod tests {
         let line = |name: &str| text.lines().find(|line| line.starts_with(name)).unwrap();
         assert!(line("writes").ends_with("100/s"), "{text}");
         assert!(line("written").ends_with(" 2.0 MiB/s"), "{text}");
+    }
+
+    #[test]
+    fn the_documentation_says_which_line_is_which_field() {
+        let text = include_str!("../../../../docs/operations/monitor.md");
+        let shown = table(&Stats::default(), None);
+        for line in shown.lines() {
+            let name = line.get(..15).unwrap_or(line).trim_end();
+            assert!(text.contains(&format!("| {name} |")), "{name} is missing");
+        }
+        for (field, _) in Stats::default().fields() {
+            assert!(text.contains(&format!("`{field}`")), "{field} is missing");
+        }
     }
 
     #[test]

@@ -117,12 +117,9 @@ fn vdi_line(vdi: &Vdi) -> String {
 
 /// A disk at the left, with what it was cloned from if that is not drawn above it.
 fn root_line(vdi: &Vdi) -> String {
-    match &vdi.parent {
+    match super::vdis::origin(vdi) {
         None => vdi_line(vdi),
-        Some(parent) => {
-            let origin = parent.name.as_deref().unwrap_or("a disk that was deleted");
-            format!("{} ({}, cloned from {origin})", vdi.name, bytes(vdi.size_bytes))
-        }
+        Some(origin) => format!("{} ({}, cloned from {origin})", vdi.name, bytes(vdi.size_bytes)),
     }
 }
 
@@ -247,7 +244,7 @@ mod tests {
                 "│   └── web (1 GiB)",
                 "│       └── test (1 GiB)",
                 "└── base@2 (1970-01-01T00:00:00Z)",
-                "orphan (1 GiB, cloned from a disk that was deleted)",
+                "orphan (1 GiB, cloned from a deleted disk)",
             ]
         );
     }

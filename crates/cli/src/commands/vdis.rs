@@ -86,7 +86,7 @@ async fn ls_with_space(context: &Context, vdis: Vec<Vdi>) -> Result<(), Error> {
 pub(super) fn origin(vdi: &Vdi) -> Option<String> {
     let parent = vdi.parent.as_ref()?;
     Some(match (&parent.name, parent.snapshot) {
-        (None, _) => "(deleted)".to_owned(),
+        (None, _) => "a deleted disk".to_owned(),
         (Some(name), 0) => name.clone(),
         (Some(name), number) => format!("{name}@{number}"),
     })
@@ -214,6 +214,6 @@ mod tests {
         check(None, None);
         check(Some((Some("a"), 3)), Some("a@3"));
         check(Some((Some("a"), 0)), Some("a"));
-        check(Some((None, 3)), Some("(deleted)"));
+        check(Some((None, 3)), Some("a deleted disk"));
     }
 }

@@ -37,26 +37,42 @@ fn it_makes_serves_and_goes_on() {
     served.stop();
 }
 
+/// The socket of another daemon, which a person may have in the environment, is not for this one.
+#[test]
+fn the_environment_does_not_name_its_socket() {
+    let place = Place::new();
+    let served = Served::start(place.command(&["quickstart", "q", "--json"]));
+    assert_eq!(served.ready["socket"], place.text("q/parallax.sock"));
+    served.stop();
+}
+
 #[test]
 fn what_it_says_to_try_works() {
+    let place = Place::new();
+    let (first, _) = follow(&place);
+    assert!(first.contains("made and serving") && first.contains("demo@first copy"), "{first}");
+    let (second, printed) = follow(&place);
+    assert!(second.contains("recovered after an unclean stop"), "{second}");
+    assert!(printed.contains("copy (10 GiB)"), "the tree of what was made before: {printed}");
+    let (third, printed) = follow(&place);
+    assert!(!third.contains("made"), "{third}");
+    assert!(printed.contains("demo@3"), "a snapshot each time: {printed}");
+    let wide = first.lines().chain(second.lines()).filter(|line| line.starts_with("  #"));
+    assert!(wide.map(str::len).all(|length| length <= 80), "{first}{second}");
+}
+
+/// Starts it, types what it says to try, and kills it; what it said, and what that printed.
+fn follow(place: &Place) -> (String, String) {
     use std::io::{BufRead, BufReader};
     use std::process::Stdio;
-    let place = Place::new();
     let mut command = place.command(&["quickstart", "my disks"]);
-    command.env_remove("PARALLAX_SOCKET").stdout(Stdio::piped()).stderr(Stdio::null());
-    let mut child = command.spawn().unwrap();
-    let mut tried = 0;
-    for line in BufReader::new(child.stdout.take().unwrap()).lines() {
-        let line = line.unwrap();
-        if line.contains("Ctrl-C") {
-            break;
-        }
-        if let Some(command) = line.strip_prefix("  ").filter(|line| !line.starts_with('#')) {
-            place.tool("bash", &["-c", command]);
-            tried += 1;
-        }
-    }
-    assert_eq!(tried, 4);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let said: Vec<String> = lines.take_while(|line| !line.contains("Ctrl-C")).collect();
+    let typed: Vec<&str> = said.iter().filter_map(|line| line.strip_prefix("  ")).collect();
+    assert!(typed.len() >= 6, "{said:?}");
+    let printed = place.tool("bash", &["-e", "-c", &typed.join("\n")]);
     child.kill().unwrap();
     child.wait().unwrap();
+    (said.join("\n"), printed)
 }

@@ -75,7 +75,7 @@ fn a_clone_is_a_disk_of_its_own() {
     }
     place.ok(&["rm", "a"]);
     assert!(place.holds("c", 1, 0, 4096), "a clone outlives its parent");
-    assert!(place.ok(&["ls"]).contains("(deleted)"));
+    assert!(place.ok(&["ls"]).contains("a deleted disk"));
 }
 
 #[test]
