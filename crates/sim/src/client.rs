@@ -71,7 +71,7 @@ async fn fill_and_free(session: &Session, fill: Fill) -> Result<(), DiskError> {
             Err(error) if error.kind == ErrorKind::NoSpace => break,
             Err(error) => return Err(error),
         }
-        if offset >= size && world.device.with_atlas(|atlas| atlas.nodes_damaged > 0) {
+        if offset >= size && world.device.with_atlas(|atlas| atlas.metadata_is_damaged()) {
             // Nodes were lost, and with them what they named: that space is free again.
             return Ok(());
         }
