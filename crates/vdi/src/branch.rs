@@ -165,6 +165,31 @@ impl Branch {
 
     /// Where block `index` stands, for a reader that sees LSNs below `before`.
     pub(crate) fn place(self: &Rc<Self>, index: u64, before: Lsn) -> Place {
+        self.find(before, |overlay, before| overlay.lookup(index, before))
+    }
+
+    /// As [`Self::place`], with the end of a run of blocks from `index` on that stand there too: of
+    /// which an overlay says the same, or of which none says anything.
+    pub(crate) fn run(self: &Rc<Self>, index: u64, before: Lsn) -> (Place, u64) {
+        let mut end = u64::MAX;
+        let place = self.find(before, |overlay, before| {
+            let (entry, run_end) = match overlay.run(index, before) {
+                Some((entry, run_end)) => (Some(entry), run_end),
+                None => (None, overlay.silent_end(index, before)),
+            };
+            end = end.min(run_end);
+            entry
+        });
+        (place, end)
+    }
+
+    /// Asks overlays, newest first, over points that have no tree yet, until one knows; each with what
+    /// the reader sees of it.
+    fn find(
+        self: &Rc<Self>,
+        before: Lsn,
+        mut look: impl FnMut(&Overlay, Lsn) -> Option<Entry>,
+    ) -> Place {
         let mut branch = Rc::clone(self);
         let mut before = before;
         loop {
@@ -173,8 +198,8 @@ impl Branch {
                 .borrow()
                 .iter()
                 .rev()
-                .find_map(|generation| generation.overlay.borrow().lookup(index, before));
-            if let Some((_, entry)) = found {
+                .find_map(|generation| look(&generation.overlay.borrow(), before));
+            if let Some(entry) = found {
                 return Place::Entry(entry);
             }
             let base = branch.base.borrow().clone();
@@ -187,26 +212,6 @@ impl Branch {
                         branch = older;
                     }
                 },
-            }
-        }
-    }
-
-    /// The first block at or behind `index` that an overlay may know of.
-    pub(crate) fn next_changed(self: &Rc<Self>, index: u64) -> Option<u64> {
-        let mut branch = Rc::clone(self);
-        let mut next: Option<u64> = None;
-        loop {
-            for generation in branch.generations.borrow().iter() {
-                let found = generation.overlay.borrow().next_changed(index);
-                next = match (next, found) {
-                    (Some(a), Some(b)) => Some(a.min(b)),
-                    (a, b) => a.or(b),
-                };
-            }
-            let base = branch.base.borrow().clone();
-            match base {
-                Base::Point(older, point) if point.root.get().is_none() => branch = older,
-                _ => return next,
             }
         }
     }
@@ -233,13 +238,13 @@ impl View {
         }
     }
 
-    /// The first block at or behind `index` that an overlay may know of.
-    pub(crate) fn next_changed(&self, index: u64) -> Option<u64> {
+    /// As [`Self::place`], with the end of a run of blocks from `index` on that stand there too.
+    pub(crate) fn run(&self, index: u64) -> (Place, u64) {
         match self {
-            Self::Head(branch) => branch.next_changed(index),
+            Self::Head(branch) => branch.run(index, Lsn::new(u64::MAX)),
             Self::Point(branch, point) => match point.root.get() {
-                Some(_) => None,
-                None => branch.next_changed(index),
+                Some(root) => (Place::Tree(root), u64::MAX),
+                None => branch.run(index, point.position),
             },
         }
     }

@@ -32,10 +32,22 @@ struct Changes {
     versions: Vec<Version>,
 }
 
+/// Versions of each level that are looked at to find the end of a run; a node of older ones alone
+/// counts as one. Who asks goes on where that ended, and pays for another step.
+const VERSIONS_SEARCHED_MAX: usize = 1024;
+
 /// One version of one slot of a node. Kept ordered by slot, then LSN.
 #[derive(Clone, Copy, Debug)]
 struct Version {
     slot: u8,
+    lsn: Lsn,
+    entry: Entry,
+}
+
+/// A change that covers a block.
+#[derive(Clone, Copy)]
+struct Found {
+    level: u8,
     lsn: Lsn,
     entry: Entry,
 }
@@ -85,44 +97,79 @@ impl Overlay {
         None
     }
 
-    /// The newest change of block `index` with an LSN below `before`.
-    pub(crate) fn lookup(&self, index: u64, before: Lsn) -> Option<(Lsn, Entry)> {
-        let mut newest: Option<(Lsn, Entry)> = None;
+    /// What the newest change of block `index` with an LSN below `before` says.
+    pub(crate) fn lookup(&self, index: u64, before: Lsn) -> Option<Entry> {
+        self.newest(index, before).map(|found| found.entry)
+    }
+
+    /// As [`Self::lookup`], with the end of a run of blocks from `index` on of which it says the same.
+    pub(crate) fn run(&self, index: u64, before: Lsn) -> Option<(Entry, u64)> {
+        let found = self.newest(index, before)?;
+        let end = (index / span(found.level) + 1) * span(found.level);
+        // Of what is newer, only subtrees that are smaller can begin within it.
+        let newer = self.next_covered(index + 1, found.level, found.lsn, before);
+        Some((found.entry, end.min(newer)))
+    }
+
+    /// The end of a run of blocks behind `index` of which it says nothing to who sees LSNs below
+    /// `before`.
+    pub(crate) fn silent_end(&self, index: u64, before: Lsn) -> u64 {
+        self.next_covered(index + 1, self.level_max + 1, Lsn::default(), before)
+    }
+
+    fn newest(&self, index: u64, before: Lsn) -> Option<Found> {
+        let mut newest: Option<Found> = None;
         for level in 0..=self.level_max {
-            let found = self.lookup_level(level, index, before);
-            if let Some((lsn, _)) = found
-                && newest.is_none_or(|(other, _)| lsn > other)
+            let found = self.newest_of(level, index, before);
+            if let Some(found) = found
+                && newest.is_none_or(|other| found.lsn > other.lsn)
             {
-                newest = found;
+                newest = Some(found);
             }
         }
         newest
     }
 
-    fn lookup_level(&self, level: u8, index: u64, before: Lsn) -> Option<(Lsn, Entry)> {
+    fn newest_of(&self, level: u8, index: u64, before: Lsn) -> Option<Found> {
         let versions = &self.nodes.get(&(level, index / (span(level) * 256)))?.versions;
         let slot = u8::try_from(slot(index, level)).unwrap_or(u8::MAX);
         let at = versions.partition_point(|other| (other.slot, other.lsn) < (slot, before));
         let version = versions.get(at.checked_sub(1)?)?;
-        (version.slot == slot).then_some((version.lsn, version.entry))
+        let found = Found { level, lsn: version.lsn, entry: version.entry };
+        (version.slot == slot).then_some(found)
     }
 
-    /// The first block at or behind `index` that any change covers.
-    pub(crate) fn next_changed(&self, index: u64) -> Option<u64> {
-        let mut next: Option<u64> = None;
-        for level in 0..=self.level_max {
+    /// The first block at or behind `index` that is covered by a change of a level below `level_end`
+    /// with an LSN between `after` and `before`; or one in front of it, where the search ended.
+    fn next_covered(&self, index: u64, level_end: u8, after: Lsn, before: Lsn) -> u64 {
+        let mut next = u64::MAX;
+        for level in 0..level_end {
             let width = span(level);
-            let first = (level, index / (width * 256));
-            for (&(_, node), changes) in self.nodes.range(first..=(level, u64::MAX)) {
-                let starts = changes
+            let mut versions_left = VERSIONS_SEARCHED_MAX;
+            let from = (level, index / (width * 256));
+            for (&(_, node), changes) in self.nodes.range(from..=(level, u64::MAX)) {
+                let start = node * width * 256;
+                if start >= next {
+                    break;
+                }
+                if versions_left == 0 {
+                    next = start.max(index);
+                    break;
+                }
+                if changes.newest <= after {
+                    versions_left -= 1;
+                    continue;
+                }
+                versions_left = versions_left.saturating_sub(changes.versions.len());
+                let seen = |version: &&Version| after < version.lsn && version.lsn < before;
+                let mut starts = changes
                     .versions
                     .iter()
-                    .map(|version| node * width * 256 + u64::from(version.slot) * width);
+                    .filter(seen)
+                    .map(|version| start + u64::from(version.slot) * width);
                 // A subtree that began earlier still covers the block if it reaches it.
-                let found = starts.filter(|start| start + width > index).min();
-                if let Some(start) = found {
-                    let start = start.max(index);
-                    next = Some(next.map_or(start, |other| other.min(start)));
+                if let Some(found) = starts.find(|start| start + width > index) {
+                    next = next.min(found.max(index));
                     break;
                 }
             }
@@ -225,7 +272,7 @@ mod tests {
     }
 
     fn at(overlay: &Overlay, index: u64, before: u64) -> Option<u64> {
-        let (_, entry) = overlay.lookup(index, Lsn::new(before))?;
+        let entry = overlay.lookup(index, Lsn::new(before))?;
         Some(if entry.state() == EntryState::Mapped { entry.pba().get() } else { 0 })
     }
 
@@ -261,9 +308,65 @@ mod tests {
         assert_eq!(at(&overlay, 301, u64::MAX), Some(101));
         assert_eq!(at(&overlay, 511, u64::MAX), Some(0));
         assert_eq!(at(&overlay, 512, u64::MAX), None);
-        assert_eq!(overlay.next_changed(0), Some(256));
-        assert_eq!(overlay.next_changed(400), Some(400));
-        assert_eq!(overlay.next_changed(512), None);
+        let run = |index| overlay.run(index, Lsn::new(u64::MAX)).map(|(_, end)| end);
+        assert_eq!((run(256), run(301), run(302)), (Some(301), Some(302), Some(512)));
+        let silent_end = |index| overlay.silent_end(index, Lsn::new(u64::MAX));
+        assert_eq!((silent_end(0), silent_end(512)), (256, u64::MAX));
+    }
+
+    /// Of every block of a run the overlay says the same, whatever lies below, above and beside it, and
+    /// to whoever asks.
+    #[test]
+    fn runs_are_of_one_kind() {
+        let mut random = 1u64;
+        let mut below = |bound: u64| {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (random >> 33) % bound
+        };
+        for round in 0..50 {
+            let mut overlay = Overlay::default();
+            let lsn_end = 2 + below(40);
+            for lsn in 1..lsn_end {
+                let level = [0, 0, 0, 1][usize::try_from(below(4)).unwrap()];
+                let start = below(1024 / span(level)) * span(level);
+                let change = match level {
+                    0 => block(start, lsn, 100 + lsn),
+                    _ => Change { level, start, lsn: Lsn::new(lsn), entry: Entry::UNMAPPED },
+                };
+                overlay.insert(&change, |_, newer| newer.get().is_multiple_of(3));
+            }
+            for before in [lsn_end / 2, u64::MAX] {
+                let before = Lsn::new(before);
+                for index in 0..1024 {
+                    let (entry, end) = match overlay.run(index, before) {
+                        Some((entry, end)) => (Some(entry), end),
+                        None => (None, overlay.silent_end(index, before)),
+                    };
+                    assert!(end > index, "round {round}: {index} .. {end}");
+                    for other in index..end.min(1024) {
+                        let said = overlay.lookup(other, before);
+                        assert_eq!(said, entry, "round {round}: {other} of {index} .. {end}");
+                    }
+                }
+            }
+        }
+    }
+
+    /// What a discard made stale does not cut it.
+    #[test]
+    fn a_discarded_subtree_is_few_runs() {
+        let mut overlay = Overlay::default();
+        for index in 0..65_536 {
+            overlay.insert(&block(index, 1 + index, 1000 + index), never);
+        }
+        let discard = Change { level: 2, start: 0, lsn: Lsn::new(1 << 20), entry: Entry::UNMAPPED };
+        overlay.insert(&discard, never);
+        let (mut at, mut count) = (0, 0);
+        while at < 65_536 {
+            (_, at) = overlay.run(at, Lsn::new(u64::MAX)).unwrap();
+            count += 1;
+        }
+        assert_eq!((at, count), (65_536, 1));
     }
 
     #[test]

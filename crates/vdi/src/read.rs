@@ -13,9 +13,13 @@ use crate::Error;
 use crate::branch::{Place, View};
 use crate::engine::{Engine, as_u64};
 
-/// Times that a tree is asked for the state of blocks for one answer, and as many leaves may be read,
-/// in one read epoch. Who asks for the state of more gets it in several answers.
-const STATE_LOOKUPS_MAX: u64 = 1024;
+/// Steps for one answer about the state of blocks: an overlay says what it knows of some, or a tree.
+/// The thread does nothing else meanwhile, and leaves are read in one read epoch. Who asks for the
+/// state of more gets it in several answers.
+const STATE_STEPS_MAX: u64 = 4096;
+
+/// What it counts that a tree is asked: a leaf may have to be read.
+const STEPS_OF_A_LEAF: u64 = 4;
 
 /// Blocks that stand next to each other, in the VDI and in the blockstore.
 struct MappedRun {
@@ -171,14 +175,17 @@ impl Engine {
         let end = offset + length;
         let mut extents: Vec<Extent> = Vec::new();
         let mut at = offset;
-        let mut lookups = 0;
-        while at < end && lookups < STATE_LOOKUPS_MAX {
+        let mut steps = 0;
+        while at < end && steps < STATE_STEPS_MAX {
             let block = at / BLOCK_SIZE_U64;
-            let (state, next) = match view.place(block) {
-                Place::Entry(entry) => (extent_state(entry.state()), block + 1),
-                Place::Tree(root) => {
-                    lookups += 1;
-                    self.state_run(view, &root, block).await?
+            let (state, next) = match view.run(block) {
+                (Place::Entry(entry), run_end) => {
+                    steps += 1;
+                    (extent_state(entry.state()), run_end)
+                }
+                (Place::Tree(root), run_end) => {
+                    steps += STEPS_OF_A_LEAF;
+                    self.state_run(&root, block, run_end).await?
                 }
             };
             let next = next.saturating_mul(BLOCK_SIZE_U64).min(end);
@@ -193,17 +200,17 @@ impl Engine {
         Ok(extents)
     }
 
-    /// The state of a block that a tree knows, and the first block behind it that may have another.
+    /// The state of a block that a tree knows, as it does those up to `run_end`, and the first block
+    /// behind it that may have another.
     async fn state_run(
         &self,
-        view: &View,
         root: &RootRef,
         block: u64,
+        run_end: u64,
     ) -> Result<(ExtentState, u64), Error> {
-        let changed = view.next_changed(block + 1).unwrap_or(u64::MAX);
         let leaf = tree::leaf(&self.nodes, root, block).await?;
         let state = extent_state(leaf.entry(block).state());
-        let leaf_end = leaf.end(block).min(changed);
+        let leaf_end = leaf.end(block).min(run_end);
         let next = match &leaf {
             Leaf::Uniform(..) => leaf_end,
             Leaf::Node(_) => (block + 1..leaf_end)

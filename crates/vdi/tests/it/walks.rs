@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use device::Operation;
 use disk::{Disk, ExtentState, Request, Response};
-use parallax_vdi::{Error, Reuse, Store, Target};
+use parallax_vdi::{Error, FormatOptions, Reuse, Store, Target};
 use runtime::Runtime;
 
 use crate::gate::{Gate, with_gated_store, with_gated_store_that_reuses};
-use crate::{disk, with_store, write};
+use crate::ram::{Ram, run};
+use crate::{STORE_BLOCKS, disk, format_options, open_options, with_store, write};
 
 const LEAVES: u64 = 1500;
 
@@ -146,6 +147,23 @@ fn a_walk_of_what_is_deleted_meanwhile_ends_with_not_found() {
     }
 }
 
+/// Asks for the state of a whole disk; how much of it is data, and how many answers that took.
+async fn mapped_bytes(disk: &Rc<dyn Disk>, disk_bytes: u64) -> (u64, u64) {
+    let (mut offset, mut mapped, mut answers) = (0, 0, 0);
+    while offset < disk_bytes {
+        let length = disk_bytes - offset;
+        let status = Request::BlockStatus { offset, length, extents_max: usize::MAX };
+        let Ok(Response::Extents(extents)) = disk.submit(status).await else { panic!() };
+        for extent in extents {
+            offset += extent.length;
+            mapped += if extent.state == ExtentState::Data { extent.length } else { 0 };
+        }
+        answers += 1;
+    }
+    assert_eq!(offset, disk_bytes);
+    (mapped, answers)
+}
+
 /// Asking for the state of a whole disk was one reader too.
 #[test]
 fn the_state_of_a_large_disk_comes_in_parts() {
@@ -156,18 +174,46 @@ fn the_state_of_a_large_disk_comes_in_parts() {
             write(&disk, leaf << 20, &[1; 4096]).await;
         }
         store.checkpoint().await.unwrap();
-        let (mut at, mut parts, mut mapped) = (0, 0, 0);
-        while at < 1 << 40 {
-            let length = (1 << 40) - at;
-            let status = Request::BlockStatus { offset: at, length, extents_max: usize::MAX };
-            let Ok(Response::Extents(extents)) = disk.submit(status).await else { panic!() };
-            for extent in extents {
-                at += extent.length;
-                mapped += if extent.state == ExtentState::Data { extent.length } else { 0 };
-            }
-            parts += 1;
-        }
-        assert_eq!((at, mapped), (1 << 40, 6000 * 4096));
+        let (mapped, parts) = mapped_bytes(&disk, 1 << 40).await;
+        assert_eq!(mapped, 6000 * 4096);
         assert!((2..100).contains(&parts), "{parts} answers");
+    });
+}
+
+/// What was discarded, and no checkpoint had met, was looked at block by block in one breath: after a
+/// TRIM of a whole disk, asking for its state stopped everybody for minutes.
+#[test]
+fn the_state_of_a_discarded_disk_takes_few_steps() {
+    with_store(|_, store| async move {
+        store.create("web01", 1 << 40).await.unwrap();
+        let disk = disk(&store, "web01").await;
+        let (length, extents_max) = (1 << 40, usize::MAX);
+        disk.submit(Request::Discard { offset: 0, length, fua: false }).await.unwrap();
+        write(&disk, 1 << 39, &[1; 4096]).await;
+        let status = Request::BlockStatus { offset: 0, length, extents_max };
+        let Ok(Response::Extents(extents)) = disk.submit(status).await else { panic!() };
+        let extents: Vec<_> = extents.iter().map(|extent| (extent.state, extent.length)).collect();
+        let hole = |length: u64| (ExtentState::Hole, length);
+        let data = (ExtentState::Data, 4096);
+        assert_eq!(extents, [hole(1 << 39), data, hole((1 << 39) - 4096)]);
+    });
+}
+
+/// Changes that no checkpoint has met cost steps, too.
+#[test]
+fn the_state_of_what_was_just_written_comes_in_parts() {
+    // A log that takes all of it without a checkpoint.
+    let options = FormatOptions { log_bytes: Some(16 << 20), ..format_options() };
+    run(1, move |runtime| async move {
+        let device = Ram::default().device(STORE_BLOCKS);
+        Store::format(&device, &runtime, &options).await.unwrap();
+        let (store, _) = Store::open(device, runtime, &open_options(1)).await.unwrap();
+        store.create("web01", 32 << 20).await.unwrap();
+        let disk = disk(&store, "web01").await;
+        for megabyte in 0..24 {
+            write(&disk, megabyte << 20, &vec![1; 1 << 20]).await;
+        }
+        assert_eq!(store.stats().checkpoints, 0);
+        assert_eq!(mapped_bytes(&disk, 32 << 20).await, (24 << 20, 2));
     });
 }
