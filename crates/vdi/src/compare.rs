@@ -128,12 +128,13 @@ impl Engine {
             if at + span(level) <= start || a.same(&b) {
                 continue;
             }
-            if level == 0 {
-                differences.push(at, 1, b.entry.state());
+            if a.is_zeroes() && b.is_zeroes() {
+                // Hole against zeroes: the bytes are the same.
                 continue;
             }
-            if a.is_uniform() && b.is_uniform() {
-                // Hole against zeroes: the bytes are the same.
+            if level == 0 || (a.is_uniform() && b.is_uniform()) {
+                let from = at.max(start);
+                differences.push(from, at + span(level) - from, b.entry.state());
                 continue;
             }
             let node_count: u64 = walked.iter().map(Walked::node_count).sum();
@@ -304,8 +305,13 @@ impl Side {
         self.lift == other.lift && self.entry.same_content(other.entry)
     }
 
-    fn is_uniform(&self) -> bool {
+    fn is_zeroes(&self) -> bool {
         matches!(self.entry.state(), EntryState::Unmapped | EntryState::Zero)
+    }
+
+    /// Whether all blocks below are of one kind, damaged ones too, and there is no node to be read.
+    fn is_uniform(&self) -> bool {
+        self.lift == 0 && self.entry.state() != EntryState::Mapped
     }
 
     /// What stands below an entry that names no node.

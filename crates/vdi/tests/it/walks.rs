@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use device::Operation;
 use disk::{Disk, ExtentState, Request, Response};
-use parallax_vdi::{Error, FormatOptions, Reuse, Store, Target};
+use parallax_vdi::{DiffExtent, Error, FormatOptions, Reuse, Store, Target};
 use runtime::Runtime;
 
+use crate::check::Anatomy;
 use crate::gate::{Gate, with_gated_store, with_gated_store_that_reuses};
 use crate::ram::{Ram, run};
-use crate::{STORE_BLOCKS, disk, format_options, open_options, with_store, write};
+use crate::{STORE_BLOCKS, disk, format_options, open_options, reopened, with_store, write};
 
 const LEAVES: u64 = 1500;
 
@@ -145,6 +146,31 @@ fn a_walk_of_what_is_deleted_meanwhile_ends_with_not_found() {
             }
         });
     }
+}
+
+/// What was lost with a node was compared with a hole block by block, in one breath.
+#[test]
+fn a_disk_of_which_most_was_lost_is_compared_in_few_steps() {
+    let (ram, ()) = with_store(|_, store| async move {
+        store.create("web01", 1 << 40).await.unwrap();
+        write(&disk(&store, "web01").await, (1 << 40) - 4096, &[1; 4096]).await;
+        store.create("empty", 1 << 40).await.unwrap();
+        store.create("small", 1 << 20).await.unwrap();
+        store.close().await.unwrap();
+    });
+    let root = Anatomy::of(&ram).vdi(1).root;
+    assert_eq!(root.height, 4);
+    ram.rot(root.entry.pba());
+    reopened(&ram, |_, store, _| async move {
+        write(&disk(&store, "web01").await, 1 << 39, &[2; 4096]).await;
+        for other in ["empty", "small"] {
+            let (lost, other) = (Target::parse("web01"), Target::parse(other));
+            for (from, to, data) in [(&other, &lost, true), (&lost, &other, false)] {
+                let extents = store.diff(from, to).await.unwrap().extents;
+                assert_eq!(extents, [DiffExtent { offset: 0, length: 1 << 40, data }]);
+            }
+        }
+    });
 }
 
 /// Asks for the state of a whole disk; how much of it is data, and how many answers that took.
