@@ -13,13 +13,14 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use crate::types::{
-    ChangeVdi, CreateVdi, DaemonStatus, Diff, Removed, Rollback, Snapshot, SnapshotPage, Space,
-    Stats, TakeSnapshot, Vdi, VdiPage,
+    ChangeVdi, CreateVdi, DaemonStatus, Diff, DiffPage, Removed, Rollback, Snapshot, SnapshotPage,
+    Space, Stats, TakeSnapshot, Vdi, VdiPage,
 };
 use crate::{Error, Kind, percent_encode};
 
-/// Longest answer that is read: room for a diff of some millions of extents.
-const ANSWER_BYTES_MAX: usize = 256 << 20;
+/// Longest answer that is read: a page of a diff has up to 5 MiB, of [`crate::DIFF_EXTENTS_MAX`]
+/// extents of at most 75 bytes.
+const ANSWER_BYTES_MAX: usize = 16 << 20;
 
 /// Speaks to the daemon on one control socket.
 #[derive(Clone, Debug)]
@@ -166,13 +167,35 @@ impl Client {
         self.ask(Method::DELETE, &snapshot_path(name, snapshot), NOTHING).await
     }
 
-    /// What differs between two VDIs or snapshots.
+    /// Everything that differs between two VDIs or snapshots: as much memory as there are
+    /// differences.
     ///
     /// # Errors
     /// `NotFound`, `Damaged`.
     pub async fn diff(&self, from: &str, to: &str) -> Result<Diff, Error> {
+        let DiffPage { mut diff, mut next } = self.diff_page(from, to, None).await?;
+        while let Some(after) = next {
+            let page = self.diff_page(from, to, Some(after)).await?;
+            diff.extents.extend(page.diff.extents);
+            next = page.next;
+        }
+        Ok(diff)
+    }
+
+    /// A page of what differs between two VDIs or snapshots: the first one, or what follows another
+    /// one, which says `after` what.
+    ///
+    /// # Errors
+    /// As [`Self::diff`].
+    pub async fn diff_page(
+        &self,
+        from: &str,
+        to: &str,
+        after: Option<u64>,
+    ) -> Result<DiffPage, Error> {
         let (from, to) = (percent_encode(from), percent_encode(to));
-        self.ask(Method::GET, &format!("/v1/diff?from={from}&to={to}"), NOTHING).await
+        let after = after.map(|after| format!("&after={after}")).unwrap_or_default();
+        self.ask(Method::GET, &format!("/v1/diff?from={from}&to={to}{after}"), NOTHING).await
     }
 
     async fn ask<T: DeserializeOwned>(

@@ -18,7 +18,7 @@
 //! | `/v1/vdis/{name}/snapshots/{snapshot}` | GET | | [`Snapshot`] |
 //! | `/v1/vdis/{name}/snapshots/{snapshot}` | DELETE | | [`Removed`] |
 //! | `/v1/vdis/{name}/snapshots/{snapshot}/space` | GET | | [`Space`] |
-//! | `/v1/diff?from=&to=` | GET | | [`Diff`] |
+//! | `/v1/diff?from=&to=&after=&max=` | GET | | [`DiffPage`] |
 //!
 //! A `{snapshot}` is a label or a number. Every failure is an [`Error`] as JSON, under the HTTP
 //! status of its kind. Sizes are in bytes, times in RFC 3339. Fields may be added; a client
@@ -34,8 +34,8 @@ pub use check::{CheckCounts, CheckReport, Finding, FindingKind};
 pub use client::Client;
 pub use error::{Error, Kind};
 pub use types::{
-    ChangeVdi, CreateVdi, DaemonStatus, Diff, DiffExtent, NbdEndpoint, NbdMetrics, OpenReport,
-    PAGE_MAX, Parent, Removed, Rollback, Snapshot, SnapshotPage, Space, Stats, TakeSnapshot, Vdi,
-    VdiPage,
+    ChangeVdi, CreateVdi, DIFF_EXTENTS_MAX, DaemonStatus, Diff, DiffExtent, DiffPage, NbdEndpoint,
+    NbdMetrics, OpenReport, PAGE_MAX, Parent, Removed, Rollback, Snapshot, SnapshotPage, Space,
+    Stats, TakeSnapshot, Vdi, VdiPage,
 };
 pub use url::percent_encode;

@@ -6,6 +6,9 @@ use serde::{Deserialize, Serialize};
 /// Most entries that one page of a listing holds, and how many it holds if `max` is not given.
 pub const PAGE_MAX: usize = 1000;
 
+/// Most extents that one page of a diff holds, and how many it holds if `max` is not given.
+pub const DIFF_EXTENTS_MAX: usize = 65_536;
+
 /// The daemon and the store that it serves.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DaemonStatus {
@@ -190,6 +193,16 @@ pub struct Diff {
     pub to_size_bytes: u64,
     /// Runs of bytes that differ, in order of offset.
     pub extents: Vec<DiffExtent>,
+}
+
+/// Some of what differs between two VDIs or snapshots. No run is cut in two because a page ends.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiffPage {
+    /// At most [`DIFF_EXTENTS_MAX`] extents.
+    #[serde(flatten)]
+    pub diff: Diff,
+    /// What to pass as `after` for the next page; `None` on the last one.
+    pub next: Option<u64>,
 }
 
 /// A run of bytes that differs.

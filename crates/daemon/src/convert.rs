@@ -39,19 +39,21 @@ pub(crate) fn space(space: vdi::VdiSpace) -> api::Space {
     }
 }
 
-pub(crate) fn diff(from: String, to: String, diff: vdi::VdiDiff) -> api::Diff {
+pub(crate) fn diff(from: String, to: String, diff: vdi::VdiDiff) -> api::DiffPage {
     let extent = |extent: vdi::DiffExtent| api::DiffExtent {
         offset: extent.offset,
         length: extent.length,
         data: extent.data,
     };
-    api::Diff {
+    let next = diff.next;
+    let diff = api::Diff {
         from,
         to,
         from_size_bytes: diff.from_size_bytes,
         to_size_bytes: diff.to_size_bytes,
         extents: diff.extents.into_iter().map(extent).collect(),
-    }
+    };
+    api::DiffPage { diff, next }
 }
 
 pub(crate) fn opened(report: vdi::OpenReport) -> api::OpenReport {

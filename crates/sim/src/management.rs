@@ -13,7 +13,7 @@ use vdi::{Error, Target};
 use crate::model::ops::Outcome;
 use crate::model::{Place, VdiRef};
 use crate::plan::ManagementKind;
-use crate::random::{Random, to_u64};
+use crate::random::{Random, to_u64, to_usize};
 use crate::requests;
 use crate::session::{Reach, Session};
 use crate::world::{Pending, Source};
@@ -535,13 +535,9 @@ async fn diff(session: &Session, random: &mut Random) {
     }
     let places = [one, other].map(|(vdi, number)| Place::Snapshot(vdi, number));
     let [from, to] = places.map(|place| session.target(place));
-    match session.store.diff(&from, &to).await {
-        Ok(diff) => {
-            let ranges: Vec<(u64, u64, bool)> = diff
-                .extents
-                .iter()
-                .map(|extent| (extent.offset, extent.offset + extent.length, extent.data))
-                .collect();
+    let extents_max = to_usize(1 + random.below(8));
+    match diff_in_parts(session, &from, &to, extents_max).await {
+        Ok(ranges) => {
             let model = world.model.borrow();
             if let Some(outcome) = model.check_diff(one, other, &ranges) {
                 world.probe("diff: compared");
@@ -552,6 +548,33 @@ async fn diff(session: &Session, random: &mut Random) {
     }
     world.release(one.0);
     world.release(other.0);
+}
+
+/// What differs between two snapshots, asked for in parts: first byte, end, whether there is data.
+async fn diff_in_parts(
+    session: &Session,
+    from: &Target,
+    to: &Target,
+    extents_max: usize,
+) -> Result<Vec<(u64, u64, bool)>, Error> {
+    let mut ranges = Vec::new();
+    let mut next = Some(0);
+    while let Some(offset) = next {
+        let part = session.store.diff(from, to, offset, extents_max).await?;
+        let goes_on =
+            part.next.is_none_or(|next| next > offset && part.extents.len() == extents_max);
+        if part.extents.len() > extents_max || !goes_on {
+            session.world.fail(format!("{extents_max} differences from {offset} on: {part:?}"));
+            break;
+        }
+        let ends = part.extents.iter().map(|extent| (extent, extent.offset + extent.length));
+        ranges.extend(ends.map(|(extent, end)| (extent.offset, end, extent.data)));
+        next = part.next;
+        if next.is_some() {
+            session.world.probe("diff: in parts");
+        }
+    }
+    Ok(ranges)
 }
 
 /// A random snapshot.

@@ -39,6 +39,7 @@ pub const DECLARED: &[(&str, &str)] = &[
     ("remove: busy VDI", "a VDI was deleted under its clients"),
     ("gc: freed", "garbage collection found something to free"),
     ("diff: compared", "a diff of two snapshots was compared with the model"),
+    ("diff: in parts", "a diff was asked for in several parts"),
     ("check: offline", "the offline check looked at a store"),
     ("fill: full", "the store was filled to the brim"),
     ("fill: tight", "clients worked in a store that is almost full"),

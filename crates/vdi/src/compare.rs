@@ -86,19 +86,23 @@ impl Subject {
 }
 
 impl Engine {
-    /// Lists what differs; everything acknowledged before the call is in.
+    /// Lists at most `extents_max` runs of what differs at and behind the block of byte `offset`;
+    /// everything acknowledged before the call is in.
     pub(crate) async fn diff(
         self: &Rc<Self>,
         from: &Target,
         to: &Target,
+        offset: u64,
+        extents_max: usize,
     ) -> Result<VdiDiff, Error> {
         let _request = self.begin()?;
         let subjects = [self.subject(from).await?, self.subject(to).await?];
         self.checkpoint(ondisk::SlotState::Running).await?;
         let [from, to] = subjects.each_ref().map(Subject::block_count);
-        let mut differences = Differences { extents: Vec::new(), end: from.max(to) };
+        let end = from.max(to);
+        let mut differences = Differences { extents: Vec::new(), extents_max, left: None, end };
         let mut walked = [self.walked(), self.walked()];
-        let mut next = Some(0);
+        let mut next = Some(offset / BLOCK_SIZE_U64).filter(|&start| start < end);
         while let Some(start) = next {
             next = self.diff_part(&subjects, start, &mut walked, &mut differences).await?;
         }
@@ -106,10 +110,12 @@ impl Engine {
             from_size_bytes: from * BLOCK_SIZE_U64,
             to_size_bytes: to * BLOCK_SIZE_U64,
             extents: differences.extents,
+            next: differences.left.map(|block| block * BLOCK_SIZE_U64),
         })
     }
 
-    /// Lists some of what differs at and behind block `start`; where that ended.
+    /// Lists some of what differs at and behind block `start`; where that ended, unless there was no
+    /// more, or no room for more.
     async fn diff_part(
         self: &Rc<Self>,
         subjects: &[Subject; 2],
@@ -134,7 +140,9 @@ impl Engine {
             }
             if level == 0 || (a.is_uniform() && b.is_uniform()) {
                 let from = at.max(start);
-                differences.push(from, at + span(level) - from, b.entry.state());
+                if !differences.push(from, at + span(level) - from, b.entry.state()) {
+                    return Ok(None);
+                }
                 continue;
             }
             let node_count: u64 = walked.iter().map(Walked::node_count).sum();
@@ -320,21 +328,33 @@ impl Side {
     }
 }
 
+/// What was found to differ, as far as there is room for it.
 struct Differences {
     extents: Vec<DiffExtent>,
+    extents_max: usize,
+    /// The first block that differs and had no room.
+    left: Option<u64>,
     end: u64,
 }
 
 impl Differences {
-    fn push(&mut self, start: u64, count: u64, state: EntryState) {
+    /// Adds a run, or notes that there is no room for it: then false. The last run goes on whatever
+    /// its length, so that none is cut in two.
+    fn push(&mut self, start: u64, count: u64, state: EntryState) -> bool {
         let offset = start * BLOCK_SIZE_U64;
         let length = count.min(self.end - start) * BLOCK_SIZE_U64;
         let data = matches!(state, EntryState::Mapped | EntryState::Damaged);
+        let full = self.extents.len() >= self.extents_max;
         match self.extents.last_mut() {
             Some(last) if last.offset + last.length == offset && last.data == data => {
                 last.length += length;
             }
+            _ if full => {
+                self.left = Some(start);
+                return false;
+            }
             _ => self.extents.push(DiffExtent { offset, length, data }),
         }
+        true
     }
 }

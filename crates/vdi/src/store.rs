@@ -216,14 +216,21 @@ impl Store {
         self.finish(async move { engine.rollback(&name, &snapshot).await }).await
     }
 
-    /// Lists the runs of bytes that differ between two VDIs or snapshots. Walks only what differs. Of a
-    /// VDI that is written meanwhile, each part is as it was at some moment of the call.
+    /// Lists the runs of bytes that differ between two VDIs or snapshots, at most `extents_max` of
+    /// them, from the block of byte `offset` on. Walks only what differs. Of a VDI that is written
+    /// meanwhile, each part is as it was at some moment of the call.
     ///
     /// # Errors
     /// `NotFound`, also if one is deleted meanwhile; `Corrupt`.
-    pub async fn diff(&self, from: &Target, to: &Target) -> Result<VdiDiff, Error> {
+    pub async fn diff(
+        &self,
+        from: &Target,
+        to: &Target,
+        offset: u64,
+        extents_max: usize,
+    ) -> Result<VdiDiff, Error> {
         let (engine, from, to) = (Rc::clone(&self.0), from.clone(), to.clone());
-        self.finish(async move { engine.diff(&from, &to).await }).await
+        self.finish(async move { engine.diff(&from, &to, offset, extents_max).await }).await
     }
 
     /// Opens a VDI for reading and writing, or a snapshot for reading. Waits until a snapshot or a

@@ -124,7 +124,7 @@ pub struct VdiSpace {
     pub shared_bytes: u64,
 }
 
-/// What differs between two VDIs or snapshots.
+/// What differs between two VDIs or snapshots, from some byte on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VdiDiff {
     /// Logical size of the first one.
@@ -133,6 +133,8 @@ pub struct VdiDiff {
     pub to_size_bytes: u64,
     /// In order of offset. Behind its end, the smaller one counts as zeroes.
     pub extents: Vec<DiffExtent>,
+    /// First byte that differs behind them, if there were more than were asked for.
+    pub next: Option<u64>,
 }
 
 /// A run of bytes that differs between two VDIs or snapshots.

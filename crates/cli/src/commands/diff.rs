@@ -3,34 +3,56 @@
 use api::{Diff, DiffExtent, Error};
 
 use super::Context;
-use crate::output::{self, Column, bytes, count};
+use crate::output::{self, bytes, count};
 
 pub(super) async fn run(context: &Context, from: &str, to: &str) -> Result<(), Error> {
-    let diff = context.client.diff(from, to).await?;
     if context.json {
-        return output::print_json(&diff);
+        // One value: so all of it is in memory before it is printed.
+        return output::print_json(&context.client.diff(from, to).await?);
     }
-    let (sizes, total) = (sizes(&diff), total(&diff));
-    if !diff.extents.is_empty() {
-        let columns = [Column::Right("OFFSET"), Column::Right("LENGTH"), Column::Left("IN B")];
-        let row = |extent: DiffExtent| {
-            let state = if extent.data { "data" } else { "zero" };
-            vec![extent.offset.to_string(), extent.length.to_string(), state.to_owned()]
-        };
-        output::print(&output::table(&columns, diff.extents.into_iter().map(row).collect()))?;
+    let mut page = context.client.diff_page(from, to, None).await?;
+    let sizes = sizes(&page.diff);
+    let table = Table::of(&page.diff);
+    let (mut range_count, mut total) = (0, 0);
+    loop {
+        let extents = &page.diff.extents;
+        if !extents.is_empty() && !output::print_to_reader(&table.lines(range_count == 0, extents))?
+        {
+            return Ok(());
+        }
+        range_count += u64::try_from(extents.len()).unwrap_or(u64::MAX);
+        total += extents.iter().map(|extent| extent.length).sum::<u64>();
+        let Some(next) = page.next else { break };
+        page = context.client.diff_page(from, to, Some(next)).await?;
     }
-    output::print(&format!("{total}{sizes}"))
+    let summary = match range_count {
+        0 => format!("{from} and {to} have the same contents"),
+        _ => format!("{} differ in {}", bytes(total), count(range_count, "range")),
+    };
+    output::print(&format!("{summary}{sizes}"))
 }
 
-/// How much differs.
-fn total(diff: &Diff) -> String {
-    let Diff { from, to, extents, .. } = diff;
-    if extents.is_empty() {
-        return format!("{from} and {to} have the same contents");
+/// A table that is printed page by page: its columns are as wide as the larger size needs.
+struct Table {
+    width: usize,
+}
+
+impl Table {
+    fn of(diff: &Diff) -> Self {
+        let largest = diff.from_size_bytes.max(diff.to_size_bytes);
+        Self { width: largest.to_string().len().max("OFFSET".len()) }
     }
-    let total: u64 = extents.iter().map(|extent| extent.length).sum();
-    let ranges = u64::try_from(extents.len()).unwrap_or(u64::MAX);
-    format!("{} differ in {}", bytes(total), count(ranges, "range"))
+
+    fn lines(&self, with_header: bool, extents: &[DiffExtent]) -> String {
+        let width = self.width;
+        let header =
+            with_header.then(|| format!("{:>width$}  {:>width$}  IN B", "OFFSET", "LENGTH"));
+        let rows = extents.iter().map(|DiffExtent { offset, length, data }| {
+            let state = if *data { "data" } else { "zero" };
+            format!("{offset:>width$}  {length:>width$}  {state}")
+        });
+        header.into_iter().chain(rows).collect::<Vec<_>>().join("\n")
+    }
 }
 
 /// That the sizes differ, if they do.
@@ -44,4 +66,28 @@ fn sizes(diff: &Diff) -> String {
         bytes(*from_size_bytes),
         bytes(*to_size_bytes)
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_of_a_table_align() {
+        let diff = |to_size_bytes| Diff {
+            from: "a".to_owned(),
+            to: "b".to_owned(),
+            from_size_bytes: 4096,
+            to_size_bytes,
+            extents: vec![],
+        };
+        let page = |offset, data| [DiffExtent { offset, length: 4096, data }];
+        let table = Table::of(&diff(64 << 20));
+        assert_eq!(
+            table.lines(true, &page(0, true)),
+            "  OFFSET    LENGTH  IN B\n       0      4096  data"
+        );
+        assert_eq!(table.lines(false, &page(33_554_432, false)), "33554432      4096  zero");
+        assert_eq!(Table::of(&diff(8192)).lines(false, &page(4096, true)), "  4096    4096  data");
+    }
 }

@@ -85,6 +85,21 @@ fn pages_follow_each_other() {
     assert_eq!(page["next"], 2);
     let (_, page) = request(&place, "GET", "/v1/vdis/a/snapshots?max=2&after=2", "");
     assert_eq!(page["snapshots"].as_array().unwrap().len(), 1);
+    for block in 0..3 {
+        place.write("a", 1, block << 13, 4096);
+    }
+    let extent = |offset| json!({ "offset": offset, "length": 4096, "data": true });
+    let (_, page) = request(&place, "GET", "/v1/diff?from=b&to=a&max=2", "");
+    assert_eq!(
+        (&page["extents"], &page["next"]),
+        (&json!([extent(0), extent(8192)]), &json!(16_384))
+    );
+    let (_, page) = request(&place, "GET", "/v1/diff?from=b&to=a&max=2&after=16384", "");
+    assert_eq!((&page["extents"], &page["next"]), (&json!([extent(16_384)]), &json!(null)));
+    for max in ["0", "1000000"] {
+        let (_, page) = request(&place, "GET", &format!("/v1/diff?from=b&to=a&max={max}"), "");
+        assert_eq!(page["extents"][0], extent(0), "{max}");
+    }
     let (_, daemon) = request(&place, "GET", "/v1/daemon", "");
     assert_eq!(daemon["nbd"][0]["address"], format!("unix:{}", place.text("control.nbd.sock")));
 }

@@ -1,8 +1,8 @@
 //! One function per route: take the request apart, call the engine, put the answer together.
 
 use api::{
-    ChangeVdi, CreateVdi, DaemonStatus, Diff, Error, Kind, NbdMetrics, PAGE_MAX, Removed, Rollback,
-    Snapshot, SnapshotPage, Space, Stats, TakeSnapshot, Vdi, VdiPage,
+    ChangeVdi, CreateVdi, DIFF_EXTENTS_MAX, DaemonStatus, DiffPage, Error, Kind, NbdMetrics,
+    PAGE_MAX, Removed, Rollback, Snapshot, SnapshotPage, Space, Stats, TakeSnapshot, Vdi, VdiPage,
 };
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -257,13 +257,17 @@ async fn remove_snapshot(
 struct Between {
     from: String,
     to: String,
+    after: Option<u64>,
+    max: Option<usize>,
 }
 
 async fn diff(
     State(current): State<Current>,
-    Parameters(Between { from, to }): Parameters<Between>,
-) -> Answer<Diff> {
-    let targets = (Target::parse(&from), Target::parse(&to));
-    let answer = async move |served: &Served| served.store.diff(&targets.0, &targets.1).await;
+    Parameters(Between { from, to, after, max }): Parameters<Between>,
+) -> Answer<DiffPage> {
+    let (one, other) = (Target::parse(&from), Target::parse(&to));
+    let max = max.unwrap_or(DIFF_EXTENTS_MAX).clamp(1, DIFF_EXTENTS_MAX);
+    let answer =
+        async move |served: &Served| served.store.diff(&one, &other, after.unwrap_or(0), max).await;
     Ok(Json(convert::diff(from, to, current.call(answer).await?)))
 }

@@ -16,7 +16,7 @@ use runtime::Runtime;
 
 use crate::gate::{Gate, ends, start_writers, with_gated_store};
 use crate::ram::{Ram, run};
-use crate::{disk, format_options, open_options, read, reopened, write};
+use crate::{diff, disk, format_options, open_options, read, reopened, write};
 
 /// First block that can hold data in these stores: behind the system extent and that of the log.
 pub(crate) const DATA_START: u64 = 2 * (16 << 20) / 4096;
@@ -594,7 +594,7 @@ fn a_snapshot_is_seen_when_it_is_durable() {
         let (first, second) = (Target::parse("web01@1"), Target::parse("web01@2"));
         let (comparing, compared) = (store.clone(), count(&waiting));
         drop(runtime.spawn(async move {
-            comparing.diff(&first, &second).await.unwrap();
+            diff(&comparing, &first, &second).await.unwrap();
             compared();
         }));
         let (counting, counted) = (store.clone(), count(&waiting));
@@ -646,7 +646,7 @@ fn a_comparison_that_nobody_waits_for_loses_no_changes() {
             let target = Target::parse(name);
             match byte {
                 1 => abandon_later(&runtime, store.space(&target)).await,
-                _ => abandon_later(&runtime, store.diff(&target, &target)).await,
+                _ => abandon_later(&runtime, diff(&store, &target, &target)).await,
             }
             assert!(gate.held() > 0, "the checkpoint had begun");
             gate.release();

@@ -12,7 +12,7 @@ use runtime::Runtime;
 use crate::check::Anatomy;
 use crate::gate::{Gate, with_gated_store, with_gated_store_that_reuses};
 use crate::ram::{Ram, run};
-use crate::{STORE_BLOCKS, disk, format_options, open_options, reopened, with_store, write};
+use crate::{STORE_BLOCKS, diff, disk, format_options, open_options, reopened, with_store, write};
 
 const LEAVES: u64 = 1500;
 
@@ -29,7 +29,7 @@ async fn wide_disk(store: &Store, name: &str) -> Rc<dyn Disk> {
 async fn walk(store: Store, from: Option<&str>, to: &str) -> Result<(), Error> {
     let to = Target::parse(to);
     match from {
-        Some(from) => store.diff(&Target::parse(from), &to).await.map(drop),
+        Some(from) => diff(&store, &Target::parse(from), &to).await.map(drop),
         None => store.space(&to).await.map(drop),
     }
 }
@@ -107,7 +107,7 @@ fn disks_are_compared_and_counted_while_they_are_written() {
         });
         for _ in 0..3 {
             let (old, new) = (Target::parse("web01@old"), Target::parse("web01"));
-            let differences = store.diff(&old, &new).await.unwrap().extents;
+            let differences = diff(&store, &old, &new).await.unwrap().extents;
             let has = |leaf: u64| {
                 let offset = leaf << 20;
                 differences.iter().any(|it| (it.offset, it.length, it.data) == (offset, 4096, true))
@@ -148,6 +148,45 @@ fn a_walk_of_what_is_deleted_meanwhile_ends_with_not_found() {
     }
 }
 
+/// A list of every run that differs grew to gigabytes, at the will of whoever wrote a disk.
+#[test]
+fn differences_come_in_parts_that_cut_no_run() {
+    with_store(|_, store| async move {
+        for name in ["web01", "empty"] {
+            store.create(name, 1 << 40).await.unwrap();
+        }
+        let web01 = disk(&store, "web01").await;
+        for block in 0..40 {
+            write(&web01, block << 13, &[1; 4096]).await;
+        }
+        // One run over two leaves, which is one more extent wherever a part ends.
+        write(&web01, (1 << 39) - 8192, &[2; 16_384]).await;
+        let (from, to) = (Target::parse("empty"), Target::parse("web01"));
+        let whole = diff(&store, &from, &to).await.unwrap();
+        assert_eq!((whole.extents.len(), whole.next), (41, None));
+        let last = DiffExtent { offset: (1 << 39) - 8192, length: 16_384, data: true };
+        assert_eq!(whole.extents.last(), Some(&last));
+        for extents_max in [1, 3, 40, 41] {
+            let (mut extents, mut next) = (Vec::new(), Some(0));
+            while let Some(offset) = next {
+                let part = store.diff(&from, &to, offset, extents_max).await.unwrap();
+                assert!((1..=extents_max).contains(&part.extents.len()), "{part:?}");
+                assert!(part.next.is_none() || part.extents.len() == extents_max, "{part:?}");
+                extents.extend(part.extents);
+                next = part.next;
+            }
+            assert_eq!(extents, whole.extents, "{extents_max} at a time");
+        }
+        let behind = store.diff(&from, &to, (1 << 39) + 5000, 10).await.unwrap();
+        let rest = DiffExtent { offset: (1 << 39) + 4096, length: 4096, data: true };
+        assert_eq!(behind.extents, [rest]);
+        for offset in [1 << 40, u64::MAX] {
+            let nothing = store.diff(&from, &to, offset, 10).await.unwrap();
+            assert_eq!((nothing.extents, nothing.next), (vec![], None));
+        }
+    });
+}
+
 /// What was lost with a node was compared with a hole block by block, in one breath.
 #[test]
 fn a_disk_of_which_most_was_lost_is_compared_in_few_steps() {
@@ -166,7 +205,7 @@ fn a_disk_of_which_most_was_lost_is_compared_in_few_steps() {
         for other in ["empty", "small"] {
             let (lost, other) = (Target::parse("web01"), Target::parse(other));
             for (from, to, data) in [(&other, &lost, true), (&lost, &other, false)] {
-                let extents = store.diff(from, to).await.unwrap().extents;
+                let extents = diff(&store, from, to).await.unwrap().extents;
                 assert_eq!(extents, [DiffExtent { offset: 0, length: 1 << 40, data }]);
             }
         }
