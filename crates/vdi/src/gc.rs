@@ -136,9 +136,7 @@ impl Collector {
     pub(crate) fn hold(&self, blocks: BlockSet) -> BlockSet {
         match &mut *self.held.borrow_mut() {
             Some(held) => {
-                for (index, words) in blocks.pages() {
-                    held.insert_page(index, words);
-                }
+                assert_eq!(held.union(blocks), None, "a block was released twice");
                 BlockSet::default()
             }
             None => blocks,
@@ -235,7 +233,7 @@ impl Engine {
         let marked = self.mark(&roots).await;
         // In the same breath in which the walk ended, or failed.
         let held = self.collector.held.take().unwrap_or_default();
-        self.release(held.iter());
+        self.release_set(held);
         let marked = marked?;
         let reached_blocks = marked.len();
         let candidates = if base::mutant::active("gc_frees_newly_live") {

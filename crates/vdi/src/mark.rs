@@ -6,6 +6,7 @@
 //! trees, and one bit per block of a set.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry as Page;
 
 use base::{BLOCK_SIZE, BirthLabel, Pba};
 use blockstore::allocator::BITMAP_PAGE_BLOCKS;
@@ -23,6 +24,10 @@ const NODES_AT_ONCE: usize = 32;
 pub(crate) struct BlockSet {
     pages: BTreeMap<u64, Box<[u64; PAGE_WORDS]>>,
     count: u64,
+}
+
+fn count_ones(page: &[u64; PAGE_WORDS]) -> u64 {
+    page.iter().map(|word| u64::from(word.count_ones())).sum()
 }
 
 fn place(pba: Pba) -> (u64, usize, u64) {
@@ -71,10 +76,36 @@ impl BlockSet {
         }
     }
 
+    /// Adds the blocks of another set, page by page; one that both had, if there was any.
+    pub(crate) fn union(&mut self, other: Self) -> Option<Pba> {
+        let mut common = None;
+        for (index, words) in other.pages {
+            match self.pages.entry(index) {
+                Page::Vacant(page) => {
+                    self.count += count_ones(&words);
+                    page.insert(words);
+                }
+                Page::Occupied(mut page) => {
+                    for (word, (to, &from)) in (0u64..).zip(page.get_mut().iter_mut().zip(&*words))
+                    {
+                        let both = *to & from;
+                        if both != 0 {
+                            let bit = word * 64 + u64::from(both.trailing_zeros());
+                            common = Some(Pba::new(index * BITMAP_PAGE_BLOCKS + bit));
+                        }
+                        self.count += u64::from((from & !*to).count_ones());
+                        *to |= from;
+                    }
+                }
+            }
+        }
+        common
+    }
+
     /// Takes out the first page that is left.
     pub(crate) fn pop_page(&mut self) -> Option<(u64, Box<[u64; PAGE_WORDS]>)> {
         let (index, page) = self.pages.pop_first()?;
-        self.count -= page.iter().map(|word| u64::from(word.count_ones())).sum::<u64>();
+        self.count -= count_ones(&page);
         Some((index, page))
     }
 
@@ -93,9 +124,12 @@ impl BlockSet {
         self.pages().flat_map(|(index, page)| {
             (0u64..).zip(page).flat_map(move |(word, &bits)| {
                 let start = index * BITMAP_PAGE_BLOCKS + word * 64;
-                (0..64)
-                    .filter(move |bit| bits & (1 << bit) != 0)
-                    .map(move |bit| Pba::new(start + bit))
+                let mut bits = bits;
+                std::iter::from_fn(move || {
+                    let bit = bits.trailing_zeros();
+                    bits = bits.checked_sub(1)? & bits;
+                    Some(Pba::new(start + u64::from(bit)))
+                })
             })
         })
     }
@@ -201,6 +235,7 @@ impl Walk {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::as_u64;
 
     #[test]
     fn a_set_holds_what_was_put_in() {
@@ -218,5 +253,28 @@ mod tests {
             copy.insert_page(index, page);
         }
         assert_eq!((copy.len(), copy.iter().count()), (6, 6));
+    }
+
+    #[test]
+    fn a_union_holds_both_and_tells_of_what_both_had() {
+        let set = |blocks: &[u64]| {
+            let mut set = BlockSet::default();
+            for &block in blocks {
+                set.insert(Pba::new(block));
+            }
+            set
+        };
+        for (one, other, both, common) in [
+            (&[][..], &[][..], &[][..], None),
+            (&[], &[5], &[5], None),
+            (&[5], &[], &[5], None),
+            (&[0, 64, 1 << 30], &[63, 65, 40_000], &[0, 63, 64, 65, 40_000, 1 << 30], None),
+            (&[7, 32_768 + 70], &[8, 32_768 + 70], &[7, 8, 32_768 + 70], Some(32_768 + 70)),
+        ] {
+            let mut union = set(one);
+            assert_eq!(union.union(set(other)), common.map(Pba::new), "{one:?} and {other:?}");
+            assert_eq!(union.iter().map(Pba::get).collect::<Vec<_>>(), both);
+            assert_eq!(union.len(), as_u64(both.len()));
+        }
     }
 }

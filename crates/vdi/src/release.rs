@@ -46,21 +46,30 @@ impl Releases {
 }
 
 impl Engine {
+    /// As [`Self::release_set`], of blocks that were noted one by one: what a checkpoint replaced.
+    ///
+    /// # Panics
+    /// If one is there twice, or waits already.
+    pub(crate) fn release(self: &Rc<Self>, blocks: impl IntoIterator<Item = Pba>) {
+        let mut set = BlockSet::default();
+        for pba in blocks {
+            assert!(set.insert(pba), "block {pba} was released twice");
+        }
+        self.release_set(set);
+    }
+
     /// Makes blocks that nothing can reach allocatable, when no reader sees them any more. The
     /// only callers are the publication of a checkpoint, when both slots are past the replacement
-    /// (design rules 17, 18), and the end of a mark, with what it held back.
+    /// (design rules 17, 18), and the end of a mark, with what it held back: that may be all of the
+    /// store, and costs no step for each block.
     ///
     /// # Panics
     /// If a block waits already.
-    pub(crate) fn release(self: &Rc<Self>, blocks: impl IntoIterator<Item = Pba>) {
+    pub(crate) fn release_set(self: &Rc<Self>, blocks: BlockSet) {
         let releases = &self.releases;
-        let mut waiting = releases.waiting.borrow_mut();
-        let before = waiting.len();
-        for pba in blocks {
-            assert!(waiting.insert(pba), "block {pba} was released twice");
-        }
-        let count = waiting.len() - before;
-        drop(waiting);
+        let count = blocks.len();
+        let common = releases.waiting.borrow_mut().union(blocks);
+        assert_eq!(common, None, "a block was released twice");
         if count == 0 {
             self.full.set(false);
             return;
