@@ -154,7 +154,7 @@ pub const ALL: &[Mutant] = &[
         name: "guests_fill_the_log",
         rule: "25",
         breaks: "leaves no reserve in the log for checkpoints",
-        focus: Some(Focus::Laps),
+        focus: Some(Focus::CrowdedLog),
     },
     Mutant {
         name: "shrink_leaves_data",
