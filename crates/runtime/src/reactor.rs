@@ -10,7 +10,9 @@
 //! Two engines do the I/O: io_uring, and worker threads with poll(2) where io_uring is refused.
 //! Works under way own their memory until they are done; dropping the reactor waits for them.
 
+mod channel;
 mod clock;
+mod event;
 mod io;
 mod net;
 mod pool;
@@ -26,7 +28,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use channel::Channel;
 pub use clock::SystemClock;
+pub use event::Event;
 pub use io::{File, Io};
 pub use net::{Address, Listener, Peer};
 pub use unpark::RemoteHandle;

@@ -11,6 +11,7 @@ use std::time::Duration;
 use base::BufferPool;
 
 use super::EngineChoice;
+use super::event::Line;
 use super::ring::Ring;
 use super::threads::Threads;
 use super::unpark::{RemoteHandle, Unparker};
@@ -133,6 +134,17 @@ impl Io {
         }
     }
 
+    /// Ends what waits for `descriptor`. A signal is given first if that is possible at once.
+    pub(super) fn cancel(&self, descriptor: &Descriptor) {
+        if self.0.closed.get() {
+            return;
+        }
+        match &mut *self.0.engine.borrow_mut() {
+            Engine::Ring(ring) => ring.cancel(descriptor),
+            Engine::Threads(threads) => threads.cancel(descriptor),
+        }
+    }
+
     /// Whether `turn` would return at once.
     pub(super) fn has_finished(&self) -> bool {
         match &*self.0.engine.borrow() {
@@ -192,6 +204,7 @@ impl Io {
                 Err(error) => stream.sent(Err(error)),
             },
             Work::Poll { done, .. } => done.send(outcome.map(drop)),
+            Work::Signal { line } => Line::given(&line, self),
         }
     }
 }

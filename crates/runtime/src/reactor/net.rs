@@ -17,6 +17,7 @@ use base::Buffer;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, sockopt};
 
+use super::channel::Channel;
 use super::io::{Descriptor, Io};
 use super::sys::peer_credentials;
 use super::work::{Interest, Work};
@@ -87,6 +88,7 @@ pub struct Listener {
     io: Io,
     descriptor: Rc<Descriptor>,
     path: Option<BoundPath>,
+    closed: Cell<bool>,
 }
 
 impl Listener {
@@ -118,7 +120,8 @@ impl Listener {
         // A peer may go away between readiness and accept, which must not block then.
         rustix::io::ioctl_fionbio(&fd, true)?;
         rustix::net::listen(&fd, BACKLOG)?;
-        Ok(Self { io: io.clone(), descriptor: io.descriptor(fd), path })
+        let descriptor = io.descriptor(fd);
+        Ok(Self { io: io.clone(), descriptor, path, closed: Cell::new(false) })
     }
 
     /// Where it listens: for TCP with the port that the kernel chose.
@@ -143,9 +146,34 @@ impl Listener {
     /// # Errors
     /// What the kernel says; EMFILE and ENFILE may pass.
     pub async fn accept(&self) -> io::Result<(Rc<dyn Socket>, Peer)> {
+        self.io.adopt(self.next().await?)
+    }
+
+    /// Waits for the next connection of a unix socket, which carries descriptors too.
+    ///
+    /// # Errors
+    /// As for [`Self::accept`].
+    pub async fn accept_channel(&self) -> io::Result<(Channel, Peer)> {
+        let fd = self.next().await?;
+        let peer = process(&fd);
+        Ok((Channel::adopt(&self.io, fd)?, peer))
+    }
+
+    /// Listens no more: whoever waits for a connection gets an error.
+    pub fn close(&self) {
+        self.closed.set(true);
+        // It cannot fail for a socket that listens.
+        let _ = rustix::net::shutdown(self.descriptor.fd(), Shutdown::Both);
+    }
+
+    async fn next(&self) -> io::Result<OwnedFd> {
         loop {
+            if self.closed.get() {
+                // The kernel would say that nobody waits, and that the socket is ready, for ever.
+                return Err(io::ErrorKind::NotConnected.into());
+            }
             match rustix::net::accept_with(self.descriptor.fd(), SocketFlags::CLOEXEC) {
-                Ok(fd) => return self.io.adopt(fd),
+                Ok(fd) => return Ok(fd),
                 Err(Errno::AGAIN) => self.io.ready(&self.descriptor, Interest::Readable).await?,
                 // The peer went away, or a signal came.
                 Err(Errno::CONNABORTED | Errno::INTR) => {}
@@ -227,12 +255,7 @@ impl Io {
             AddressFamily::UNIX => {
                 sockopt::set_socket_send_buffer_size(&fd, UNIX_BUFFER_BYTES)?;
                 sockopt::set_socket_recv_buffer_size(&fd, UNIX_BUFFER_BYTES)?;
-                match peer_credentials(fd.as_fd()) {
-                    Ok(from) => {
-                        Peer::Process { pid: (from.pid != 0).then_some(from.pid), uid: from.uid }
-                    }
-                    Err(_) => Peer::Unknown,
-                }
+                process(&fd)
             }
             _ => {
                 sockopt::set_tcp_nodelay(&fd, true)?;
@@ -283,6 +306,14 @@ impl Io {
         }
         rustix::io::ioctl_fionbio(&fd, false)?;
         Ok(fd)
+    }
+}
+
+/// Who connected a unix socket.
+fn process(fd: &OwnedFd) -> Peer {
+    match peer_credentials(fd.as_fd()) {
+        Ok(from) => Peer::Process { pid: (from.pid != 0).then_some(from.pid), uid: from.uid },
+        Err(_) => Peer::Unknown,
     }
 }
 

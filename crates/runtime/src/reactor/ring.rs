@@ -24,6 +24,7 @@ use io_uring::types::{Fd, SubmitArgs, Timespec};
 use io_uring::{IoUring, Probe, opcode};
 
 use super::clock::SystemClock;
+use super::io::Descriptor;
 use super::pool::Pool;
 use super::unpark::Unparker;
 use super::work::{Completed, FileAction, IN_FLIGHT_MAX, Interest, Table, Work};
@@ -181,6 +182,18 @@ impl Ring {
             pool.take_finished(completed);
         }
         Ok(())
+    }
+
+    /// Ends what waits for `descriptor`. What was queued before is tried first: entries are
+    /// processed in order.
+    pub(super) fn cancel(&mut self, descriptor: &Descriptor) {
+        let waits = |(index, work): (usize, &Work)| work.waits_for(descriptor).then_some(index);
+        let waiting: Vec<usize> = self.table.occupied().filter_map(waits).collect();
+        for index in waiting {
+            let entry = opcode::AsyncCancel::new(user_data(index)).build();
+            // Without room for it the work waits on, which costs its slot and nothing else.
+            self.push(&entry.user_data(CANCELLATION));
+        }
     }
 
     /// Cancels what waits for a peer, waits for everything else, and returns it all.

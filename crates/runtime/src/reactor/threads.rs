@@ -10,9 +10,10 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, sendmsg};
 
+use super::io::Descriptor;
 use super::pool::Pool;
 use super::unpark::Unparker;
-use super::work::{Completed, Interest, Work};
+use super::work::{Completed, Interest, ONE, Work};
 use crate::socket::Segment;
 
 /// Enough to keep a disk busy; io_uring is what gives depth.
@@ -43,7 +44,8 @@ impl Threads {
     pub(super) fn submit(&mut self, work: Work) {
         match work {
             Work::File { .. } => self.pool.submit(work),
-            Work::Poll { .. } => self.waiting.push(work),
+            // A full eventfd would block: it is awaited first.
+            Work::Poll { .. } | Work::Signal { .. } => self.waiting.push(work),
             Work::Receive { .. } | Work::Send { .. } => self.attempt(work),
         }
     }
@@ -66,6 +68,15 @@ impl Threads {
         Ok(())
     }
 
+    /// Ends what waits for `descriptor`, after one more look.
+    pub(super) fn cancel(&mut self, descriptor: &Descriptor) {
+        // It is looked at again at the next turn, should this fail.
+        let _ = self.poll(Some(Duration::ZERO));
+        let waits = |work: &mut Work| work.waits_for(descriptor);
+        let cancel = |work| Completed { work, result: -libc::ECANCELED };
+        self.done.extend(self.waiting.extract_if(.., waits).map(cancel));
+    }
+
     /// Waits for all file operations; drops what waits for a peer.
     pub(super) fn drain(&mut self) -> Vec<Completed> {
         let mut completed = std::mem::take(&mut self.done);
@@ -81,9 +92,9 @@ impl Threads {
         descriptors.push(PollFd::from_borrowed_fd(self.unparker.eventfd().as_fd(), PollFlags::IN));
         for work in &self.waiting {
             let flags = match work {
-                Work::Send { .. } | Work::Poll { interest: Interest::Writable, .. } => {
-                    PollFlags::OUT
-                }
+                Work::Send { .. }
+                | Work::Signal { .. }
+                | Work::Poll { interest: Interest::Writable, .. } => PollFlags::OUT,
                 _ => PollFlags::IN,
             };
             descriptors.push(PollFd::from_borrowed_fd(work.descriptor().fd(), flags));
@@ -110,7 +121,7 @@ impl Threads {
         Ok(())
     }
 
-    /// Does what a socket can do now, or has the work wait.
+    /// Does what a socket or an eventfd can do now, or has the work wait.
     fn attempt(&mut self, mut work: Work) {
         let outcome = match &mut work {
             Work::Receive { stream, buffer, range } => {
@@ -124,6 +135,7 @@ impl Threads {
                 let mut nothing = SendAncillaryBuffer::default();
                 sendmsg(stream.descriptor().fd(), &parts, &mut nothing, flags)
             }
+            Work::Signal { line } => rustix::io::write(line.descriptor().fd(), &ONE),
             _ => Err(Errno::INVAL),
         };
         match outcome {

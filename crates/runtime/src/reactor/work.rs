@@ -10,6 +10,7 @@ use std::rc::Rc;
 
 use base::{BlockSlice, Buffer};
 
+use super::event::Line;
 use super::io::Descriptor;
 use super::net::Stream;
 use super::sys::Transfer;
@@ -72,11 +73,34 @@ pub trait Completions {
 }
 
 pub(super) enum Work {
-    File { file: Rc<Descriptor>, operation: FileOperation, sink: Rc<dyn Completions> },
-    Receive { stream: Rc<Stream>, buffer: Buffer, range: Range<usize> },
-    Send { stream: Rc<Stream>, segments: Vec<Segment>, skip: usize },
-    Poll { descriptor: Rc<Descriptor>, interest: Interest, done: OneshotSender<io::Result<()>> },
+    File {
+        file: Rc<Descriptor>,
+        operation: FileOperation,
+        sink: Rc<dyn Completions>,
+    },
+    Receive {
+        stream: Rc<Stream>,
+        buffer: Buffer,
+        range: Range<usize>,
+    },
+    Send {
+        stream: Rc<Stream>,
+        segments: Vec<Segment>,
+        skip: usize,
+    },
+    Poll {
+        descriptor: Rc<Descriptor>,
+        interest: Interest,
+        done: OneshotSender<io::Result<()>>,
+    },
+    /// Adds one to an eventfd.
+    Signal {
+        line: Rc<Line>,
+    },
 }
+
+/// What is written to an eventfd to signal it.
+pub(super) static ONE: [u8; 8] = 1u64.to_le_bytes();
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Interest {
@@ -90,7 +114,14 @@ impl Work {
             Self::File { file, .. } => file,
             Self::Receive { stream, .. } | Self::Send { stream, .. } => stream.descriptor(),
             Self::Poll { descriptor, .. } => descriptor,
+            Self::Signal { line } => line.descriptor(),
         }
+    }
+
+    /// Whether it waits for `descriptor`, and moves no bytes that somebody counts.
+    pub(super) fn waits_for(&self, descriptor: &Descriptor) -> bool {
+        matches!(self, Self::Poll { .. } | Self::Signal { .. })
+            && std::ptr::eq(self.descriptor(), descriptor)
     }
 
     /// Whether it ends by itself, rather than when a peer does something.

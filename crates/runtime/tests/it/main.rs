@@ -6,6 +6,8 @@
     reason = "tests with real time"
 )]
 
+mod channels;
+mod events;
 mod reactor;
 mod sockets;
 

@@ -13,7 +13,7 @@ use libc::{FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, MSG_NOSIGNAL};
 
 use crate::reactor::io::Descriptor;
 use crate::reactor::sys::{Transfer, transfer_length};
-use crate::reactor::work::{FileAction, FileOperation, Interest, Slot, Work};
+use crate::reactor::work::{FileAction, FileOperation, Interest, ONE, Slot, Work};
 use crate::socket::Segment;
 
 /// The entry for the work in `slot`. `registered` are the addresses of registered buffers.
@@ -29,6 +29,9 @@ pub(super) fn entry(slot: &mut Slot, registered: &[usize]) -> Entry {
         }
         Work::Send { segments, skip, .. } => send(fd, segments, *skip, transfer),
         Work::Poll { interest, .. } => opcode::PollAdd::new(fd, poll_mask(*interest)).build(),
+        Work::Signal { .. } => {
+            opcode::Write::new(fd, ONE.as_ptr(), transfer_length(ONE.len())).build()
+        }
     };
     entry.flags(flags)
 }
