@@ -1,4 +1,4 @@
-//! The error of a request, and the one table from kinds to errno.
+//! The error of a request, and the tables from kinds to what protocols say.
 
 use base::ErrorKind;
 
@@ -39,5 +39,23 @@ pub const fn errno(kind: ErrorKind) -> u32 {
         ErrorKind::Exists => 17,                 // EEXIST
         ErrorKind::Unsupported => 95,            // ENOTSUP
         ErrorKind::ReadOnly => 1,                // EPERM
+    }
+}
+
+/// The status byte of a kind on a virtio block device (virtio 1.2, section 5.2.6): there are no more
+/// of them than success (0), failure (1) and a request that the device does not know (2).
+#[must_use]
+pub const fn virtio_status(kind: ErrorKind) -> u8 {
+    match kind {
+        ErrorKind::Unsupported => 2,
+        ErrorKind::Io
+        | ErrorKind::Corrupt
+        | ErrorKind::Fenced
+        | ErrorKind::NoSpace
+        | ErrorKind::Busy
+        | ErrorKind::Invalid
+        | ErrorKind::NotFound
+        | ErrorKind::Exists
+        | ErrorKind::ReadOnly => 1,
     }
 }

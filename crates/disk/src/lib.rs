@@ -1,14 +1,17 @@
 //! The narrow waist between frontends and the engine: a [`Disk`] takes [`Request`]s and completes
 //! them in any order, as a physical disk does. Frontends speak only this; the engine knows no
-//! protocol. [`MemDisk`] is the in-memory model that tests hold the engine and the frontends to.
+//! protocol. [`MemDisk`] is the in-memory model that tests hold the engine and the frontends to;
+//! [`in_flight`] and [`split`] are what frontends have in common.
 
 mod error;
+pub mod in_flight;
 mod memory;
+pub mod split;
 
 use std::rc::Rc;
 
 use base::{BlockSlice, Buffer};
-pub use error::{DiskError, errno};
+pub use error::{DiskError, errno, virtio_status};
 pub use memory::MemDisk;
 pub use runtime::LocalBoxFuture;
 

@@ -12,9 +12,7 @@
 mod admission;
 mod answer;
 mod budget;
-mod in_flight;
 mod outbox;
-mod split;
 
 use std::cell::{Cell, RefCell};
 use std::convert::Infallible;
@@ -25,14 +23,14 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use base::{BLOCK_SIZE, Buffer, ErrorKind};
-use disk::{Disk, DiskError, Extent, Request};
+use disk::in_flight::{InFlight, Outcome, Pending};
+use disk::{Disk, DiskError, Extent, Request, split};
 use runtime::Runtime;
 use runtime::socket::Socket;
 
 use self::admission::{Admitted, Limits, Refusal, admit, admit_status};
 use self::answer::Expected;
 pub(crate) use self::budget::{Budget, Pool};
-use self::in_flight::{InFlight, Outcome, Pending};
 use self::outbox::Outbox;
 use crate::control::Control;
 use crate::end::End;

@@ -1,10 +1,10 @@
 //! From the outcome of a request to the bytes of its reply.
 
 use base::ErrorKind;
+use disk::in_flight::Outcome;
 use disk::{Extent, ExtentState, ReadSegment, Response};
 use runtime::socket::Segment;
 
-use super::in_flight::Outcome;
 use super::outbox::Outbox;
 use crate::protocol::reply::{self, FLAG_DONE, Origin, kind};
 use crate::protocol::{BASE_ALLOCATION_ID, Framing, STATE_HOLE, STATE_ZERO, error};

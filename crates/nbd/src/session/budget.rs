@@ -20,7 +20,7 @@ use runtime::Time;
 use crate::protocol::PAYLOAD_BYTES_MAX;
 
 /// Most requests of one connection between their arrival and the sending of their replies.
-pub(crate) const REQUESTS_MAX: usize = 256;
+pub(crate) const REQUESTS_MAX: usize = disk::in_flight::REQUESTS_MAX;
 
 /// Most payload bytes of those; a larger request is let in when there is no other.
 pub(crate) const BYTES_MAX: u64 = 16 << 20;

@@ -3,14 +3,13 @@
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
+use crate::in_flight::{Outcome, Pending};
+use crate::{Disk, REQUEST_BYTES_MAX, Request, Response};
 use base::{BLOCK_SIZE, BLOCK_SIZE_U64};
-use disk::{Disk, REQUEST_BYTES_MAX, Request, Response};
-
-use super::in_flight::{Outcome, Pending};
 
 /// The pieces of a range as `(offset, length)`. All but the first start at a block, so that an
 /// unaligned request pays for that at its ends only.
-pub(crate) fn pieces(offset: u64, length: usize) -> impl Iterator<Item = (u64, usize)> {
+pub fn pieces(offset: u64, length: usize) -> impl Iterator<Item = (u64, usize)> {
     let mut at = offset;
     let mut rest = length;
     std::iter::from_fn(move || {
@@ -29,7 +28,7 @@ pub(crate) fn pieces(offset: u64, length: usize) -> impl Iterator<Item = (u64, u
 const _: () = assert!(REQUEST_BYTES_MAX >= 2 * BLOCK_SIZE);
 
 /// Starts a read of any length.
-pub(crate) fn read(disk: &dyn Disk, offset: u64, length: usize) -> Pending {
+pub fn read(disk: &dyn Disk, offset: u64, length: usize) -> Pending {
     if length <= REQUEST_BYTES_MAX {
         return disk.submit(Request::Read { offset, length });
     }
@@ -39,7 +38,7 @@ pub(crate) fn read(disk: &dyn Disk, offset: u64, length: usize) -> Pending {
 
 /// Starts several requests and waits for all of them. The data of reads is joined in order; the
 /// first error in that order is the outcome, after all have ended.
-pub(crate) fn together(disk: &dyn Disk, requests: impl Iterator<Item = Request>) -> Pending {
+pub fn together(disk: &dyn Disk, requests: impl Iterator<Item = Request>) -> Pending {
     let parts = requests.map(|request| Part::Pending(disk.submit(request))).collect();
     Box::pin(Together { parts })
 }

@@ -1,29 +1,30 @@
-//! The requests of one connection that the disk has not completed.
+//! The requests of one task that the disk has not completed: of a connection, or of a ring.
 //!
 //! A slot per request, each with a waker of its own that is made once and reused: a completion
-//! marks its slot and wakes the one task of the connection, which polls the marked slots only. So
-//! a request costs no task and no allocation here, and between a completion and the reply there
-//! is no hop. The price is this file; a task per request was the road not taken.
+//! marks its slot and wakes the one task, which polls the marked slots only. So a request costs no
+//! task and no allocation here, and between a completion and the reply there is no hop. The price
+//! is this file; a task per request was the road not taken.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 
-use disk::{DiskError, LocalBoxFuture, Response};
+use crate::{DiskError, LocalBoxFuture, Response};
 
-use super::budget::REQUESTS_MAX;
+/// Most requests of one task at a time. It must not start more.
+pub const REQUESTS_MAX: usize = 256;
 
 /// What a disk answers.
-pub(crate) type Outcome = Result<Response, DiskError>;
+pub type Outcome = Result<Response, DiskError>;
 
 /// A request under way.
-pub(crate) type Pending = LocalBoxFuture<Outcome>;
+pub type Pending = LocalBoxFuture<Outcome>;
 
 const WORDS: usize = REQUESTS_MAX / 64;
 const _: () = assert!(REQUESTS_MAX.is_multiple_of(64));
 
 /// Requests under way, each with a `T` that says what to do at its end.
-pub(crate) struct InFlight<T> {
+pub struct InFlight<T> {
     slots: Vec<Slot<T>>,
     free: Vec<usize>,
     count: usize,
@@ -63,18 +64,27 @@ impl Wake for SlotWaker {
     }
 }
 
+impl<T> Default for InFlight<T> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl<T> InFlight<T> {
-    pub(crate) fn new() -> Self {
+    /// A table without requests.
+    #[must_use]
+    pub fn new() -> Self {
         Self { slots: Vec::new(), free: Vec::new(), count: 0, marks: Arc::default() }
     }
 
     /// Number of requests under way.
-    pub(crate) fn count(&self) -> usize {
+    #[must_use]
+    pub fn count(&self) -> usize {
         self.count
     }
 
     /// Says which task to wake.
-    pub(crate) fn register(&self, context: &Context<'_>) {
+    pub fn register(&self, context: &Context<'_>) {
         let mut task = self.marks.task.lock().unwrap_or_else(PoisonError::into_inner);
         match &mut *task {
             Some(known) => known.clone_from(context.waker()),
@@ -83,7 +93,10 @@ impl<T> InFlight<T> {
     }
 
     /// Polls a request once, and keeps it if it is not done at once.
-    pub(crate) fn start(&mut self, mut pending: Pending, tag: T) -> Option<(T, Outcome)> {
+    ///
+    /// # Panics
+    /// If there are [`REQUESTS_MAX`] already.
+    pub fn start(&mut self, mut pending: Pending, tag: T) -> Option<(T, Outcome)> {
         let index = self.free.pop().unwrap_or_else(|| self.add_slot());
         let slot = self.slots.get_mut(index)?;
         match pending.as_mut().poll(&mut Context::from_waker(&slot.waker)) {
@@ -100,7 +113,7 @@ impl<T> InFlight<T> {
     }
 
     /// Polls the requests that were woken and hands those that are done to `done`.
-    pub(crate) fn poll_marked(&mut self, mut done: impl FnMut(T, Outcome)) {
+    pub fn poll_marked(&mut self, mut done: impl FnMut(T, Outcome)) {
         for base in 0..WORDS {
             let Some(word) = self.marks.words.get(base) else { return };
             if word.load(Ordering::Relaxed) == 0 {
@@ -133,7 +146,7 @@ impl<T> InFlight<T> {
 
     fn add_slot(&mut self) -> usize {
         let index = self.slots.len();
-        assert!(index < REQUESTS_MAX, "the budget lets no more requests in");
+        assert!(index < REQUESTS_MAX, "no more requests are started than there is room for");
         let waker = Waker::from(Arc::new(SlotWaker { index, marks: Arc::clone(&self.marks) }));
         self.slots.push(Slot { waker, occupant: None });
         index
