@@ -13,8 +13,8 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use crate::types::{
-    ChangeVdi, CreateVdi, DaemonStatus, Diff, DiffPage, Removed, Rollback, Snapshot, SnapshotPage,
-    Space, Stats, TakeSnapshot, Vdi, VdiPage,
+    Attach, Attachment, ChangeVdi, CreateVdi, DaemonStatus, Diff, DiffPage, Removed, Rollback,
+    Snapshot, SnapshotPage, Space, Stats, TakeSnapshot, Vdi, VdiPage,
 };
 use crate::{Error, Kind, percent_encode};
 
@@ -196,6 +196,31 @@ impl Client {
         let (from, to) = (percent_encode(from), percent_encode(to));
         let after = after.map(|after| format!("&after={after}")).unwrap_or_default();
         self.ask(Method::GET, &format!("/v1/diff?from={from}&to={to}{after}"), NOTHING).await
+    }
+
+    /// Attaches a disk to virtual machines. The socket is there on return.
+    ///
+    /// # Errors
+    /// `NotFound` (the disk, or the directory), `Exists`, `Busy`, `Invalid` (the path).
+    pub async fn attach(&self, request: &Attach) -> Result<Attachment, Error> {
+        self.ask(Method::POST, "/v1/attachments", Some(request)).await
+    }
+
+    /// Disconnects whoever is connected to a socket, and removes it.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub async fn detach(&self, vhost_user: &str) -> Result<Attachment, Error> {
+        let path = format!("/v1/attachments/{}", percent_encode(vhost_user));
+        self.ask(Method::DELETE, &path, NOTHING).await
+    }
+
+    /// Every disk that is attached, in order of path.
+    ///
+    /// # Errors
+    /// If the daemon cannot answer.
+    pub async fn attachments(&self) -> Result<Vec<Attachment>, Error> {
+        self.ask(Method::GET, "/v1/attachments", NOTHING).await
     }
 
     async fn ask<T: DeserializeOwned>(

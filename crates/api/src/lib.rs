@@ -5,7 +5,7 @@
 //! |---|---|---|---|
 //! | `/v1/daemon` | GET | | [`DaemonStatus`] |
 //! | `/v1/stats` | GET | | [`Stats`] |
-//! | `/v1/nbd` | GET | | [`NbdMetrics`] |
+//! | `/v1/nbd`, `/v1/vhost-user` | GET | | [`FrontendMetrics`] |
 //! | `/v1/vdis?after=&max=` | GET | | [`VdiPage`] |
 //! | `/v1/vdis` | POST | [`CreateVdi`] | [`Vdi`] |
 //! | `/v1/vdis/{name}` | GET | | [`Vdi`] |
@@ -19,10 +19,14 @@
 //! | `/v1/vdis/{name}/snapshots/{snapshot}` | DELETE | | [`Removed`] |
 //! | `/v1/vdis/{name}/snapshots/{snapshot}/space` | GET | | [`Space`] |
 //! | `/v1/diff?from=&to=&after=&max=` | GET | | [`DiffPage`] |
+//! | `/v1/attachments` | GET | | list of [`Attachment`] |
+//! | `/v1/attachments` | POST | [`Attach`] | [`Attachment`] |
+//! | `/v1/attachments/{path}` | DELETE | | [`Attachment`], as it was |
 //!
-//! A `{snapshot}` is a label or a number. Every failure is an [`Error`] as JSON, under the HTTP
-//! status of its kind. Sizes are in bytes, times in RFC 3339. Fields may be added; a client
-//! ignores those that it does not know. Requests with unknown fields are refused.
+//! A `{snapshot}` is a label or a number, a `{path}` has its slashes encoded. Every failure is an
+//! [`Error`] as JSON, under the HTTP status of its kind. Sizes are in bytes, times in RFC 3339.
+//! Fields may be added; a client ignores those that it does not know. Requests with unknown fields
+//! are refused.
 
 mod check;
 mod client;
@@ -34,8 +38,8 @@ pub use check::{CheckCounts, CheckReport, Finding, FindingKind};
 pub use client::Client;
 pub use error::{Error, Kind};
 pub use types::{
-    ChangeVdi, CreateVdi, DIFF_EXTENTS_MAX, DaemonStatus, Diff, DiffExtent, DiffPage, NbdEndpoint,
-    NbdMetrics, OpenReport, PAGE_MAX, Parent, Removed, Rollback, Snapshot, SnapshotPage, Space,
-    Stats, TakeSnapshot, Vdi, VdiPage,
+    Attach, Attachment, ChangeVdi, CreateVdi, DIFF_EXTENTS_MAX, DaemonStatus, Diff, DiffExtent,
+    DiffPage, FrontendMetrics, NbdEndpoint, OpenReport, PAGE_MAX, Parent, Removed, Rollback,
+    Snapshot, SnapshotPage, Space, Stats, TakeSnapshot, Vdi, VdiPage,
 };
 pub use url::percent_encode;

@@ -50,8 +50,9 @@ pub struct NbdEndpoint {
     pub tls: bool,
 }
 
-/// What the NBD server has counted since the store was opened, by name; docs/nbd.md explains each.
-pub type NbdMetrics = std::collections::BTreeMap<String, u64>;
+/// What a frontend has counted since the store was opened, by name; docs/nbd.md and
+/// docs/vhost-user.md explain each.
+pub type FrontendMetrics = std::collections::BTreeMap<String, u64>;
 
 /// A VDI.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -171,6 +172,27 @@ pub struct Rollback {
     pub snapshot: String,
 }
 
+/// Attaches a disk or snapshot to virtual machines over vhost-user.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Attach {
+    /// `NAME` or `NAME@SNAPSHOT`.
+    pub disk: String,
+    /// Where the socket is to be: an absolute path.
+    pub vhost_user: String,
+}
+
+/// A disk that is attached.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attachment {
+    /// `NAME` or `NAME@SNAPSHOT`.
+    pub disk: String,
+    /// Path of the socket, by which the attachment is known.
+    pub vhost_user: String,
+    /// Whether a virtual machine is connected to it.
+    pub connected: bool,
+}
+
 /// What was deleted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Removed {
@@ -283,4 +305,6 @@ stats! {
     snapshots,
     /// Clients that are connected over NBD.
     nbd_connections,
+    /// Virtual machines that are connected over vhost-user.
+    vhost_connections,
 }

@@ -253,6 +253,32 @@ pub(crate) enum Command {
         force: bool,
     },
 
+    /// Serve a disk or snapshot to a virtual machine through shared memory (vhost-user-blk)
+    ///
+    /// Creates a socket for one virtual machine: QEMU, Cloud Hypervisor or whatever else speaks
+    /// vhost-user-blk; docs/guides/qemu.md has command lines. The attachment stays until it is
+    /// detached, also when the daemon is started anew.
+    Attach {
+        #[command(flatten)]
+        target: Target,
+        /// Where to create the socket; who may use it follows from the umask of the daemon
+        #[arg(long, value_name = "PATH", value_hint = ValueHint::AnyPath)]
+        vhost_user: PathBuf,
+    },
+
+    /// End an attachment: the virtual machine is disconnected, and the socket removed
+    ///
+    /// What the virtual machine has in flight is completed. Switch it off or unplug the disk
+    /// first: without its disk it waits.
+    Detach {
+        /// The socket
+        #[arg(value_name = "PATH", value_hint = ValueHint::AnyPath)]
+        path: PathBuf,
+    },
+
+    /// List the disks that are attached to virtual machines
+    Attachments,
+
     /// Look for damage in a store that no daemon serves, and repair it
     ///
     /// Reads everything that the store's disks and snapshots use, and verifies it. Writes nothing

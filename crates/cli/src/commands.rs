@@ -1,5 +1,6 @@
 //! One module per family of commands; [`run`] is the table.
 
+mod attachments;
 mod check;
 mod diff;
 mod docs;
@@ -78,6 +79,11 @@ async fn ask(context: Context, command: Command) -> Result<(), Error> {
             let target = transfer::Source { name: t.target.0, snapshot: t.target.1 };
             transfer::export(&context, target, &file, format, force).await
         }
+        Command::Attach { target: t, vhost_user } => {
+            attachments::attach(&context, t.target, &vhost_user).await
+        }
+        Command::Detach { path } => attachments::detach(&context, &path).await,
+        Command::Attachments => attachments::list(&context).await,
         Command::Quickstart { .. }
         | Command::Format(_)
         | Command::Check(_)

@@ -6,7 +6,7 @@
 
 use std::fmt;
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use api::{Error, Kind};
@@ -113,8 +113,24 @@ impl fmt::Display for NbdAddress {
 /// The NBD socket that every daemon serves beside its control socket: `/run/parallax.sock` goes
 /// with `/run/parallax.nbd.sock`.
 #[must_use]
-pub fn own_nbd_socket(control: &std::path::Path) -> PathBuf {
+pub fn own_nbd_socket(control: &Path) -> PathBuf {
     control.with_extension("nbd.sock")
+}
+
+/// Whether a unix socket can have this path.
+pub(crate) fn check_socket_path(path: &Path) -> Result<(), Error> {
+    let length = path.as_os_str().len();
+    if length <= SOCKET_PATH_BYTES_MAX {
+        return Ok(());
+    }
+    Err(Error::new(
+        Kind::Invalid,
+        format!(
+            "{} cannot be a socket: its path has {length} bytes, of {SOCKET_PATH_BYTES_MAX} at \
+             most; name a shorter one",
+            path.display()
+        ),
+    ))
 }
 
 /// A configuration that can be carried out.
@@ -165,14 +181,8 @@ impl Config {
             }
         }
         for socket in &listen {
-            let Listen::Unix { path, .. } = socket else { continue };
-            let length = path.as_os_str().len();
-            if length > SOCKET_PATH_BYTES_MAX {
-                return Err(invalid(format!(
-                    "{} cannot be a socket: its path has {length} bytes, of {SOCKET_PATH_BYTES_MAX} \
-                     at most; name a shorter one",
-                    path.display()
-                )));
+            if let Listen::Unix { path, .. } = socket {
+                check_socket_path(path)?;
             }
         }
         let Self { store, socket, tls, buffered, .. } = self;

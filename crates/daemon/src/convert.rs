@@ -65,7 +65,11 @@ pub(crate) fn opened(report: vdi::OpenReport) -> api::OpenReport {
     }
 }
 
-pub(crate) fn stats(stats: &vdi::Stats, nbd_connections: u64) -> api::Stats {
+pub(crate) fn stats(
+    stats: &vdi::Stats,
+    nbd_connections: u64,
+    vhost_connections: u64,
+) -> api::Stats {
     api::Stats {
         capacity_bytes: stats.capacity_bytes,
         free_bytes: stats.free_bytes,
@@ -91,6 +95,7 @@ pub(crate) fn stats(stats: &vdi::Stats, nbd_connections: u64) -> api::Stats {
         cache_bytes: stats.cache_bytes,
         snapshots: stats.snapshots,
         nbd_connections,
+        vhost_connections,
     }
 }
 

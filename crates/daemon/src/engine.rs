@@ -1,8 +1,8 @@
-//! The engine thread: the reactor, the store and all NBD sessions run on it, and nowhere else.
+//! The engine thread: the reactor, the store and all sessions run on it, and nowhere else.
 //! Other threads hand it closures through [`EngineHandle::call`] and wait for the answer.
 //!
 //! Start: open the device exclusively, open (and recover) the store, bind sockets, report.
-//! Stop: take the socket files away, end the NBD sessions, close the store, report. If the store
+//! Stop: take the socket files away, end the sessions, close the store, report. If the store
 //! stops by itself, because a write or flush failed, it is left as after a crash.
 
 mod listen;
@@ -19,9 +19,10 @@ use runtime::sync::{OneshotReceiver, OneshotSender, oneshot};
 use tokio::sync::oneshot as remote;
 use vdi::Store;
 
+use crate::attachments::Attachments;
 use crate::catalog::StoreCatalog;
 use crate::config::Plan;
-use crate::{convert, open};
+use crate::{attachments, convert, open};
 
 /// Most calls under way on the engine thread; further ones wait.
 const CALLS_MAX: usize = 256;
@@ -34,16 +35,18 @@ thread_local! {
 /// What lives on the engine thread.
 pub(crate) struct Served {
     pub(crate) store: Store,
+    pub(crate) attachments: Rc<Attachments>,
     servers: Rc<listen::Servers>,
     stop: RefCell<Option<OneshotSender<()>>>,
 }
 
 impl Served {
     pub(crate) fn stats(&self) -> api::Stats {
-        convert::stats(&self.store.stats(), self.servers.connection_count())
+        let stats = self.store.stats();
+        convert::stats(&stats, self.servers.connection_count(), self.attachments.connection_count())
     }
 
-    pub(crate) fn nbd_metrics(&self) -> api::NbdMetrics {
+    pub(crate) fn nbd_metrics(&self) -> api::FrontendMetrics {
         self.servers.metrics()
     }
 }
@@ -180,6 +183,7 @@ async fn serve(
     let device = open::device(&io, &plan.store, options)?;
     let description = device.describe();
     let options = open::options(plan.cache_bytes)?;
+    let state = attachments::State::beside(&plan.socket, &plan.store);
     let (store, report) = Store::open(device, runtime.clone(), &options)
         .await
         .map_err(|error| open::explain(&plan.store, &error))?;
@@ -195,9 +199,15 @@ async fn serve(
             return Err(error);
         }
     };
+    let attachments = Rc::new(Attachments::new(&runtime, &io, &catalog, &state));
+    attachments.restore();
     let (stop, stopped) = oneshot();
-    let served =
-        Served { store: store.clone(), servers: Rc::clone(&servers), stop: Some(stop).into() };
+    let served = Served {
+        store: store.clone(),
+        attachments: Rc::clone(&attachments),
+        servers: Rc::clone(&servers),
+        stop: Some(stop).into(),
+    };
     SERVED.set(Some(Rc::new(served)));
     let started = Started {
         handle: EngineHandle {
@@ -214,7 +224,12 @@ async fn serve(
         None
     };
     listening.end();
+    let ending = {
+        let attachments = Rc::clone(&attachments);
+        runtime.spawn(async move { attachments.end().await })
+    };
     servers.shutdown(&runtime).await;
+    ending.await;
     SERVED.set(None);
     match failure {
         None => store.close().await.map_err(|error| engine_error(&error)),

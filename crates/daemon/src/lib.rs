@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!  engine thread                          main thread (tokio)
-//!  reactor ── store ── NBD sessions  ◄──  control plane (HTTP on a unix socket), signals
-//!                                   calls
+//!  reactor ── store ── sessions  ◄──  control plane (HTTP on a unix socket), signals
+//!                               calls
 //! ```
 //!
 //! Invariants:
@@ -11,6 +11,7 @@
 //! - the store is locked before a socket is bound, and sockets are gone before it is closed;
 //! - a daemon that says that it is ready answers on all of its sockets.
 
+mod attachments;
 mod catalog;
 mod config;
 mod control;

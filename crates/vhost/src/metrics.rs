@@ -120,7 +120,7 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// Every value with its stable name and whether it is a gauge, for exporters.
+    /// Every value with its stable name and whether it is a gauge.
     #[must_use]
     pub fn values(&self) -> [(&'static str, u64, bool); 14] {
         [

@@ -87,6 +87,7 @@ fn table(now: &Stats, rates: Option<&Rates<'_>>) -> String {
         ("space used", format!("{:>14} of {}", bytes(used), bytes(now.capacity_bytes))),
         ("disks", gauge(now.vdi_count)),
         ("NBD clients", gauge(now.nbd_connections)),
+        ("VMs", gauge(now.vhost_connections)),
         ("reads", plain(|s| s.reads)),
         ("read", volume(|s| s.read_bytes)),
         ("writes", plain(|s| s.writes)),

@@ -47,6 +47,9 @@ fn every_failure_has_one_shape() {
         ("PATCH", "/v1/vdis/a", "{}", 400, "invalid"),
         ("PATCH", "/v1/vdis/a", r#"{"name":"b","size_bytes":8192}"#, 400, "invalid"),
         ("POST", "/v1/vdis/a/rollback", r#"{"snapshot":"x"}"#, 404, "not_found"),
+        ("POST", "/v1/attachments", r#"{"disk":"a","vhost_user":"relative"}"#, 400, "invalid"),
+        ("POST", "/v1/attachments", r#"{"disk":"a"}"#, 400, "invalid"),
+        ("DELETE", "/v1/attachments/%2Frun%2Fnothing", "", 404, "not_found"),
     ] {
         let (got, error) = request(&place, method, path, body);
         assert_eq!(

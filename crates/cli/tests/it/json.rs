@@ -107,6 +107,9 @@ fn commands_print_what_is_described() {
     check("disk", &["rollback", "a@s"]);
     check("export", &["export", "a", "f"]);
     check("disk", &["import", "f", "e"]);
+    check("attachment", &["attach", "b", "--vhost-user", "vm.sock"]);
+    check("list of attachment", &["attachments"]);
+    check("attachment", &["detach", "vm.sock"]);
     check("removal", &["rm", "a@s"]);
     check("removal", &["rm", "a"]);
     served.stop();

@@ -1,12 +1,13 @@
 //! One function per route: take the request apart, call the engine, put the answer together.
 
 use api::{
-    ChangeVdi, CreateVdi, DIFF_EXTENTS_MAX, DaemonStatus, DiffPage, Error, Kind, NbdMetrics,
-    PAGE_MAX, Removed, Rollback, Snapshot, SnapshotPage, Space, Stats, TakeSnapshot, Vdi, VdiPage,
+    Attach, Attachment, ChangeVdi, CreateVdi, DIFF_EXTENTS_MAX, DaemonStatus, DiffPage, Error,
+    FrontendMetrics, Kind, PAGE_MAX, Removed, Rollback, Snapshot, SnapshotPage, Space, Stats,
+    TakeSnapshot, Vdi, VdiPage,
 };
 use axum::extract::State;
 use axum::http::StatusCode;
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use base::{ErrorKind, SnapshotNumber};
 use serde::Deserialize;
@@ -25,6 +26,7 @@ pub(super) fn router(current: Current) -> Router {
         .route("/daemon", get(daemon))
         .route("/stats", get(stats))
         .route("/nbd", get(nbd))
+        .route("/vhost-user", get(vhost_user))
         .route("/vdis", get(list).post(create))
         .route("/vdis/{name}", get(info).patch(change).delete(remove))
         .route("/vdis/{name}/space", get(space))
@@ -32,7 +34,9 @@ pub(super) fn router(current: Current) -> Router {
         .route("/vdis/{name}/snapshots", get(snapshots).post(take_snapshot))
         .route("/vdis/{name}/snapshots/{snapshot}", get(snapshot).delete(remove_snapshot))
         .route("/vdis/{name}/snapshots/{snapshot}/space", get(snapshot_space))
-        .route("/diff", get(diff));
+        .route("/diff", get(diff))
+        .route("/attachments", get(attachments).post(attach))
+        .route("/attachments/{path}", delete(detach));
     Router::new()
         .nest("/v1", routes)
         .fallback(|| async { Failure(Error::new(Kind::NotFound, "there is no such route")) })
@@ -51,8 +55,13 @@ async fn stats(State(current): State<Current>) -> Answer<Stats> {
     Ok(Json(current.call(answer).await?))
 }
 
-async fn nbd(State(current): State<Current>) -> Answer<NbdMetrics> {
+async fn nbd(State(current): State<Current>) -> Answer<FrontendMetrics> {
     let answer = async |served: &Served| Ok(served.nbd_metrics());
+    Ok(Json(current.call(answer).await?))
+}
+
+async fn vhost_user(State(current): State<Current>) -> Answer<FrontendMetrics> {
+    let answer = async |served: &Served| Ok(served.attachments.metrics());
     Ok(Json(current.call(answer).await?))
 }
 
@@ -119,6 +128,7 @@ async fn change(
         match (request.name, request.size_bytes) {
             (Some(new_name), None) => {
                 store.rename(&name, &new_name).await?;
+                served.attachments.rename(&name, &new_name);
                 store.info(&new_name).await
             }
             (None, Some(size_bytes)) => resize(store, &name, size_bytes, request.shrink).await,
@@ -270,4 +280,29 @@ async fn diff(
     let answer =
         async move |served: &Served| served.store.diff(&one, &other, after.unwrap_or(0), max).await;
     Ok(Json(convert::diff(from, to, current.call(answer).await?)))
+}
+
+async fn attachments(State(current): State<Current>) -> Answer<Vec<Attachment>> {
+    let answer = async |served: &Served| Ok(served.attachments.list());
+    Ok(Json(current.call(answer).await?))
+}
+
+async fn attach(
+    State(current): State<Current>,
+    Body(request): Body<Attach>,
+) -> Result<(StatusCode, Json<Attachment>), Failure> {
+    let answer = async move |served: &Served| {
+        // Whatever is wrong with the disk is told now, not when a virtual machine connects.
+        served.store.open_disk(&Target::parse(&request.disk)).await?;
+        Ok(served.attachments.attach(request))
+    };
+    Ok((StatusCode::CREATED, Json(current.call(answer).await??)))
+}
+
+async fn detach(
+    State(current): State<Current>,
+    Segments(path): Segments<String>,
+) -> Answer<Attachment> {
+    let answer = async move |served: &Served| Ok(served.attachments.detach(&path).await);
+    Ok(Json(current.call(answer).await??))
 }

@@ -76,8 +76,8 @@ impl Servers {
     }
 
     /// What all have counted, by name.
-    pub(super) fn metrics(&self) -> api::NbdMetrics {
-        let mut metrics = api::NbdMetrics::new();
+    pub(super) fn metrics(&self) -> api::FrontendMetrics {
+        let mut metrics = api::FrontendMetrics::new();
         for server in std::iter::once(&self.plain).chain(&self.tls) {
             for (name, value, _) in server.metrics().values() {
                 *metrics.entry(name.to_owned()).or_default() += value;
