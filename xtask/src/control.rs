@@ -59,6 +59,15 @@ impl Control {
         handle.map(str::to_owned).context("a snapshot without a handle")
     }
 
+    /// Attaches a VDI over vhost-user.
+    ///
+    /// # Errors
+    /// As the daemon says.
+    pub(crate) fn attach(&mut self, name: &str, socket: &Path) -> Result<()> {
+        let body = json!({ "disk": name, "vhost_user": socket });
+        self.ask("POST", "/v1/attachments", Some(&body)).map(drop)
+    }
+
     /// The daemon's counters and gauges.
     ///
     /// # Errors

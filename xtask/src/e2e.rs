@@ -38,7 +38,7 @@ struct Scenario {
     run: fn(&mut Bed) -> Result<()>,
 }
 
-const SCENARIOS: [Scenario; 10] = [
+const SCENARIOS: [Scenario; 11] = [
     Scenario { name: "quickstart", quick: true, guests: false, run: quickstart::run },
     Scenario { name: "tools", quick: true, guests: false, run: tools::run },
     Scenario { name: "fio", quick: true, guests: false, run: fio_matrix::run },
@@ -48,6 +48,7 @@ const SCENARIOS: [Scenario; 10] = [
     Scenario { name: "guest-ext4", quick: false, guests: true, run: filesystems::ext4 },
     Scenario { name: "guest-xfs", quick: false, guests: true, run: filesystems::xfs },
     Scenario { name: "guest-btrfs", quick: false, guests: true, run: filesystems::btrfs },
+    Scenario { name: "guest-vhost", quick: false, guests: true, run: filesystems::vhost_user },
     Scenario { name: "clones", quick: false, guests: true, run: clones::run },
 ];
 

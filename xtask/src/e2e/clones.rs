@@ -15,7 +15,7 @@ use crate::process::Run;
 use crate::server::{EXPORT, Server};
 
 use super::Bed;
-use super::guest::{Guest, Machine};
+use super::guest::{Disk, Guest, Machine};
 use super::initramfs::Initramfs;
 use super::kernel::Kernel;
 
@@ -46,7 +46,7 @@ pub(crate) fn run(bed: &mut Bed) -> Result<()> {
             kernel: &kernel,
             initramfs: &initramfs,
             append: format!("plx.clone={number}"),
-            disks: vec![(server.nbd_socket(), export.to_owned())],
+            disks: vec![Disk::Nbd(server.nbd_socket(), export.to_owned())],
             serial: scratch.join(format!("clone{number}.log")),
         };
         machine.start()

@@ -18,7 +18,7 @@ use crate::random::Random;
 use crate::server::{EXPORT, Server};
 
 use super::Bed;
-use super::guest::{Guest, Machine, complete_lines};
+use super::guest::{Disk, Guest, Machine, complete_lines};
 use super::initramfs::Initramfs;
 use super::kernel::Kernel;
 
@@ -52,16 +52,33 @@ const BTRFS: FileSystem = FileSystem {
     programs: &["/sbin/mkfs.btrfs", "/bin/btrfs"],
 };
 
+/// How the guest gets at its disk.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Nbd,
+    VhostUser,
+}
+
 pub(crate) fn ext4(bed: &mut Bed) -> Result<()> {
-    run(bed, &EXT4)
+    run(bed, &EXT4, Way::Nbd)
 }
 
 pub(crate) fn xfs(bed: &mut Bed) -> Result<()> {
-    run(bed, &XFS)
+    run(bed, &XFS, Way::Nbd)
 }
 
 pub(crate) fn btrfs(bed: &mut Bed) -> Result<()> {
-    run(bed, &BTRFS)
+    run(bed, &BTRFS, Way::Nbd)
+}
+
+/// The same over vhost-user, and fio on the bare disk. The peer forgets what is in flight: there is
+/// nothing to hold it to.
+pub(crate) fn vhost_user(bed: &mut Bed) -> Result<()> {
+    if bed.parallax().is_none() {
+        console::say("  the peer does not survive its own end over vhost-user");
+        return Ok(());
+    }
+    run(bed, &EXT4, Way::VhostUser)
 }
 
 /// Files by number, with their sums.
@@ -73,6 +90,7 @@ struct Story<'a> {
     initramfs: &'a Path,
     scratch: &'a Path,
     file_system: &'a FileSystem,
+    way: Way,
     server: Server,
     random: Random,
     /// What must be on the disk.
@@ -83,12 +101,15 @@ struct Story<'a> {
     clones: Vec<(String, Files)>,
 }
 
-fn run(bed: &mut Bed, file_system: &FileSystem) -> Result<()> {
+fn run(bed: &mut Bed, file_system: &FileSystem, way: Way) -> Result<()> {
     let kernel = Kernel::ensure(&bed.cache)?;
     let initramfs = bed.data.join("initramfs");
     let mut made = Initramfs::new(include_str!("../../assets/files-init.sh"))?;
     for program in file_system.programs {
         made.program(Path::new(program))?;
+    }
+    if way == Way::VhostUser {
+        made.program(Path::new("/usr/bin/fio"))?;
     }
     made.modules(&kernel, file_system.modules)?;
     made.write(&initramfs)?;
@@ -100,12 +121,19 @@ fn run(bed: &mut Bed, file_system: &FileSystem) -> Result<()> {
         initramfs: &initramfs,
         scratch: &scratch,
         file_system,
+        way,
         server: bed.server(DISK_BYTES)?,
         random: Random::new(bed.random.next()),
         files: Files::new(),
         last: 0,
         clones: Vec::new(),
     };
+    if way == Way::VhostUser {
+        bed.check("fio verifies the bare disk while the daemon is killed", || {
+            let verified = story.fio();
+            story.server.explain(verified)
+        });
+    }
     for cycle in 1..=bed.rounds(CYCLES, CYCLES) {
         let name = file_system.name;
         bed.check(&format!("{name}, cycle {cycle}: writing while the daemon is killed"), || {
@@ -129,11 +157,27 @@ fn run(bed: &mut Bed, file_system: &FileSystem) -> Result<()> {
 }
 
 impl Story<'_> {
+    /// A guest runs fio; the daemon is killed under it.
+    fn fio(&mut self) -> Result<()> {
+        let mut guest = self.machine("plx.mode=verify plx.new=0 plx.from=0", EXPORT)?.start()?;
+        guest.wait_for("starting fio", BOOT_LIMIT, |line| line == "FIO-START")?;
+        for _ in 0..DAEMON_KILLS {
+            self.pause(4000);
+            self.server.kill()?;
+            self.pause(500);
+            self.server.start()?;
+        }
+        guest.wait_for("finishing fio", CHECK_LIMIT, |line| line == "END")?;
+        let said = guest.wait(BOOT_LIMIT)?;
+        ensure!(complete_lines(&said).any(|line| line == "FIO 0"), "fio complains:\n{said}");
+        Ok(())
+    }
+
     /// A guest writes; daemon and guest are killed.
     fn fill(&mut self, cycle: u64, takes_snapshots: bool) -> Result<()> {
         let new = u32::from(cycle == 1);
         let append = format!("plx.mode=fill plx.new={new} plx.from={}", self.last);
-        let mut guest = self.machine(&append, EXPORT).start()?;
+        let mut guest = self.machine(&append, EXPORT)?.start()?;
         self.wait_for_files(&mut guest, 10)?;
         for kill in 1..=DAEMON_KILLS {
             self.pause(2000);
@@ -180,7 +224,7 @@ impl Story<'_> {
     /// A guest mounts the disk and lists what is on it; then the file system is checked.
     fn check(&self, export: &str, files: &Files) -> Result<()> {
         ensure!(!files.is_empty(), "nothing to look for: the guest acknowledged nothing");
-        let mut guest = self.machine("plx.mode=check plx.new=0 plx.from=0", export).start()?;
+        let mut guest = self.machine("plx.mode=check plx.new=0 plx.from=0", export)?.start()?;
         guest.wait_for("finishing its check", CHECK_LIMIT, |line| line == "END")?;
         let said = guest.wait(BOOT_LIMIT)?;
         let mut found = Files::new();
@@ -198,14 +242,26 @@ impl Story<'_> {
         Ok(())
     }
 
-    fn machine(&self, append: &str, export: &str) -> Machine<'_> {
-        Machine {
+    fn machine(&self, append: &str, export: &str) -> Result<Machine<'_>> {
+        Ok(Machine {
             kernel: self.kernel,
             initramfs: self.initramfs,
             append: format!("{append} plx.fs={}", self.file_system.name),
-            disks: vec![(self.server.nbd_socket(), export.to_owned())],
+            disks: vec![self.disk(export)?],
             serial: self.scratch.join("serial.log"),
+        })
+    }
+
+    fn disk(&self, export: &str) -> Result<Disk> {
+        if self.way == Way::Nbd {
+            return Ok(Disk::Nbd(self.server.nbd_socket(), export.to_owned()));
         }
+        let socket = self.scratch.join(format!("{export}.vhost"));
+        // A daemon that was started again attaches by itself what was attached.
+        if !socket.exists() {
+            Control::connect(&self.server.control_socket())?.attach(export, &socket)?;
+        }
+        Ok(Disk::VhostUser(socket))
     }
 
     /// Waits until the guest has written so many more files.

@@ -10,8 +10,18 @@ use crate::process::{Run, Running, tail};
 
 use super::kernel::Kernel;
 
-/// How long a guest's disk may be away before it sees an error.
+/// How long a guest's disk may be away before it sees an error; over vhost-user it never does.
 const RECONNECT_SECONDS: u32 = 120;
+/// How often QEMU looks whether a vhost-user server is there again.
+const RECONNECT_MILLISECONDS: u32 = 100;
+
+/// How a guest gets at a disk.
+pub(crate) enum Disk {
+    /// The socket of an NBD server, and an export of it.
+    Nbd(PathBuf, String),
+    /// The socket of a vhost-user-blk server.
+    VhostUser(PathBuf),
+}
 
 /// What a guest is started with.
 pub(crate) struct Machine<'a> {
@@ -21,8 +31,8 @@ pub(crate) struct Machine<'a> {
     pub(crate) initramfs: &'a Path,
     /// Added to the kernel's command line.
     pub(crate) append: String,
-    /// NBD socket and export of each disk.
-    pub(crate) disks: Vec<(PathBuf, String)>,
+    /// Its disks.
+    pub(crate) disks: Vec<Disk>,
     /// Where its serial line is written to.
     pub(crate) serial: PathBuf,
 }
@@ -54,8 +64,24 @@ impl Machine<'_> {
             .arg(append)
             .arg("-serial")
             .arg(format!("file:{}", self.serial.display()));
-        for (index, (socket, export)) in self.disks.iter().enumerate() {
+        if self.disks.iter().any(|disk| matches!(disk, Disk::VhostUser(_))) {
+            // The server maps the guest's memory.
             run = run
+                .words("-object memory-backend-memfd,id=mem,size=512M,share=on")
+                .words("-numa node,memdev=mem");
+        }
+        for (index, disk) in self.disks.iter().enumerate() {
+            run = disk.add_to(run, index);
+        }
+        let log = self.serial.with_extension("qemu.log");
+        Ok(Guest { running: run.background(&log)?, serial: self.serial.clone() })
+    }
+}
+
+impl Disk {
+    fn add_to(&self, run: Run, index: usize) -> Run {
+        match self {
+            Self::Nbd(socket, export) => run
                 .arg("-blockdev")
                 .arg(format!(
                     "driver=nbd,node-name=n{index},server.type=unix,server.path={},export={export},\
@@ -63,10 +89,16 @@ impl Machine<'_> {
                     socket.display()
                 ))
                 .arg("-device")
-                .arg(format!("virtio-blk-pci,drive=n{index},num-queues=2"));
+                .arg(format!("virtio-blk-pci,drive=n{index},num-queues=2")),
+            Self::VhostUser(socket) => run
+                .arg("-chardev")
+                .arg(format!(
+                    "socket,id=c{index},path={},reconnect-ms={RECONNECT_MILLISECONDS}",
+                    socket.display()
+                ))
+                .arg("-device")
+                .arg(format!("vhost-user-blk-pci,chardev=c{index},num-queues=2")),
         }
-        let log = self.serial.with_extension("qemu.log");
-        Ok(Guest { running: run.background(&log)?, serial: self.serial.clone() })
     }
 }
 
