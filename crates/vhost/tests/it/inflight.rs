@@ -99,3 +99,22 @@ fn a_ring_without_room_for_what_is_in_flight_is_not_started() {
         std::rc::Rc::clone(&ring.error).wait().await.unwrap();
     });
 }
+
+/// Otherwise an old write could reach the disk after a newer one of the next connection.
+#[test]
+fn the_next_connection_waits_for_what_the_last_one_left_under_way() {
+    run(async |bed| {
+        let machine = Machine::start(&bed, Options::default()).await;
+        bed.disk.hold();
+        machine.submit(&machine.rings[0], 0, OUT, 0, 512);
+        machine.rings[0].kick();
+        bed.until(|| bed.disk.waiting() == 1).await;
+        drop(machine);
+        let next = bed.connect();
+        bed.settle().await;
+        assert_eq!(bed.server.metrics().connections, 1);
+        bed.disk.release_all();
+        bed.until(|| bed.server.metrics().connections == 2).await;
+        drop(next);
+    });
+}
