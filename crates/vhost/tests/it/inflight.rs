@@ -118,3 +118,31 @@ fn the_next_connection_waits_for_what_the_last_one_left_under_way() {
         drop(next);
     });
 }
+
+#[test]
+fn what_was_in_flight_in_a_ring_that_broke_is_not_done_again_in_the_next() {
+    run(async |bed| {
+        let machine = Machine::connect(&bed, Options::default()).await;
+        let (area, file) = area(&machine, 1, 128).await;
+        machine.tell(32, &area, &[file.as_fd()]).await;
+        let ring = &machine.rings[0];
+        machine.start_ring(ring).await;
+        bed.disk.hold();
+        machine.submit(ring, 0, OUT, 0, 512);
+        ring.kick();
+        bed.until(|| bed.disk.waiting() == 1).await;
+        machine.write_u16(ring.available() + 2, ring.size + 9);
+        ring.kick();
+        bed.settle().await;
+        bed.disk.release_all();
+        std::rc::Rc::clone(&ring.error).wait().await.unwrap();
+        // The guest resets the device.
+        machine.stop_ring(ring).await;
+        machine.write_u16(ring.available() + 2, 0);
+        ring.next_available.set(0);
+        machine.start_ring(ring).await;
+        bed.settle().await;
+        assert_eq!(bed.disk.log.borrow().len(), 1);
+        assert_eq!(machine.write_disk(8, &[2; 512]).await, 0);
+    });
+}
