@@ -42,6 +42,10 @@ use unpark::Unparker;
 /// Most task polls between two looks at the kernel, so that busy tasks cannot starve I/O.
 const POLLS_MAX: usize = 1024;
 
+/// Polls between two looks at the clock, and how long tasks may go on before the kernel is looked at.
+const POLLS_PER_LOOK: usize = 16;
+const POLLS_TIME: Duration = Duration::from_millis(2);
+
 /// Which engine does the I/O.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum EngineChoice {
@@ -136,9 +140,14 @@ impl Reactor {
 
     /// Polls tasks until none is ready; `false` if it gave up before.
     fn poll_tasks(&self) -> bool {
-        for _ in 0..POLLS_MAX {
+        let start = self.runtime.now();
+        for polls in 1..=POLLS_MAX {
             if !self.runtime.step() && !self.runtime.end_turn() {
                 return true;
+            }
+            let is_due = polls.is_multiple_of(POLLS_PER_LOOK);
+            if is_due && self.runtime.now().since(start) >= POLLS_TIME {
+                return false;
             }
         }
         false

@@ -113,6 +113,11 @@ impl Ask {
         fua: bool,
     ) -> Result<Pending, u8> {
         let (offset, length) = self.place(self.brought.bytes())?;
+        // Nothing is copied for what the disk refuses.
+        let end = offset.saturating_add(self.brought.bytes());
+        if disk.severed() || disk.read_only() || end > disk.size_bytes() {
+            return Err(status::IOERR);
+        }
         let mut rest = self.brought.clone();
         let mut requests = Vec::new();
         for (offset, length) in split::pieces(offset, length) {

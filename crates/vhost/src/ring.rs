@@ -222,6 +222,11 @@ struct Service<'a> {
     kick: Option<(Rc<Event>, LocalBoxFuture<std::io::Result<()>>)>,
 }
 
+/// Bytes that are copied in one turn, or about as many, and what a request costs besides: a chain may
+/// have a thousand descriptors.
+const WORK_PER_TURN: u64 = 1 << 20;
+const WORK_PER_REQUEST: u64 = 16 << 10;
+
 /// Why no more requests are taken for now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Pause {
@@ -295,14 +300,19 @@ impl<'a> Service<'a> {
         outcome
     }
 
-    /// Takes what there is room for.
+    /// Takes what there is room for, and what does not take long: one guest is not to keep others
+    /// from their turn, whatever it asks for, and however often.
     fn take(&mut self) -> Result<Pause, Broken> {
         if self.ring.phase.get() == Phase::Abandoned {
             return Ok(Pause::Idle);
         }
         let memory = self.ring.device.memory();
         self.queue.refuse_kicks(&memory)?;
+        let mut work = 0;
         for _ in 0..self.queue.size() {
+            if work >= WORK_PER_TURN {
+                return Ok(Pause::Turn);
+            }
             if self.in_flight.count() >= REQUESTS_MAX {
                 return Ok(Pause::Idle);
             }
@@ -313,6 +323,7 @@ impl<'a> Service<'a> {
                 None => return Ok(Pause::Idle),
             };
             let charge = ask.data_bytes();
+            work += WORK_PER_REQUEST + charge;
             if ask.is_too_large() {
                 finish(&self.ring.device, &mut self.queue, &ask, status::IOERR, &memory)?;
             } else if self.ring.device.budget.take(charge) {
