@@ -305,7 +305,7 @@ impl Engine {
         vdi: &Vdi,
         count: u64,
     ) -> Result<Run, Error> {
-        let gives_up = || vdi.leaving.get() > 0;
+        let gives_up = || vdi.is_leaving();
         for attempt in 0..2 {
             if let Some(run) = self.take_data(vdi, count).await? {
                 return Ok(run);

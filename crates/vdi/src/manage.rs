@@ -62,9 +62,7 @@ impl Engine {
         let _request = self.begin_change()?;
         self.reserve_metadata(|| false).await?;
         check_name(name)?;
-        self.find(&source.vdi).await?;
-        let one = self.management.acquire(1).await;
-        let vdi = self.find(&source.vdi).await?;
+        let (one, vdi) = self.manage(&source.vdi).await?;
         let room = self.room().await?;
         self.refuse_taken(name)?;
         let snapshot = match &source.snapshot {
@@ -122,9 +120,7 @@ impl Engine {
     pub(crate) async fn rename(self: &Rc<Self>, name: &str, new: &str) -> Result<(), Error> {
         let _request = self.begin_change()?;
         check_name(new)?;
-        self.find(name).await?;
-        let one = self.management.acquire(1).await;
-        let vdi = self.find(name).await?;
+        let (one, vdi) = self.manage(name).await?;
         if name == new {
             return Ok(());
         }
@@ -202,9 +198,7 @@ impl Engine {
     }
 
     async fn remove_snapshot(self: &Rc<Self>, name: &str, label: &str) -> Result<(), Error> {
-        self.find(name).await?;
-        let one = self.management.acquire(1).await;
-        let vdi = self.find(name).await?;
+        let (one, vdi) = self.manage(name).await?;
         let room = self.room().await?;
         let number = find_snapshot(&vdi, name, label)?.number;
         let appended = self.append(room, &vdi, RecordBody::DeleteSnapshot { number });
@@ -231,6 +225,14 @@ impl Engine {
         self.apply_rollback(&vdi, &snapshot);
         drop((all, one));
         self.settle(appended).await
+    }
+
+    /// Finds a VDI, and keeps others from managing theirs. Loading it may take as long as its device
+    /// does: that is waited for first.
+    async fn manage(self: &Rc<Self>, name: &str) -> Result<(Permits, Rc<Vdi>), Error> {
+        self.find(name).await?;
+        let one = self.management.acquire(1).await;
+        Ok((one, self.find(name).await?))
     }
 
     /// Waits until nothing of a VDI is on its way, and keeps it so. Its handles are severed before,

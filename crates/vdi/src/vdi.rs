@@ -81,6 +81,11 @@ impl Vdi {
         snapshots.last_key_value().map_or(0, |(_, newest)| newest.wall_ns)
     }
 
+    /// Whether somebody waits to delete it, roll it back or shrink it.
+    pub(crate) fn is_leaving(&self) -> bool {
+        self.leaving.get() > 0
+    }
+
     /// Ends every handle that is open now.
     pub(crate) fn sever(&self) {
         self.incarnation.set(self.incarnation.get() + 1);
