@@ -296,6 +296,15 @@ fn a_heartbeat_names_its_epoch_also_while_a_slot_is_written() {
     assert!(beat.host == HostId::new(0) && beat.epoch > Epoch::new(0), "{beat:?}");
 }
 
+/// Writes to a disk from its start until the store is full; how many bytes it took.
+async fn fill(disk: &Rc<dyn Disk>) -> u64 {
+    let mut filled = 0;
+    while disk.submit(write_of(filled, 1 << 20)).await.is_ok() {
+        filled += 1 << 20;
+    }
+    filled
+}
+
 /// Begins a read of the first block, and keeps its device read.
 async fn begin_stuck_read(runtime: &Runtime, gate: &Gate, disk: &Rc<dyn Disk>) {
     gate.hold(|operation| matches!(operation, Operation::Read { .. }));
@@ -355,10 +364,7 @@ fn a_stuck_read_stops_nobody_who_needs_no_replaced_block() {
         store.create("big", 1 << 30).await.unwrap();
         store.create("wide", 1 << 40).await.unwrap();
         let (big, wide) = (disk(&store, "big").await, disk(&store, "wide").await);
-        let mut filled = 0;
-        while big.submit(write_of(filled, 1 << 20)).await.is_ok() {
-            filled += 1 << 20;
-        }
+        fill(&big).await;
         store.checkpoint().await.unwrap();
         begin_stuck_read(&runtime, &gate, &big).await;
         // What is to be free after this is not, and who asked for that waits.
@@ -406,10 +412,7 @@ fn writes_that_wait_for_space_behind_a_stuck_read_stop_nobody_else() {
         store.create("big", 1 << 30).await.unwrap();
         store.create("wide", 1 << 40).await.unwrap();
         let big = disk(&store, "big").await;
-        let mut filled = 0;
-        while big.submit(write_of(filled, 1 << 20)).await.is_ok() {
-            filled += 1 << 20;
-        }
+        let filled = fill(&big).await;
         store.checkpoint().await.unwrap();
         begin_stuck_read(&runtime, &gate, &big).await;
         // This may be free soon: so writes wait.

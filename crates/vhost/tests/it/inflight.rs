@@ -105,10 +105,7 @@ fn a_ring_without_room_for_what_is_in_flight_is_not_started() {
 fn the_next_connection_waits_for_what_the_last_one_left_under_way() {
     run(async |bed| {
         let machine = Machine::start(&bed, Options::default()).await;
-        bed.disk.hold();
-        machine.submit(&machine.rings[0], 0, OUT, 0, 512);
-        machine.rings[0].kick();
-        bed.until(|| bed.disk.waiting() == 1).await;
+        machine.hold_a_write(&bed).await;
         drop(machine);
         let next = bed.connect();
         bed.settle().await;

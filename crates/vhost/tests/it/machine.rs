@@ -315,6 +315,14 @@ impl Machine {
         self.write(place, &[words(&[kind, 0]), numbers(&[sector])].concat());
     }
 
+    /// Has the disk keep a write of one sector under way.
+    pub(crate) async fn hold_a_write(&self, bed: &Bed) {
+        bed.disk.hold();
+        self.submit(&self.rings[0], 0, OUT, 0, 512);
+        self.rings[0].kick();
+        bed.until(|| bed.disk.waiting() == 1).await;
+    }
+
     /// Makes a request of a slot available: its head is four times the slot. `bytes` of data lie at
     /// the slot's place; the device writes them if the request wants data.
     pub(crate) fn submit(&self, ring: &Ring, slot: u16, kind: u32, sector: u64, bytes: u32) {

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use disk::MemDisk;
 use runtime::reactor::Channel;
 
-use crate::machine::{Machine, OUT, Options};
+use crate::machine::{Machine, Options};
 use crate::testbed::{DISK_BYTES, run};
 
 fn config(offset: u32, bytes: u32) -> Vec<u8> {
@@ -71,10 +71,7 @@ fn one_machine_is_served_at_a_time() {
 fn the_end_of_an_attachment_is_clean() {
     run(async |bed| {
         let machine = Machine::start(&bed, Options::default()).await;
-        bed.disk.hold();
-        machine.submit(&machine.rings[0], 0, OUT, 0, 512);
-        machine.rings[0].kick();
-        bed.until(|| bed.disk.waiting() == 1).await;
+        machine.hold_a_write(&bed).await;
         let attachment = bed.attachment;
         let ending = bed.runtime.spawn(async move { attachment.end().await });
         bed.runtime.sleep(std::time::Duration::from_millis(20)).await;
@@ -90,10 +87,7 @@ fn the_end_of_an_attachment_is_clean() {
 fn an_end_does_not_wait_for_a_disk_that_hangs_to_let_go_of_the_guest() {
     run(async |bed| {
         let machine = Machine::start(&bed, Options::default()).await;
-        bed.disk.hold();
-        machine.submit(&machine.rings[0], 0, OUT, 0, 512);
-        machine.rings[0].kick();
-        bed.until(|| bed.disk.waiting() == 1).await;
+        machine.hold_a_write(&bed).await;
         let attachment = bed.attachment;
         let ending = bed.runtime.spawn(async move { attachment.end().await });
         machine.closed().await;
