@@ -4,6 +4,7 @@
 //! [`in_flight`] and [`split`] are what frontends have in common.
 
 mod error;
+mod gate;
 pub mod in_flight;
 mod memory;
 pub mod split;
@@ -12,6 +13,7 @@ use std::rc::Rc;
 
 use base::{BlockSlice, Buffer};
 pub use error::{DiskError, errno, virtio_status};
+pub use gate::GateDisk;
 pub use memory::MemDisk;
 pub use runtime::LocalBoxFuture;
 
@@ -159,10 +161,37 @@ pub enum ExtentState {
     Hole,
 }
 
+/// Says whether two handles are of the same contents: it is the same after writes, snapshots and
+/// restarts, and another one once the disk was rolled back, or is another disk of that name.
+///
+/// The store (16 bytes), the disk in it (8), and which state of that (8), little-endian.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Identity(pub [u8; Self::BYTES]);
+
+impl Identity {
+    /// Its length.
+    pub const BYTES: usize = 32;
+
+    /// The part that says which disk of a store it is.
+    #[must_use]
+    pub fn disk(&self) -> u64 {
+        self.0.get(16..).and_then(|rest| rest.first_chunk()).map_or(0, |&b| u64::from_le_bytes(b))
+    }
+
+    /// The part that changes when this very disk is rolled back.
+    #[must_use]
+    pub fn revision(&self) -> u64 {
+        self.0.last_chunk().map_or(0, |&bytes| u64::from_le_bytes(bytes))
+    }
+}
+
 /// A virtual disk as a frontend sees it. All methods are called on the disk's own thread.
 pub trait Disk {
     /// Stable identity for serial numbers: at most 20 ASCII characters.
     fn serial(&self) -> String;
+
+    /// Whose contents these are, for who may have cached some.
+    fn identity(&self) -> Identity;
 
     /// Size in bytes; changes when the VDI is resized.
     fn size_bytes(&self) -> u64;

@@ -4,7 +4,9 @@ use std::cell::{Cell, RefCell};
 
 use base::{BlockSlice, Buffer, ErrorKind};
 
-use crate::{Disk, DiskError, Extent, ExtentState, LocalBoxFuture, ReadSegment, Request, Response};
+use crate::{
+    Disk, DiskError, Extent, ExtentState, Identity, LocalBoxFuture, ReadSegment, Request, Response,
+};
 
 /// Contents in a `Vec`, everything durable at once. Reports all-zero blocks as holes.
 pub struct MemDisk {
@@ -35,7 +37,7 @@ impl MemDisk {
         self.severed.set(true);
     }
 
-    fn execute(&self, request: Request) -> Result<Response, DiskError> {
+    pub(crate) fn execute(&self, request: Request) -> Result<Response, DiskError> {
         if self.severed.get() {
             return Err(DiskError::new(ErrorKind::Fenced, "the disk is gone"));
         }
@@ -107,6 +109,10 @@ fn as_u64(length: usize) -> u64 {
 impl Disk for MemDisk {
     fn serial(&self) -> String {
         "memory".to_owned()
+    }
+
+    fn identity(&self) -> Identity {
+        Identity([0; Identity::BYTES])
     }
 
     fn size_bytes(&self) -> u64 {

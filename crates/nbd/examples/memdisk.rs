@@ -113,6 +113,10 @@ impl Disk for NullDisk {
         "null".to_owned()
     }
 
+    fn identity(&self) -> disk::Identity {
+        disk::Identity([0; disk::Identity::BYTES])
+    }
+
     fn size_bytes(&self) -> u64 {
         self.size
     }

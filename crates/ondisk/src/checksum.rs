@@ -44,6 +44,12 @@ impl Checksums {
         Self { uuid, secret }
     }
 
+    /// The store that they are of.
+    #[must_use]
+    pub fn uuid(&self) -> StoreUuid {
+        self.uuid
+    }
+
     /// Hash of stored bytes that a parent or a log record vouches for.
     #[must_use]
     pub fn block(&self, bytes: &[u8]) -> u64 {

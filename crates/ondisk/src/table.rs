@@ -94,7 +94,8 @@ layout! {
         snapshot_next: U64,
         snapshot_count: U64,
         history: [u8; RootRef::BYTES],
-        reserved: [u8; 104],
+        rollbacks: U64,
+        reserved: [u8; 96],
     }
 }
 
@@ -217,6 +218,8 @@ pub struct VdiRecord {
     pub snapshot_count: u64,
     /// Head of the history chain; empty until history is kept.
     pub history: RootRef,
+    /// How often it was rolled back.
+    pub rollbacks: u64,
 }
 
 impl TableRecord for VdiRecord {
@@ -240,7 +243,8 @@ impl TableRecord for VdiRecord {
             snapshot_next: self.snapshot_next.get().into(),
             snapshot_count: self.snapshot_count.into(),
             history: self.history.to_bytes(),
-            reserved: [0; 104],
+            rollbacks: self.rollbacks.into(),
+            reserved: [0; 96],
         };
         into.copy_from_slice(raw.as_bytes());
     }
@@ -262,6 +266,7 @@ impl TableRecord for VdiRecord {
             snapshot_next: snapshot_number(raw.snapshot_next)?,
             snapshot_count: raw.snapshot_count.get(),
             history: RootRef::from_bytes(raw.history)?,
+            rollbacks: raw.rollbacks.get(),
         }))
     }
 }

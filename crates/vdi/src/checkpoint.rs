@@ -101,6 +101,7 @@ struct FrozenVdi {
     vdi: Rc<Vdi>,
     branch: Rc<Branch>,
     block_count: u64,
+    rollbacks: u64,
     snapshot_next: base::SnapshotNumber,
     snapshot_count: u64,
     /// Snapshots taken and deleted since the last checkpoint.
@@ -393,6 +394,7 @@ fn freeze_vdi(vdi: &Rc<Vdi>) -> FrozenVdi {
         vdi: Rc::clone(vdi),
         branch: Rc::clone(&vdi.branch.borrow()),
         block_count: vdi.block_count.get(),
+        rollbacks: vdi.rollbacks.get(),
         snapshot_next: vdi.snapshot_next.get(),
         snapshot_count: as_u64(snapshots.len()),
         snapshots: dirty

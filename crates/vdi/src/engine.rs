@@ -284,6 +284,7 @@ impl Engine {
             window: RefCell::default(),
             ranges: Default::default(),
             incarnation: Cell::new(0),
+            rollbacks: Cell::new(record.rollbacks),
             deleted: Cell::new(false),
             leaving: Cell::new(0),
             snapshots: RefCell::new(snapshots),

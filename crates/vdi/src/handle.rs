@@ -3,7 +3,7 @@
 use std::rc::Rc;
 
 use base::{BLOCK_SIZE_U64, ErrorKind, VdiId};
-use disk::{Disk, DiskError, LocalBoxFuture, Request, Response};
+use disk::{Disk, DiskError, Identity, LocalBoxFuture, Request, Response};
 use ondisk::RangeState;
 
 use crate::branch::View;
@@ -52,6 +52,20 @@ fn range_of(request: &Request) -> (u64, u64, bool) {
     }
 }
 
+/// What a handle is of: the store, the VDI in it, and of that one what `of` tells.
+fn identity(engine: &Engine, vdi: &Vdi, of: u64) -> Identity {
+    let mut bytes = [0; Identity::BYTES];
+    let (store, rest) = bytes.split_at_mut(16);
+    store.copy_from_slice(&engine.checksums.uuid().0);
+    let (id, rest) = rest.split_at_mut(8);
+    id.copy_from_slice(&vdi.id.get().to_le_bytes());
+    rest.copy_from_slice(&of.to_le_bytes());
+    Identity(bytes)
+}
+
+/// Distinguishes the identity of a snapshot, by number, from that of its VDI, by rollbacks.
+const SNAPSHOT: u64 = 1 << 63;
+
 fn check(request: &Request, size_bytes: u64, read_only: bool) -> Result<(), DiskError> {
     let (offset, length, changes) = range_of(request);
     if changes && read_only {
@@ -81,6 +95,10 @@ const SEVERED: DiskError = DiskError::new(
 impl Disk for VdiHandle {
     fn serial(&self) -> String {
         format!("plx-{:016x}", self.vdi.id.get())
+    }
+
+    fn identity(&self) -> Identity {
+        identity(&self.engine, &self.vdi, self.vdi.rollbacks.get())
     }
 
     fn size_bytes(&self) -> u64 {
@@ -191,6 +209,10 @@ impl Disk for SnapshotHandle {
             .chars()
             .take(20)
             .collect()
+    }
+
+    fn identity(&self) -> Identity {
+        identity(&self.engine, &self.vdi, SNAPSHOT | self.snapshot.number.get())
     }
 
     fn size_bytes(&self) -> u64 {

@@ -347,6 +347,7 @@ impl Engine {
             window: RefCell::default(),
             ranges: Default::default(),
             incarnation: Cell::new(0),
+            rollbacks: Cell::new(0),
             deleted: Cell::new(false),
             leaving: Cell::new(0),
             snapshots: RefCell::default(),
@@ -523,6 +524,7 @@ impl Engine {
         let branch = self.new_branch(base, floor, floor);
         *vdi.branch.borrow_mut() = branch;
         vdi.block_count.set(snapshot.block_count);
+        vdi.rollbacks.set(vdi.rollbacks.get().saturating_add(1));
         self.touch(vdi);
     }
 }

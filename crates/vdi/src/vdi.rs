@@ -29,6 +29,8 @@ pub(crate) struct Vdi {
     pub(crate) ranges: RangeLocks,
     /// Handles opened under an older number are severed.
     pub(crate) incarnation: Cell<u64>,
+    /// How often it was rolled back.
+    pub(crate) rollbacks: Cell<u64>,
     pub(crate) deleted: Cell<bool>,
     /// How many wait until nothing is on its way, to delete it, roll it back or shrink it.
     pub(crate) leaving: Cell<u32>,

@@ -4,7 +4,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use base::ErrorKind;
-use disk::MemDisk;
+use disk::{GateDisk, MemDisk};
 use nbd::Config;
 use nbd::protocol::request::{Command, flag};
 use nbd::protocol::{Framing, error};
@@ -12,13 +12,13 @@ use proptest::prelude::*;
 use runtime::Order;
 
 use crate::client::{Client, Closed};
-use crate::harness::{GateDisk, Harness, TestCatalog};
+use crate::harness::{Harness, TestCatalog};
 
 const MIB: usize = 1 << 20;
 
 /// A held disk, a server of it, and a client on it.
 fn held(framing: Framing, config: Config) -> (Rc<GateDisk>, Harness, Client) {
-    let gate = GateDisk::new(64 * MIB);
+    let gate = GateDisk::new(MemDisk::new(64 * MIB));
     let catalog = TestCatalog::one("d", Rc::<GateDisk>::clone(&gate));
     let harness = Harness::with(catalog, config, Order::Fifo, 1);
     let socket = harness.connect(32 * MIB);
@@ -29,7 +29,7 @@ fn held(framing: Framing, config: Config) -> (Rc<GateDisk>, Harness, Client) {
 
 #[test]
 fn a_client_that_does_not_read_holds_a_bounded_amount() {
-    let gate = GateDisk::new(64 * MIB);
+    let gate = GateDisk::new(MemDisk::new(64 * MIB));
     let catalog = TestCatalog::one("d", Rc::<GateDisk>::clone(&gate));
     let harness = Harness::new(catalog);
     // Room for one reply of 64 KiB on the way, so that the second one waits.
@@ -201,7 +201,7 @@ fn a_client_that_vanishes_leaves_nothing_behind() {
 #[test]
 fn a_write_that_did_not_arrive_whole_does_not_happen() {
     for sent in [0, 1, 4095, 20_000, 3 * MIB] {
-        let gate = GateDisk::new(8 * MIB);
+        let gate = GateDisk::new(MemDisk::new(8 * MIB));
         let harness = Harness::new(TestCatalog::one("d", Rc::<GateDisk>::clone(&gate)));
         let socket = harness.connect(8 * MIB);
         harness.run(async move {
@@ -274,7 +274,7 @@ fn shutdown_answers_what_is_in_flight() {
 fn shutdown_gives_up_on_a_disk_that_hangs_and_on_a_client_that_does_not_read() {
     let config = Config { drain_timeout: Duration::from_secs(3), ..Config::default() };
     for hanging_disk in [true, false] {
-        let gate = GateDisk::new(64 * MIB);
+        let gate = GateDisk::new(MemDisk::new(64 * MIB));
         let catalog = TestCatalog::one("d", Rc::<GateDisk>::clone(&gate));
         let harness = Harness::with(catalog, config.clone(), Order::Fifo, 1);
         let socket = harness.connect(1000);

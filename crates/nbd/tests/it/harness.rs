@@ -6,10 +6,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use base::ErrorKind;
-use disk::{Catalog, Disk, DiskError, Export, LocalBoxFuture, MemDisk, Request, Response};
+use disk::{Catalog, Disk, DiskError, Export, LocalBoxFuture, MemDisk};
 use nbd::{Config, Server};
 use runtime::socket::{Socket, pair};
-use runtime::sync::{OneshotSender, oneshot};
 use runtime::{Clock, Options, Order, Runtime, Time};
 
 /// A clock that a test moves.
@@ -128,96 +127,5 @@ impl Catalog for TestCatalog {
         let disk = self.disks.get(name).cloned();
         let missing = DiskError::new(ErrorKind::NotFound, "there is no such disk");
         Box::pin(std::future::ready(disk.ok_or(missing)))
-    }
-}
-
-type Held = (Request, OneshotSender<Result<Response, DiskError>>);
-
-/// A disk in memory that, while held, completes requests when and in the order the test says.
-pub(crate) struct GateDisk {
-    memory: MemDisk,
-    held: Cell<bool>,
-    waiting: RefCell<Vec<Held>>,
-    /// Every request, as debug text.
-    pub(crate) log: RefCell<Vec<String>>,
-    /// What the next requests fail with.
-    pub(crate) failure: Cell<Option<ErrorKind>>,
-}
-
-impl GateDisk {
-    pub(crate) fn new(size: usize) -> Rc<Self> {
-        Rc::new(Self {
-            memory: MemDisk::new(size),
-            held: Cell::new(false),
-            waiting: RefCell::default(),
-            log: RefCell::default(),
-            failure: Cell::new(None),
-        })
-    }
-
-    pub(crate) fn hold(&self) {
-        self.held.set(true);
-    }
-
-    /// Requests that wait.
-    pub(crate) fn waiting(&self) -> usize {
-        self.waiting.borrow().len()
-    }
-
-    /// Completes the request at `index` of those that wait.
-    pub(crate) fn release(&self, index: usize) {
-        let (request, sender) = self.waiting.borrow_mut().remove(index);
-        sender.send(self.execute(request));
-    }
-
-    pub(crate) fn release_all(&self) {
-        self.held.set(false);
-        while self.waiting() > 0 {
-            self.release(0);
-        }
-    }
-
-    pub(crate) fn sever(&self) {
-        self.memory.sever();
-    }
-
-    fn execute(&self, request: Request) -> Result<Response, DiskError> {
-        if let Some(kind) = self.failure.get() {
-            return Err(DiskError::new(kind, "a failure that the test wants"));
-        }
-        let mut future = self.memory.submit(request);
-        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
-        match future.as_mut().poll(&mut context) {
-            std::task::Poll::Ready(outcome) => outcome,
-            std::task::Poll::Pending => unreachable!("memory answers at once"),
-        }
-    }
-}
-
-impl Disk for GateDisk {
-    fn serial(&self) -> String {
-        "gate".to_owned()
-    }
-
-    fn size_bytes(&self) -> u64 {
-        self.memory.size_bytes()
-    }
-
-    fn read_only(&self) -> bool {
-        false
-    }
-
-    fn severed(&self) -> bool {
-        self.memory.severed()
-    }
-
-    fn submit(&self, request: Request) -> LocalBoxFuture<Result<Response, DiskError>> {
-        self.log.borrow_mut().push(format!("{request:?}"));
-        if !self.held.get() {
-            return Box::pin(std::future::ready(self.execute(request)));
-        }
-        let (sender, receiver) = oneshot();
-        self.waiting.borrow_mut().push((request, sender));
-        Box::pin(async move { receiver.await.expect("the test answers every request") })
     }
 }

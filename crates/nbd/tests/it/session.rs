@@ -5,7 +5,8 @@ use std::rc::Rc;
 
 use base::{BlockSlice, Buffer, ErrorKind};
 use disk::{
-    Disk, DiskError, Extent, ExtentState, LocalBoxFuture, MemDisk, ReadSegment, Request, Response,
+    Disk, DiskError, Extent, ExtentState, GateDisk, LocalBoxFuture, MemDisk, ReadSegment, Request,
+    Response,
 };
 use nbd::Config;
 use nbd::protocol::request::{Command, StatusPayload, flag};
@@ -16,7 +17,7 @@ use proptest::prelude::*;
 use runtime::{Order, Runtime};
 
 use crate::client::Client;
-use crate::harness::{GateDisk, Harness, TestCatalog};
+use crate::harness::{Harness, TestCatalog};
 
 const FRAMINGS: [Framing; 3] = [Framing::Simple, Framing::Structured, Framing::Extended];
 const MIB: usize = 1 << 20;
@@ -155,6 +156,10 @@ struct SparseDisk;
 impl Disk for SparseDisk {
     fn serial(&self) -> String {
         "sparse".to_owned()
+    }
+
+    fn identity(&self) -> disk::Identity {
+        disk::Identity([0; disk::Identity::BYTES])
     }
 
     fn size_bytes(&self) -> u64 {
@@ -316,7 +321,7 @@ fn an_extended_write_without_the_payload_flag_is_a_write() {
 
 #[test]
 fn flags_reach_the_disk() {
-    let disk = GateDisk::new(MIB);
+    let disk = GateDisk::new(MemDisk::new(MIB));
     let log = Rc::clone(&disk);
     let harness = Harness::new(TestCatalog::one("d", disk));
     let socket = harness.connect(64 << 10);
@@ -356,7 +361,7 @@ fn errors_of_the_disk_become_error_numbers() {
     ];
     for (kind, expected) in cases {
         let failing = move || {
-            let disk = GateDisk::new(MIB);
+            let disk = GateDisk::new(MemDisk::new(MIB));
             disk.failure.set(Some(kind));
             disk as Rc<dyn Disk>
         };
@@ -377,7 +382,7 @@ fn errors_of_the_disk_become_error_numbers() {
 
 #[test]
 fn replies_come_in_the_order_of_completion() {
-    let gate = GateDisk::new(MIB);
+    let gate = GateDisk::new(MemDisk::new(MIB));
     let disk = Rc::clone(&gate);
     let harness = Harness::new(TestCatalog::one("d", disk));
     let socket = harness.connect(1 << 20);
@@ -427,6 +432,10 @@ struct SlowDisk {
 impl Disk for SlowDisk {
     fn serial(&self) -> String {
         "slow".to_owned()
+    }
+
+    fn identity(&self) -> disk::Identity {
+        disk::Identity([0; disk::Identity::BYTES])
     }
 
     fn size_bytes(&self) -> u64 {

@@ -317,6 +317,7 @@ impl Merge {
                 snapshot_next: vdi.snapshot_next,
                 snapshot_count: vdi.snapshot_count,
                 history: vdi.vdi.history,
+                rollbacks: vdi.rollbacks,
             };
             records.insert(vdi.vdi.id.get(), Some(record));
         }

@@ -230,6 +230,53 @@ fn snapshots_clones_and_rollbacks_keep_their_moment() {
     });
 }
 
+/// A guest that goes on after its daemon was killed is told by it whether its disk is still the one
+/// that it knew.
+#[test]
+fn a_disk_is_the_same_one_until_it_is_rolled_back_or_replaced() {
+    let identity = |store: &Store, name: &'static str| {
+        let store = store.clone();
+        async move { disk(&store, name).await.identity() }
+    };
+    let (ram, before) = with_store(move |_, store| async move {
+        store.create("web01", 1 << 20).await.unwrap();
+        let created = identity(&store, "web01").await;
+        write(&disk(&store, "web01").await, 0, &[1; 4096]).await;
+        store.snapshot("web01", Some("first")).await.unwrap();
+        store.resize("web01", 2 << 20).await.unwrap();
+        assert_eq!(identity(&store, "web01").await, created);
+        store.rollback("web01", "first").await.unwrap();
+        let rolled_back = identity(&store, "web01").await;
+        store.checkpoint().await.unwrap();
+        assert_eq!(identity(&store, "web01").await, rolled_back);
+        store.rollback("web01", "first").await.unwrap();
+        let again = identity(&store, "web01").await;
+        store.clone_vdi(&Target::parse("web01@first"), "clone").await.unwrap();
+        let (snapshot, clone) =
+            (identity(&store, "web01@first").await, identity(&store, "clone").await);
+        let all = [created, rolled_back, again, snapshot, clone];
+        for (index, one) in all.iter().enumerate() {
+            assert!(!all[..index].contains(one), "{all:?}");
+        }
+        all
+    });
+    let [created, _, again, snapshot, clone] = before;
+    for clean in [false, true] {
+        reopened(&ram, move |_, store, report| async move {
+            assert_eq!(report.clean, clean);
+            assert_eq!(identity(&store, "web01").await, again);
+            assert_eq!(identity(&store, "web01@first").await, snapshot);
+            assert_eq!(identity(&store, "clone").await, clone);
+            store.close().await.unwrap();
+        });
+    }
+    reopened(&ram, move |_, store, _| async move {
+        store.remove(&Target::parse("web01")).await.unwrap();
+        store.create("web01", 1 << 20).await.unwrap();
+        assert_ne!(identity(&store, "web01").await, created);
+    });
+}
+
 #[test]
 fn discards_make_holes_and_free_their_blocks() {
     with_store(|_, store| async move {

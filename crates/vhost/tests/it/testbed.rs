@@ -1,6 +1,5 @@
-//! A server with one disk, and a disk that a test can hold up.
+//! A server with one disk, which a test can hold up.
 
-use std::cell::{Cell, RefCell};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -8,10 +7,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use base::ErrorKind;
-use disk::{Catalog, Disk, DiskError, Export, LocalBoxFuture, MemDisk, Request, Response};
+use disk::{Catalog, Disk, DiskError, Export, GateDisk, LocalBoxFuture, MemDisk};
 use runtime::Runtime;
 use runtime::reactor::{Address, Channel, EngineChoice, Io, Listener, Reactor};
-use runtime::sync::{OneshotSender, oneshot};
 use vhost::{Attachment, Config, Server};
 
 /// Runs a test on the engine that there is.
@@ -96,118 +94,5 @@ impl Catalog for OneDisk {
         let missing = DiskError::new(ErrorKind::NotFound, "there is no such disk");
         let disk: Rc<dyn Disk> = Rc::<GateDisk>::clone(&self.0);
         Box::pin(std::future::ready(if name == "d" { Ok(disk) } else { Err(missing) }))
-    }
-}
-
-type Held = (Request, OneshotSender<Result<Response, DiskError>>);
-
-/// A disk in memory that, while held, completes requests when and in the order the test says.
-pub(crate) struct GateDisk {
-    memory: RefCell<MemDisk>,
-    held: Cell<bool>,
-    waiting: RefCell<Vec<Held>>,
-    /// Every request, as debug text.
-    pub(crate) log: RefCell<Vec<String>>,
-    /// What the next requests fail with.
-    pub(crate) failure: Cell<Option<ErrorKind>>,
-}
-
-impl GateDisk {
-    fn new(memory: MemDisk) -> Rc<Self> {
-        Rc::new(Self {
-            memory: RefCell::new(memory),
-            held: Cell::new(false),
-            waiting: RefCell::default(),
-            log: RefCell::default(),
-            failure: Cell::new(None),
-        })
-    }
-
-    /// From now on it is another disk.
-    pub(crate) fn become_other(&self, memory: MemDisk) {
-        self.memory.replace(memory);
-    }
-
-    pub(crate) fn hold(&self) {
-        self.held.set(true);
-    }
-
-    /// Requests that wait.
-    pub(crate) fn waiting(&self) -> usize {
-        self.waiting.borrow().len()
-    }
-
-    /// Completes the request at `index` of those that wait.
-    pub(crate) fn release(&self, index: usize) {
-        let (request, sender) = self.waiting.borrow_mut().remove(index);
-        sender.send(self.execute(request));
-    }
-
-    pub(crate) fn release_all(&self) {
-        self.held.set(false);
-        while self.waiting() > 0 {
-            self.release(0);
-        }
-    }
-
-    pub(crate) fn sever(&self) {
-        self.memory.borrow().sever();
-    }
-
-    /// What it holds.
-    pub(crate) fn contents(&self, offset: u64, length: usize) -> Vec<u8> {
-        let mut bytes = vec![0; length];
-        let pieces = disk::split::pieces(offset, length);
-        let mut at = 0;
-        for (offset, length) in pieces {
-            match self.execute(Request::Read { offset, length }).unwrap() {
-                Response::Data(segments) => {
-                    disk::copy_segments(&segments, &mut bytes[at..at + length]);
-                }
-                other => panic!("{other:?}"),
-            }
-            at += length;
-        }
-        bytes
-    }
-
-    fn execute(&self, request: Request) -> Result<Response, DiskError> {
-        if let Some(kind) = self.failure.get() {
-            return Err(DiskError::new(kind, "a failure that the test wants"));
-        }
-        let mut future = self.memory.borrow().submit(request);
-        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
-        match future.as_mut().poll(&mut context) {
-            std::task::Poll::Ready(outcome) => outcome,
-            std::task::Poll::Pending => unreachable!("memory answers at once"),
-        }
-    }
-}
-
-impl Disk for GateDisk {
-    fn serial(&self) -> String {
-        "plx-0000000000000007".to_owned()
-    }
-
-    fn size_bytes(&self) -> u64 {
-        self.memory.borrow().size_bytes()
-    }
-
-    fn read_only(&self) -> bool {
-        self.memory.borrow().read_only()
-    }
-
-    fn severed(&self) -> bool {
-        self.memory.borrow().severed()
-    }
-
-    fn submit(&self, request: Request) -> LocalBoxFuture<Result<Response, DiskError>> {
-        self.log.borrow_mut().push(format!("{request:?}"));
-        if !self.held.get() {
-            return Box::pin(std::future::ready(self.execute(request)));
-        }
-        let (sender, receiver) = oneshot();
-        self.waiting.borrow_mut().push((request, sender));
-        Box::pin(async move { receiver.await.expect("the test answers every request") })
     }
 }
