@@ -14,6 +14,11 @@ pub(crate) enum End {
     /// The disk cannot be opened.
     #[error("cannot open the disk")]
     Disk(#[from] disk::DiskError),
+    /// The guest begins anew, and the disk that it had has gone.
+    #[error(
+        "the disk was deleted, rolled back, shrunk or stopped; connecting again gives the new one"
+    )]
+    Replaced,
     /// A message makes no sense.
     #[error("the virtual machine monitor sent nonsense")]
     Malformed(#[from] Malformed),

@@ -10,6 +10,9 @@
 //! └──────────┴─────────┴────────────┴─────────────────┴───────────┤ 0: in flight  6: next  8: order
 //! ```
 //!
+//! Behind all of them stands which disk it is about: what a guest left undone with one disk must not
+//! reach another one that has taken its name, nor what a rollback made of it.
+//!
 //! What a kill between any two stores leaves is understood: a request is marked before it is
 //! started; when it is done its head is noted as the last, then the guest is told by the index of
 //! the used ring, then the mark goes, then that index is noted. If the two indices differ the kill
@@ -21,7 +24,9 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
+use disk::{Disk, Identity};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::io::pwrite;
 use vm_memory::{AtomicAccess, Bytes, MmapRegion, VolatileMemory};
 
 use crate::end::End;
@@ -51,20 +56,27 @@ pub(crate) struct Inflight {
     memory: MmapRegion,
     rings: u16,
     ring_size: u16,
+    /// Not in memory of earlier daemons.
+    identity: Option<Identity>,
 }
 
 impl Inflight {
-    /// Makes an empty one for so many rings of such a size. Nobody can make it shorter, whoever
-    /// has its descriptor.
-    pub(crate) fn create(wanted: &InflightArea) -> Result<(InflightArea, OwnedFd), End> {
+    /// Makes an empty one for so many rings of such a size, about this disk. Nobody can make it
+    /// shorter, whoever has its descriptor.
+    pub(crate) fn create(
+        wanted: &InflightArea,
+        identity: Identity,
+    ) -> Result<(InflightArea, OwnedFd), End> {
         if wanted.rings == 0 || wanted.ring_size == 0 || wanted.ring_size > SIZE_MAX {
             return Err(End::Refused("memory for rings that cannot be"));
         }
-        let bytes = (usize::from(wanted.rings) * ring_bytes(wanted.ring_size)) as u64;
+        let identity_at = (usize::from(wanted.rings) * ring_bytes(wanted.ring_size)) as u64;
+        let bytes = identity_at + Identity::BYTES as u64;
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let create = || {
             let fd = memfd_create("parallax-inflight", flags)?;
             ftruncate(&fd, bytes)?;
+            pwrite(&fd, &identity.0, identity_at)?;
             fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
             Ok::<_, rustix::io::Errno>(fd)
         };
@@ -79,7 +91,15 @@ impl Inflight {
         if ring_size > SIZE_MAX || bytes < needed as u64 {
             return Err(End::Refused("memory for rings that do not fit into it"));
         }
-        Ok(Self { memory: map(fd, file_offset, bytes)?, rings, ring_size })
+        let memory = map(fd, file_offset, bytes)?;
+        let mut identity = Identity([0; Identity::BYTES]);
+        let known = memory.as_volatile_slice().read_slice(&mut identity.0, needed).is_ok();
+        Ok(Self { memory, rings, ring_size, identity: known.then_some(identity) })
+    }
+
+    /// Whether it is about this disk, as far as it tells.
+    pub(crate) fn is_about(&self, disk: &dyn Disk) -> bool {
+        self.identity.is_none_or(|identity| identity == disk.identity())
     }
 
     /// The part of one ring; `None` if there is none for such a ring.
@@ -180,6 +200,8 @@ impl Tracker {
 mod tests {
     use super::*;
 
+    const DISK: Identity = Identity([7; Identity::BYTES]);
+
     fn area(rings: u16, ring_size: u16) -> InflightArea {
         InflightArea { bytes: 0, file_offset: 0, rings, ring_size }
     }
@@ -192,7 +214,7 @@ mod tests {
 
     #[test]
     fn what_was_begun_and_not_ended_is_done_again_in_order() {
-        let (area, fd) = Inflight::create(&area(2, 8)).unwrap();
+        let (area, fd) = Inflight::create(&area(2, 8), DISK).unwrap();
         let first = reopened(&area, &fd);
         assert_eq!(first.recover(0), [0u16; 0]);
         for head in [5, 2, 7, 1] {
@@ -209,7 +231,7 @@ mod tests {
     #[test]
     fn a_kill_between_any_two_stores_loses_and_repeats_nothing() {
         let kill_after = |steps: usize, used: u16| {
-            let (area, fd) = Inflight::create(&area(2, 8)).unwrap();
+            let (area, fd) = Inflight::create(&area(2, 8), DISK).unwrap();
             let tracker = reopened(&area, &fd);
             assert_eq!(tracker.recover(100), [0u16; 0]);
             tracker.begin(3);
@@ -234,14 +256,14 @@ mod tests {
 
     #[test]
     fn memory_that_does_not_fit_is_refused() {
-        let (made, fd) = Inflight::create(&area(2, 8)).unwrap();
+        let (made, fd) = Inflight::create(&area(2, 8), DISK).unwrap();
         let open = |area: &InflightArea| Inflight::open(area, fd.try_clone().unwrap());
         assert!(open(&made).is_ok());
         assert!(open(&InflightArea { rings: 3, ..made }).is_err());
         assert!(open(&InflightArea { bytes: made.bytes + 4096, ..made }).is_err());
         assert!(open(&InflightArea { file_offset: u64::MAX, ..made }).is_err());
-        assert!(Inflight::create(&area(0, 8)).is_err());
-        assert!(Inflight::create(&area(1, SIZE_MAX + 1)).is_err());
+        assert!(Inflight::create(&area(0, 8), DISK).is_err());
+        assert!(Inflight::create(&area(1, SIZE_MAX + 1), DISK).is_err());
         let inflight = Rc::new(open(&made).unwrap());
         assert!(inflight.ring(2, 8).is_none() && inflight.ring(1, 16).is_none());
         assert!(ftruncate(&fd, 0).is_err(), "its length is sealed");

@@ -46,6 +46,8 @@ pub(crate) struct Device {
     pub(crate) budget: Budget,
     /// Whether no ring starts any more.
     pub(crate) ending: Cell<bool>,
+    /// Whether the disk is not the one any more that the guest began with, and has cached.
+    pub(crate) replaced: Cell<bool>,
 }
 
 impl Device {
@@ -352,6 +354,10 @@ impl<'a> Service<'a> {
 
     fn start(&mut self, ask: Ask, charge: u64, memory: &Memory) -> Result<(), Broken> {
         let device = &self.ring.device;
+        if device.replaced.get() {
+            device.budget.give(charge);
+            return finish(device, &mut self.queue, &ask, status::IOERR, memory);
+        }
         device.metrics.count(ask.operation);
         let durable = !device.uses(feature::FLUSH);
         match ask.start(&*device.disk, &device.runtime, memory, durable) {

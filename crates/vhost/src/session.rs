@@ -73,6 +73,7 @@ impl Session {
             features: Cell::new(0),
             budget: Budget::default(),
             ending: Cell::new(false),
+            replaced: Cell::new(false),
         });
         let rings = (0..RINGS_MAX).map(|index| Ring::new(&device, index)).collect();
         Self { io: io.clone(), channel, device, rings, protocol_features: Cell::new(0) }
@@ -216,11 +217,24 @@ impl Session {
             Request::SetConfig => return Ok(Answer::Refused),
             Request::SetBackendChannel(file) => self.announce_sizes(file)?,
             Request::GetInflight(area) => {
-                let (area, file) = Inflight::create(&area)?;
+                if disk.severed() {
+                    return Err(End::Replaced);
+                }
+                let (area, file) = Inflight::create(&area, disk.identity())?;
                 return Ok(Answer::WithFile(area.encode(), file));
             }
             Request::SetInflight(area, file) => {
                 let inflight = Inflight::open(&area, file)?;
+                let replaced = !inflight.is_about(disk);
+                if replaced {
+                    let serial = disk.serial();
+                    tracing::warn!(
+                        serial,
+                        "a running virtual machine knew the disk before it was \
+                        rolled back or replaced: it gets errors until it is reset"
+                    );
+                }
+                self.device.replaced.set(replaced);
                 *self.device.inflight.borrow_mut() = Some(Rc::new(inflight));
             }
             request => return self.handle_ring(request).await,

@@ -2,8 +2,10 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
+use disk::MemDisk;
+
 use crate::machine::{Machine, OUT, Options};
-use crate::testbed::run;
+use crate::testbed::{DISK_BYTES, run};
 
 /// Gets a memory of what is in flight: the area's description and its descriptor.
 async fn area(machine: &Machine, rings: u16, size: u16) -> (Vec<u8>, OwnedFd) {
@@ -97,6 +99,55 @@ fn a_ring_without_room_for_what_is_in_flight_is_not_started() {
         let ring = &machine.rings[0];
         machine.start_ring(ring).await;
         std::rc::Rc::clone(&ring.error).wait().await.unwrap();
+    });
+}
+
+/// The guest goes on with what it has cached of the other one, and what it left undone was meant for
+/// that.
+#[test]
+fn a_running_guest_gets_nothing_of_another_disk_of_that_name() {
+    run(async |bed| {
+        let mut machine = Machine::connect(&bed, Options::default()).await;
+        let (known, file) = area(&machine, 1, 128).await;
+        machine.tell(32, &known, &[file.as_fd()]).await;
+        machine.start_ring(&machine.rings[0]).await;
+        machine.hold_a_write(&bed).await;
+        machine.channel.shutdown();
+        bed.settle().await;
+        bed.disk.release_all();
+        bed.settle().await;
+        bed.disk.become_other(MemDisk::new(DISK_BYTES));
+        bed.disk.log.borrow_mut().clear();
+
+        machine = machine.reconnect(&bed).await;
+        machine.tell(32, &known, &[file.as_fd()]).await;
+        let next = machine.rings[0].next_available.replace(0);
+        machine.start_ring(&machine.rings[0]).await;
+        machine.rings[0].next_available.set(next);
+        assert_eq!(machine.completed(&machine.rings[0]).await.len(), 1);
+        assert_eq!(machine.status(&machine.rings[0], 0), 1, "what it left undone");
+        assert_eq!(machine.write_disk(0, &[1; 512]).await, 1);
+        assert_eq!(machine.read_disk(0, 512).await.0, 1);
+        assert_eq!(*bed.disk.log.borrow(), [""; 0], "nothing reached it");
+
+        // A reset: the monitor asks for new memory.
+        machine.stop_ring(&machine.rings[0]).await;
+        let (fresh, file) = area(&machine, 1, 128).await;
+        machine.tell(32, &fresh, &[file.as_fd()]).await;
+        machine.start_ring(&machine.rings[0]).await;
+        assert_eq!(machine.write_disk(0, &[1; 512]).await, 0);
+    });
+}
+
+#[test]
+fn a_guest_that_is_reset_is_told_to_connect_again_for_a_disk_that_was_rolled_back() {
+    run(async |bed| {
+        let machine = Machine::start(&bed, Options::default()).await;
+        bed.disk.sever();
+        let mut wanted = vec![0; 24];
+        wanted[16..20].copy_from_slice(&[1, 0, 128, 0]);
+        machine.send(31, 0, &wanted, &[]).await;
+        bed.until(|| bed.server.metrics().connections_failed == 1).await;
     });
 }
 
