@@ -1,12 +1,14 @@
 //! The narrow waist between frontends and the engine: a [`Disk`] takes [`Request`]s and completes
 //! them in any order, as a physical disk does. Frontends speak only this; the engine knows no
-//! protocol. [`MemDisk`] is the in-memory model that tests hold the engine and the frontends to;
-//! [`in_flight`] and [`split`] are what frontends have in common.
+//! protocol. [`MemDisk`] is
+//! the in-memory model that tests hold the engine and the frontends to, [`GateDisk`] one that they
+//! hold up; [`in_flight`], [`split`] and [`metrics`] are what frontends have in common.
 
 mod error;
 mod gate;
 pub mod in_flight;
 mod memory;
+pub mod metrics;
 pub mod split;
 
 use std::rc::Rc;

@@ -2,27 +2,37 @@
 //!
 //! Names and meanings in [`Snapshot::values`] are stable: dashboards are built on them.
 
-use std::cell::Cell;
-
 use crate::block::Operation;
 
-/// The live counters.
-#[derive(Debug, Default)]
-pub(crate) struct Metrics {
-    pub(crate) connections: Counter,
-    pub(crate) connections_open: Counter,
-    pub(crate) connections_failed: Counter,
-    pub(crate) rings_broken: Counter,
-    pub(crate) reads: Counter,
-    pub(crate) writes: Counter,
-    pub(crate) flushes: Counter,
-    pub(crate) discards: Counter,
-    pub(crate) zeroings: Counter,
-    pub(crate) requests_failed: Counter,
-    pub(crate) read_bytes: Counter,
-    pub(crate) written_bytes: Counter,
-    pub(crate) kicks: Counter,
-    pub(crate) interrupts: Counter,
+disk::metrics! {
+    /// Connections of virtual machine monitors.
+    connections: counter = "vhost_connections_total",
+    /// Connections open now.
+    connections_open: gauge = "vhost_connections_open",
+    /// Connections that a malformed message, a failing socket or a missing disk ended.
+    connections_failed: counter = "vhost_connections_failed_total",
+    /// Rings that were given up because they made no sense.
+    rings_broken: counter = "vhost_rings_broken_total",
+    /// Reads that reached the disk.
+    reads: counter = "vhost_read_requests_total",
+    /// Writes that reached the disk.
+    writes: counter = "vhost_write_requests_total",
+    /// Flushes that reached the disk.
+    flushes: counter = "vhost_flush_requests_total",
+    /// Discards that reached the disk.
+    discards: counter = "vhost_discard_requests_total",
+    /// Zeroings that reached the disk.
+    zeroings: counter = "vhost_write_zeroes_requests_total",
+    /// Requests answered with an error, by the server or the disk.
+    requests_failed: counter = "vhost_requests_failed_total",
+    /// Bytes that successful reads returned, zeroes included.
+    read_bytes: counter = "vhost_read_bytes_total",
+    /// Bytes of successful writes.
+    written_bytes: counter = "vhost_written_bytes_total",
+    /// Kicks of guests.
+    kicks: counter = "vhost_kicks_total",
+    /// Interrupts of guests; requests that are done together share one.
+    interrupts: counter = "vhost_interrupts_total",
 }
 
 impl Metrics {
@@ -46,99 +56,6 @@ impl Metrics {
             Some(Operation::Write) => self.written_bytes.add(bytes),
             _ => {}
         }
-    }
-
-    pub(crate) fn snapshot(&self) -> Snapshot {
-        Snapshot {
-            connections: self.connections.get(),
-            connections_open: self.connections_open.get(),
-            connections_failed: self.connections_failed.get(),
-            rings_broken: self.rings_broken.get(),
-            reads: self.reads.get(),
-            writes: self.writes.get(),
-            flushes: self.flushes.get(),
-            discards: self.discards.get(),
-            zeroings: self.zeroings.get(),
-            requests_failed: self.requests_failed.get(),
-            read_bytes: self.read_bytes.get(),
-            written_bytes: self.written_bytes.get(),
-            kicks: self.kicks.get(),
-            interrupts: self.interrupts.get(),
-        }
-    }
-}
-
-/// A number that a single thread counts.
-#[derive(Debug, Default)]
-pub(crate) struct Counter(Cell<u64>);
-
-impl Counter {
-    pub(crate) fn add(&self, count: u64) {
-        self.0.set(self.0.get().wrapping_add(count));
-    }
-
-    pub(crate) fn subtract_one(&self) {
-        self.0.set(self.0.get().wrapping_sub(1));
-    }
-
-    pub(crate) fn get(&self) -> u64 {
-        self.0.get()
-    }
-}
-
-/// What a server has done so far. Counters rise, `connections_open` is a gauge.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Snapshot {
-    /// Connections of virtual machine monitors.
-    pub connections: u64,
-    /// Connections open now.
-    pub connections_open: u64,
-    /// Connections that a malformed message, a failing socket or a missing disk ended.
-    pub connections_failed: u64,
-    /// Rings that were given up because they made no sense.
-    pub rings_broken: u64,
-    /// Reads that reached the disk.
-    pub reads: u64,
-    /// Writes that reached the disk.
-    pub writes: u64,
-    /// Flushes that reached the disk.
-    pub flushes: u64,
-    /// Discards that reached the disk.
-    pub discards: u64,
-    /// Zeroings that reached the disk.
-    pub zeroings: u64,
-    /// Requests answered with an error, by the server or the disk.
-    pub requests_failed: u64,
-    /// Bytes that successful reads returned, zeroes included.
-    pub read_bytes: u64,
-    /// Bytes of successful writes.
-    pub written_bytes: u64,
-    /// Kicks of guests.
-    pub kicks: u64,
-    /// Interrupts of guests; requests that are done together share one.
-    pub interrupts: u64,
-}
-
-impl Snapshot {
-    /// Every value with its stable name and whether it is a gauge.
-    #[must_use]
-    pub fn values(&self) -> [(&'static str, u64, bool); 14] {
-        [
-            ("vhost_connections_total", self.connections, false),
-            ("vhost_connections_open", self.connections_open, true),
-            ("vhost_connections_failed_total", self.connections_failed, false),
-            ("vhost_rings_broken_total", self.rings_broken, false),
-            ("vhost_read_requests_total", self.reads, false),
-            ("vhost_write_requests_total", self.writes, false),
-            ("vhost_flush_requests_total", self.flushes, false),
-            ("vhost_discard_requests_total", self.discards, false),
-            ("vhost_write_zeroes_requests_total", self.zeroings, false),
-            ("vhost_requests_failed_total", self.requests_failed, false),
-            ("vhost_read_bytes_total", self.read_bytes, false),
-            ("vhost_written_bytes_total", self.written_bytes, false),
-            ("vhost_kicks_total", self.kicks, false),
-            ("vhost_interrupts_total", self.interrupts, false),
-        ]
     }
 }
 
