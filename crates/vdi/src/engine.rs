@@ -81,7 +81,7 @@ pub(crate) struct Engine {
 #[derive(Debug, Default)]
 pub(crate) struct Registry {
     pub(crate) names: BTreeMap<String, VdiId>,
-    pub(crate) directory: HashMap<VdiId, DirectoryRecord>,
+    pub(crate) directory: BTreeMap<VdiId, DirectoryRecord>,
     /// VDIs in use.
     pub(crate) loaded: HashMap<VdiId, Rc<Vdi>>,
     /// VDIs of which the log has changes that nothing is left to apply to. The next checkpoint

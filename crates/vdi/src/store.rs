@@ -122,10 +122,33 @@ impl Store {
             Some(name) => Bound::Excluded(name.to_owned()),
             None => Bound::Unbounded,
         };
-        let ids: Vec<VdiId> = {
+        let ids = {
             let registry = self.0.registry.borrow();
             registry.names.range((from, Bound::Unbounded)).take(max).map(|(_, &id)| id).collect()
         };
+        self.entries(ids).await
+    }
+
+    /// Lists at most `max` VDIs with identities above `after`, in order of those.
+    ///
+    /// # Errors
+    /// As for [`Self::list`].
+    pub async fn list_by_id(&self, after: VdiId, max: usize) -> Result<Vec<VdiEntry>, Error> {
+        let ids = {
+            let registry = self.0.registry.borrow();
+            let behind = registry.directory.range((Bound::Excluded(after), Bound::Unbounded));
+            behind.take(max).map(|(&id, _)| id).collect()
+        };
+        self.entries(ids).await
+    }
+
+    /// The name of a VDI, if there is one with this identity.
+    #[must_use]
+    pub fn name_of(&self, id: VdiId) -> Option<String> {
+        self.0.registry.borrow().directory.get(&id).map(|record| record.name.clone())
+    }
+
+    async fn entries(&self, ids: Vec<VdiId>) -> Result<Vec<VdiEntry>, Error> {
         let mut entries = Vec::with_capacity(ids.len());
         for id in ids {
             // One that is deleted meanwhile is left out.
