@@ -1,9 +1,10 @@
 //! The narrow waist between frontends and the engine: a [`Disk`] takes [`Request`]s and completes
 //! them in any order, as a physical disk does. Frontends speak only this; the engine knows no
-//! protocol. [`MemDisk`] is
+//! protocol. A [`Catalog`] has disks by name, a [`directory::Directory`] by number. [`MemDisk`] is
 //! the in-memory model that tests hold the engine and the frontends to, [`GateDisk`] one that they
 //! hold up; [`in_flight`], [`split`] and [`metrics`] are what frontends have in common.
 
+pub mod directory;
 mod error;
 mod gate;
 pub mod in_flight;

@@ -15,6 +15,7 @@ mod clock;
 mod event;
 mod io;
 mod net;
+mod pollable;
 mod pool;
 mod ring;
 mod sys;
@@ -33,6 +34,7 @@ pub use clock::SystemClock;
 pub use event::Event;
 pub use io::{File, Io};
 pub use net::{Address, Listener, Peer};
+pub use pollable::Pollable;
 pub use unpark::RemoteHandle;
 pub use work::{Completions, FileAction, FileOperation};
 
