@@ -13,6 +13,7 @@ mod guest;
 mod initramfs;
 mod kernel;
 mod ledger;
+mod mounted;
 mod quickstart;
 mod tools;
 
@@ -38,13 +39,14 @@ struct Scenario {
     run: fn(&mut Bed) -> Result<()>,
 }
 
-const SCENARIOS: [Scenario; 11] = [
+const SCENARIOS: [Scenario; 12] = [
     Scenario { name: "quickstart", quick: true, guests: false, run: quickstart::run },
     Scenario { name: "tools", quick: true, guests: false, run: tools::run },
     Scenario { name: "fio", quick: true, guests: false, run: fio_matrix::run },
     Scenario { name: "crash", quick: true, guests: false, run: crash::run },
     Scenario { name: "full", quick: true, guests: false, run: full::run },
     Scenario { name: "full-storms", quick: true, guests: false, run: crash::full },
+    Scenario { name: "mount", quick: true, guests: false, run: mounted::run },
     Scenario { name: "guest-ext4", quick: false, guests: true, run: filesystems::ext4 },
     Scenario { name: "guest-xfs", quick: false, guests: true, run: filesystems::xfs },
     Scenario { name: "guest-btrfs", quick: false, guests: true, run: filesystems::btrfs },

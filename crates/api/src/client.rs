@@ -13,8 +13,8 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use crate::types::{
-    Attach, Attachment, ChangeVdi, CreateVdi, DaemonStatus, Diff, DiffPage, Removed, Rollback,
-    Snapshot, SnapshotPage, Space, Stats, TakeSnapshot, Vdi, VdiPage,
+    Attach, Attachment, ChangeVdi, CreateVdi, DaemonStatus, Diff, DiffPage, Mounted, Removed,
+    Rollback, Snapshot, SnapshotPage, Space, Stats, TakeSnapshot, Vdi, VdiPage,
 };
 use crate::{Error, Kind, percent_encode};
 
@@ -221,6 +221,14 @@ impl Client {
     /// If the daemon cannot answer.
     pub async fn attachments(&self) -> Result<Vec<Attachment>, Error> {
         self.ask(Method::GET, "/v1/attachments", NOTHING).await
+    }
+
+    /// Every mount that the daemon serves.
+    ///
+    /// # Errors
+    /// If the daemon cannot answer.
+    pub async fn mounts(&self) -> Result<Vec<Mounted>, Error> {
+        self.ask(Method::GET, "/v1/mounts", NOTHING).await
     }
 
     async fn ask<T: DeserializeOwned>(

@@ -5,7 +5,7 @@
 //! |---|---|---|---|
 //! | `/v1/daemon` | GET | | [`DaemonStatus`] |
 //! | `/v1/stats` | GET | | [`Stats`] |
-//! | `/v1/nbd`, `/v1/vhost-user` | GET | | [`FrontendMetrics`] |
+//! | `/v1/nbd`, `/v1/vhost-user`, `/v1/fuse` | GET | | [`FrontendMetrics`] |
 //! | `/v1/vdis?after=&max=` | GET | | [`VdiPage`] |
 //! | `/v1/vdis` | POST | [`CreateVdi`] | [`Vdi`] |
 //! | `/v1/vdis/{name}` | GET | | [`Vdi`] |
@@ -22,6 +22,7 @@
 //! | `/v1/attachments` | GET | | list of [`Attachment`] |
 //! | `/v1/attachments` | POST | [`Attach`] | [`Attachment`] |
 //! | `/v1/attachments/{path}` | DELETE | | [`Attachment`], as it was |
+//! | `/v1/mounts` | GET | | list of [`Mounted`] |
 //!
 //! A `{snapshot}` is a label or a number, a `{path}` has its slashes encoded. Every failure is an
 //! [`Error`] as JSON, under the HTTP status of its kind. Sizes are in bytes, times in RFC 3339.
@@ -31,6 +32,7 @@
 mod check;
 mod client;
 mod error;
+pub mod mount;
 mod types;
 mod url;
 
@@ -39,7 +41,7 @@ pub use client::Client;
 pub use error::{Error, Kind};
 pub use types::{
     Attach, Attachment, ChangeVdi, CreateVdi, DIFF_EXTENTS_MAX, DaemonStatus, Diff, DiffExtent,
-    DiffPage, FrontendMetrics, NbdEndpoint, OpenReport, PAGE_MAX, Parent, Removed, Rollback,
-    Snapshot, SnapshotPage, Space, Stats, TakeSnapshot, Vdi, VdiPage,
+    DiffPage, FrontendMetrics, Mounted, NbdEndpoint, OpenReport, PAGE_MAX, Parent, Removed,
+    Rollback, Snapshot, SnapshotPage, Space, Stats, TakeSnapshot, Vdi, VdiPage,
 };
 pub use url::percent_encode;

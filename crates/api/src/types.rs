@@ -193,6 +193,13 @@ pub struct Attachment {
     pub connected: bool,
 }
 
+/// A mount that the daemon serves.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mounted {
+    /// The mount point.
+    pub dir: String,
+}
+
 /// What was deleted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Removed {

@@ -279,6 +279,23 @@ pub(crate) enum Command {
     /// List the disks that are attached to virtual machines
     Attachments,
 
+    /// Show all disks as files in a directory, and their snapshots in `.snapshots` there (FUSE)
+    ///
+    /// A file NAME.img is the disk itself: what is written to it is on the disk. losetup makes a
+    /// block device of it; docs/guides/host.md has command lines. A process in the background keeps the
+    /// mount, also while the daemon is started anew, until it is unmounted.
+    Mount(MountArgs),
+
+    /// End a mount that nobody uses any more
+    Unmount {
+        /// The directory
+        #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
+        dir: PathBuf,
+    },
+
+    /// List the directories at which disks are mounted
+    Mounts,
+
     /// Look for damage in a store that no daemon serves, and repair it
     ///
     /// Reads everything that the store's disks and snapshots use, and verifies it. Writes nothing
@@ -424,6 +441,19 @@ pub(crate) enum DumpPart {
     Extents,
     /// How full each part of the store is
     Bitmaps,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct MountArgs {
+    /// An empty directory
+    #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) dir: PathBuf,
+    /// Stay in the foreground; SIGTERM and Ctrl-C unmount
+    #[arg(long)]
+    pub(crate) foreground: bool,
+    /// Said by `mount` to the process that it starts
+    #[arg(long, hide = true)]
+    pub(crate) detached: bool,
 }
 
 #[derive(Args, Debug)]

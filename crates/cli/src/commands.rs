@@ -6,6 +6,7 @@ mod diff;
 mod docs;
 mod dump;
 mod format;
+mod mount;
 mod progress;
 mod qemu_img;
 mod quickstart;
@@ -43,7 +44,14 @@ pub(crate) fn run(cli: Cli) -> Result<(), Error> {
         Command::Man { dir } => return docs::man(&dir, global.json),
         _ => {}
     }
-    let client = Client::new(socket::choose(global.socket)?);
+    if let Command::Unmount { dir } = &command {
+        return mount::unmount(dir, global.json);
+    }
+    let control = socket::choose(global.socket)?;
+    if let Command::Mount(arguments) = &command {
+        return mount::run(arguments, &control, global.json);
+    }
+    let client = Client::new(control);
     let context = Context { client, json: global.json };
     block_on(ask(context, command))?
 }
@@ -84,11 +92,14 @@ async fn ask(context: Context, command: Command) -> Result<(), Error> {
         }
         Command::Detach { path } => attachments::detach(&context, &path).await,
         Command::Attachments => attachments::list(&context).await,
+        Command::Mounts => mount::list(&context).await,
         Command::Quickstart { .. }
         | Command::Format(_)
         | Command::Check(_)
         | Command::Dump(_)
         | Command::Serve(_)
+        | Command::Mount(_)
+        | Command::Unmount { .. }
         | Command::Completion { .. }
         | Command::Man { .. } => Ok(()),
     }

@@ -185,6 +185,7 @@ impl Config {
                 check_socket_path(path)?;
             }
         }
+        check_socket_path(&api::mount::socket(&self.socket))?;
         let Self { store, socket, tls, buffered, .. } = self;
         Ok(Plan { store, socket, listen, cache_bytes, tls, buffered })
     }
@@ -276,13 +277,13 @@ mod tests {
     #[test]
     fn a_path_too_long_for_a_socket_is_refused() {
         let long = |length: usize| PathBuf::from(format!("/{}", "x".repeat(length - 1)));
-        // The daemon's own NBD socket has a longer name than the control socket.
+        // The socket for keepers of mounts has a longer name than the control socket.
         let check = |length, fits| {
             let plan = Config { socket: long(length), ..config(&[]) }.plan();
             assert_eq!(plan.is_ok(), fits, "{length}: {plan:?}");
         };
-        check(98, true);
-        check(99, false);
+        check(95, true);
+        check(96, false);
         let nbd = vec![NbdAddress::Unix(long(108))];
         let refused = Config { nbd, ..config(&[]) }.plan().unwrap_err();
         assert!(refused.message.contains("107 at most"), "{refused}");

@@ -22,6 +22,8 @@ use vdi::Store;
 use crate::attachments::Attachments;
 use crate::catalog::StoreCatalog;
 use crate::config::Plan;
+use crate::directory::StoreDirectory;
+use crate::mounts::Mounts;
 use crate::{attachments, convert, open};
 
 /// Most calls under way on the engine thread; further ones wait.
@@ -36,6 +38,7 @@ thread_local! {
 pub(crate) struct Served {
     pub(crate) store: Store,
     pub(crate) attachments: Rc<Attachments>,
+    pub(crate) mounts: Rc<Mounts>,
     servers: Rc<listen::Servers>,
     stop: RefCell<Option<OneshotSender<()>>>,
 }
@@ -188,11 +191,13 @@ async fn serve(
         .await
         .map_err(|error| open::explain(&plan.store, &error))?;
     let catalog: Rc<dyn disk::Catalog> = StoreCatalog::new(store.clone());
+    let mounts = Mounts::new(&runtime, &io, StoreDirectory::new(store.clone()));
     let ready_to_serve =
         listen::Servers::new(&runtime, &catalog, plan.tls.as_ref()).and_then(|servers| {
-            Ok((listen::start(&runtime, &io, &servers, plan.listen)?, Rc::new(servers)))
+            let listening = listen::start(&runtime, &io, &servers, plan.listen)?;
+            Ok((listening, Rc::new(servers), mounts.listen(&io, &plan.socket)?))
         });
-    let (listening, servers) = match ready_to_serve {
+    let (listening, servers, door) = match ready_to_serve {
         Ok(ready) => ready,
         Err(error) => {
             store.close().await.map_err(|error| engine_error(&error))?;
@@ -205,6 +210,7 @@ async fn serve(
     let served = Served {
         store: store.clone(),
         attachments: Rc::clone(&attachments),
+        mounts: Rc::clone(&mounts),
         servers: Rc::clone(&servers),
         stop: Some(stop).into(),
     };
@@ -228,8 +234,10 @@ async fn serve(
         let attachments = Rc::clone(&attachments);
         runtime.spawn(async move { attachments.end().await })
     };
+    let leaving = runtime.spawn(async move { mounts.leave(door).await });
     servers.shutdown(&runtime).await;
     ending.await;
+    leaving.await;
     SERVED.set(None);
     match failure {
         None => store.close().await.map_err(|error| engine_error(&error)),

@@ -110,6 +110,10 @@ fn commands_print_what_is_described() {
     check("attachment", &["attach", "b", "--vhost-user", "vm.sock"]);
     check("list of attachment", &["attachments"]);
     check("attachment", &["detach", "vm.sock"]);
+    std::fs::create_dir(place.path("mnt")).unwrap();
+    check("mount", &["mount", "mnt"]);
+    check("list of mount", &["mounts"]);
+    check("mount", &["unmount", "mnt"]);
     check("removal", &["rm", "a@s"]);
     check("removal", &["rm", "a"]);
     served.stop();

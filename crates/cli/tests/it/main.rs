@@ -13,6 +13,7 @@ mod format;
 mod http;
 mod json;
 mod lifecycle;
+mod mounts;
 mod network;
 mod place;
 mod quickstart;

@@ -2,8 +2,8 @@
 
 use api::{
     Attach, Attachment, ChangeVdi, CreateVdi, DIFF_EXTENTS_MAX, DaemonStatus, DiffPage, Error,
-    FrontendMetrics, Kind, PAGE_MAX, Removed, Rollback, Snapshot, SnapshotPage, Space, Stats,
-    TakeSnapshot, Vdi, VdiPage,
+    FrontendMetrics, Kind, Mounted, PAGE_MAX, Removed, Rollback, Snapshot, SnapshotPage, Space,
+    Stats, TakeSnapshot, Vdi, VdiPage,
 };
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -27,6 +27,7 @@ pub(super) fn router(current: Current) -> Router {
         .route("/stats", get(stats))
         .route("/nbd", get(nbd))
         .route("/vhost-user", get(vhost_user))
+        .route("/fuse", get(fuse))
         .route("/vdis", get(list).post(create))
         .route("/vdis/{name}", get(info).patch(change).delete(remove))
         .route("/vdis/{name}/space", get(space))
@@ -36,7 +37,8 @@ pub(super) fn router(current: Current) -> Router {
         .route("/vdis/{name}/snapshots/{snapshot}/space", get(snapshot_space))
         .route("/diff", get(diff))
         .route("/attachments", get(attachments).post(attach))
-        .route("/attachments/{path}", delete(detach));
+        .route("/attachments/{path}", delete(detach))
+        .route("/mounts", get(mounts));
     Router::new()
         .nest("/v1", routes)
         .fallback(|| async { Failure(Error::new(Kind::NotFound, "there is no such route")) })
@@ -62,6 +64,11 @@ async fn nbd(State(current): State<Current>) -> Answer<FrontendMetrics> {
 
 async fn vhost_user(State(current): State<Current>) -> Answer<FrontendMetrics> {
     let answer = async |served: &Served| Ok(served.attachments.metrics());
+    Ok(Json(current.call(answer).await?))
+}
+
+async fn fuse(State(current): State<Current>) -> Answer<FrontendMetrics> {
+    let answer = async |served: &Served| Ok(served.mounts.metrics());
     Ok(Json(current.call(answer).await?))
 }
 
@@ -305,4 +312,9 @@ async fn detach(
 ) -> Answer<Attachment> {
     let answer = async move |served: &Served| Ok(served.attachments.detach(&path).await);
     Ok(Json(current.call(answer).await??))
+}
+
+async fn mounts(State(current): State<Current>) -> Answer<Vec<Mounted>> {
+    let answer = async |served: &Served| Ok(served.mounts.list());
+    Ok(Json(current.call(answer).await?))
 }

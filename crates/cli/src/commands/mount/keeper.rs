@@ -1,0 +1,184 @@
+//! The keeper of a mount: gives the connection to the kernel to the daemon, and to the next daemon
+//! when that one has ended.
+//!
+//! ```text
+//!               greeting                 S: it is served
+//!  Connecting ───────────────► Greeted ───────────────────► Served
+//!      ▲                          │                           │  connection ends: the daemon has ended
+//!      └──────────────────────────┴───────────────────────────┘
+//!   unmounted, a signal, or F: it cannot be served ──► end
+//! ```
+//!
+//! Meanwhile the kernel keeps requests; whoever waits for one waits until the next daemon answers.
+
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use api::{Error, Kind, mount};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use tokio::net::UnixStream as Connection;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use super::kernel::{self, Mount};
+use crate::output;
+
+/// How often the next daemon is looked for. A daemon that is started anew takes longer than that.
+const LOOK_PERIOD: Duration = Duration::from_millis(50);
+
+/// Most bytes of what a daemon says about why it cannot serve a mount.
+const REASON_BYTES_MAX: usize = 4096;
+
+/// What came over a connection.
+enum News {
+    /// The mount is served.
+    Serving,
+    /// The daemon has ended.
+    Ended,
+    /// The mount is gone.
+    Unmounted,
+    /// The daemon cannot serve it.
+    Failed(String),
+}
+
+/// Connects to the daemon with this control socket.
+pub(super) fn connect(control: &Path) -> Result<UnixStream, Error> {
+    let path = mount::socket(control);
+    UnixStream::connect(&path).map_err(|error| {
+        let message = format!(
+            "no daemon answers at {}: {error}; start one with: parallax serve PATH, or name its \
+             socket with --socket",
+            path.display()
+        );
+        Error::new(Kind::Unreachable, message)
+    })
+}
+
+/// Keeps a mount until it is gone. Says `ready` when it is served for the first time.
+pub(super) async fn keep(
+    mount: &Mount,
+    door: UnixStream,
+    control: &Path,
+    ready: impl FnOnce() -> Result<(), Error>,
+) -> Result<(), Error> {
+    let outcome = keep_served(mount, door, control, ready).await;
+    if outcome.is_err() {
+        mount.abandon();
+    }
+    outcome
+}
+
+async fn keep_served(
+    mount: &Mount,
+    door: UnixStream,
+    control: &Path,
+    ready: impl FnOnce() -> Result<(), Error>,
+) -> Result<(), Error> {
+    let mut signals = Signals::new().map_err(|e| Error::system("catch signals", &e))?;
+    let mut ready = Some(ready);
+    let mut connection =
+        Some(greet(door, mount).map_err(|e| Error::system("greet the daemon", &e))?);
+    loop {
+        tokio::select! {
+            news = next_news(&mut connection) => match news {
+                News::Serving => {
+                    if let Some(ready) = ready.take() {
+                        ready()?;
+                    }
+                }
+                News::Unmounted => return Ok(()),
+                News::Failed(reason) => {
+                    let message = format!("the daemon cannot serve the mount: {reason}");
+                    return Err(Error::new(Kind::Io, message));
+                }
+                // A daemon that serves it tells; nobody else does.
+                News::Ended if mount.is_gone() => return Ok(()),
+                News::Ended => {
+                    tokio::time::sleep(LOOK_PERIOD).await;
+                    let door = UnixStream::connect(mount::socket(control));
+                    connection = door.and_then(|door| greet(door, mount)).ok();
+                }
+            },
+            () = signals.any() => match kernel::unmount(mount.dir()) {
+                Ok(()) => return Ok(()),
+                Err(error) => output::complain(&format!("parallax: {error}")),
+            },
+        }
+    }
+}
+
+/// Gives the connection to the kernel to a daemon.
+fn greet(door: UnixStream, mount: &Mount) -> std::io::Result<Connection> {
+    let greeting = mount::greet(mount.dir()).ok_or(std::io::ErrorKind::InvalidInput)?;
+    let files: [BorrowedFd<'_>; 1] = [mount.as_fd()];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    control.push(SendAncillaryMessage::ScmRights(&files));
+    let sent = sendmsg(&door, &[IoSlice::new(&greeting)], &mut control, SendFlags::NOSIGNAL)?;
+    if sent < greeting.len() {
+        return Err(std::io::ErrorKind::WriteZero.into());
+    }
+    door.set_nonblocking(true)?;
+    Connection::from_std(door)
+}
+
+/// Waits for what the daemon says next.
+async fn next_news(connection: &mut Option<Connection>) -> News {
+    let Some(open) = connection else { return News::Ended };
+    let mut byte = [0];
+    let news = match read(open, &mut byte).await {
+        1 => match byte {
+            [mount::SERVING] => News::Serving,
+            [mount::UNMOUNTED] => News::Unmounted,
+            [mount::FAILED] => {
+                let mut reason = vec![0; REASON_BYTES_MAX];
+                let length = read(open, &mut reason).await;
+                reason.truncate(length);
+                News::Failed(String::from_utf8_lossy(&reason).into_owned())
+            }
+            _ => News::Failed("it says what is not understood; is it of another version?".into()),
+        },
+        _ => News::Ended,
+    };
+    if !matches!(news, News::Serving) {
+        *connection = None;
+    }
+    news
+}
+
+/// Reads some bytes; 0 at the end, however it came.
+async fn read(connection: &Connection, into: &mut [u8]) -> usize {
+    loop {
+        if connection.readable().await.is_err() {
+            return 0;
+        }
+        match connection.try_read(into) {
+            Ok(count) => return count,
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(_) => return 0,
+        }
+    }
+}
+
+/// The signals that ask to unmount.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        let interrupt = signal(SignalKind::interrupt())?;
+        Ok(Self { interrupt, terminate: signal(SignalKind::terminate())? })
+    }
+
+    async fn any(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+}
