@@ -4,6 +4,7 @@
 //! the in-memory model that tests hold the engine and the frontends to, [`GateDisk`] one that they
 //! hold up; [`in_flight`], [`split`] and [`metrics`] are what frontends have in common.
 
+pub mod conformance;
 pub mod directory;
 mod error;
 mod gate;

@@ -7,6 +7,7 @@
     reason = "a test that fails says where"
 )]
 
+mod conformance;
 mod files;
 mod kernel;
 mod takeover;

@@ -11,6 +11,7 @@
 extern crate parallax_nbd as nbd;
 
 mod client;
+mod conformance;
 mod faults;
 mod harness;
 mod negotiation;

@@ -9,6 +9,7 @@
 
 extern crate parallax_vhost as vhost;
 
+mod conformance;
 mod hostile;
 mod inflight;
 mod machine;
