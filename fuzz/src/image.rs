@@ -21,6 +21,7 @@ pub async fn open(ram: &Ram, runtime: &Runtime) -> Result<Store, vdi::Error> {
         cache_bytes: 1 << 20,
         boot_id: BOOT_ID,
         nonce: runtime.random(),
+        after_failure: false,
         reuse: Reuse::Soon,
     };
     Ok(Store::open(ram.device(), runtime.clone(), &options).await?.0)

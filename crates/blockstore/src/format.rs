@@ -138,6 +138,7 @@ fn empty_slot(log_start: Pba, wall_ns: u64, boot_id: [u8; 16]) -> HostSlot {
             bad_blocks: RootRef::empty(1),
         },
         segments: Vec::new(),
+        failures: 0,
     }
 }
 

@@ -82,7 +82,7 @@ impl Directory for StoreDirectory {
             let snapshot = snapshot.map(|number| number.to_string());
             let disk = store.open_disk(&Target { vdi, snapshot }).await?;
             // Another VDI may have got the name in between.
-            if disk.identity().disk() == id { Ok(disk) } else { Err(MISSING) }
+            if disk.identity().disk == id { Ok(disk) } else { Err(MISSING) }
         })
     }
 }

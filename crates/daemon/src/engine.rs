@@ -92,13 +92,14 @@ pub(crate) struct EngineHandle {
 
 impl Engine {
     /// Starts the thread, and waits until it serves. Blocks while the store is recovered.
-    pub(crate) fn start(plan: Plan) -> Result<(Self, Started), Error> {
+    /// `after_failure` if an engine before it stopped because its device failed.
+    pub(crate) fn start(plan: Plan, after_failure: bool) -> Result<(Self, Started), Error> {
         let (ready, readiness) = std::sync::mpsc::channel();
         let (end, ended) = remote::channel();
         let run = move || {
             let _guard = AbortOnPanic;
             // Whoever started the thread waits for one of the two.
-            let _ = end.send(run(plan, ready));
+            let _ = end.send(run(plan, after_failure, ready));
         };
         thread::Builder::new()
             .name("parallax-engine".to_owned())
@@ -165,10 +166,14 @@ fn gone() -> Error {
 }
 
 /// The thread's whole life.
-fn run(plan: Plan, ready: std::sync::mpsc::Sender<Started>) -> Result<(), Error> {
+fn run(
+    plan: Plan,
+    after_failure: bool,
+    ready: std::sync::mpsc::Sender<Started>,
+) -> Result<(), Error> {
     let reactor = open::reactor()?;
     let (runtime, io) = (reactor.runtime().clone(), reactor.io().clone());
-    let outcome = reactor.run(serve(runtime, io, plan, ready));
+    let outcome = reactor.run(serve(runtime, io, plan, after_failure, ready));
     // Listeners and background tasks own descriptors and each other: without this the store's
     // lock would stay until the kernel has taken the process apart.
     reactor.runtime().kill();
@@ -179,13 +184,14 @@ async fn serve(
     runtime: runtime::Runtime,
     io: Io,
     plan: Plan,
+    after_failure: bool,
     ready: std::sync::mpsc::Sender<Started>,
 ) -> Result<(), Error> {
     let access = open::Access::Exclusive;
     let options = open::DeviceOptions { access, buffered: plan.buffered };
     let device = open::device(&io, &plan.store, options)?;
     let description = device.describe();
-    let options = open::options(plan.cache_bytes)?;
+    let options = open::options(plan.cache_bytes, after_failure)?;
     let state = attachments::State::beside(&plan.socket, &plan.store);
     let (store, report) = Store::open(device, runtime.clone(), &options)
         .await

@@ -21,6 +21,9 @@ use crate::socket_file::SocketFile;
 /// Most keepers that are connected: each takes memory for the kernel's messages.
 const KEEPERS_MAX: usize = 64;
 
+/// How long a keeper may take to greet.
+const GREETING_MAX: Duration = Duration::from_secs(5);
+
 /// How long a listener rests when the kernel has no descriptor left for a new connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -121,10 +124,12 @@ impl Mounts {
 
     async fn attend(self: Rc<Self>, channel: Channel) {
         self.keepers.set(self.keepers.get() + 1);
+        let channel = Rc::new(channel);
         let farewell = if self.keepers.get() > KEEPERS_MAX {
             Some(failed(&"there are too many mounts"))
         } else {
-            match greeted(&channel).await {
+            let greeted = self.greeted(&channel).await;
+            match greeted {
                 Ok((dir, kernel)) => self.serve(&channel, dir, kernel).await,
                 Err(error) => Some(failed(&error)),
             }
@@ -134,6 +139,22 @@ impl Mounts {
             let _ = channel.send(&farewell, &[]).await;
         }
         self.keepers.set(self.keepers.get() - 1);
+    }
+
+    /// Waits for the greeting, not for ever.
+    async fn greeted(&self, channel: &Rc<Channel>) -> Result<(String, OwnedFd), Nonsense> {
+        let sleep = self.runtime.sleep(GREETING_MAX);
+        let silent = Rc::new(Cell::new(true));
+        let (still_silent, waiting) = (Rc::clone(&silent), Rc::downgrade(channel));
+        drop(self.runtime.spawn(async move {
+            sleep.await;
+            if let Some(channel) = waiting.upgrade().filter(|_| still_silent.get()) {
+                channel.shutdown();
+            }
+        }));
+        let outcome = greeted(channel).await;
+        silent.set(false);
+        outcome
     }
 
     /// Serves a mount to its end; what its keeper is told then.

@@ -42,9 +42,9 @@ pub(crate) fn in_use(path: &Path) -> Error {
 }
 
 /// Options for opening a store in a new epoch.
-pub(crate) fn options(cache_bytes: usize) -> Result<OpenOptions, Error> {
+pub(crate) fn options(cache_bytes: usize, after_failure: bool) -> Result<OpenOptions, Error> {
     let (boot_id, nonce) = (boot_id()?, nonce()?);
-    Ok(OpenOptions { cache_bytes, boot_id, nonce, reuse: Reuse::Late })
+    Ok(OpenOptions { cache_bytes, boot_id, nonce, after_failure, reuse: Reuse::Late })
 }
 
 /// A random number for a new epoch.

@@ -56,7 +56,7 @@ impl Signals {
 
 /// Opens the store and its NBD sockets. Blocks while the store is recovered.
 pub(crate) fn start(plan: &Plan) -> Result<(Engine, Current), Error> {
-    let (engine, started) = Engine::start(plan.clone())?;
+    let (engine, started) = Engine::start(plan.clone(), false)?;
     let status = status(plan, &started);
     report(&status);
     Ok((engine, Current::new(started.handle, status)))
@@ -104,7 +104,7 @@ async fn reopen(
         }
         pause = PAUSE_MAX.min(pause * 2);
         let again = plan.clone();
-        let started = tokio::task::spawn_blocking(move || Engine::start(again));
+        let started = tokio::task::spawn_blocking(move || Engine::start(again, true));
         let started = tokio::select! {
             () = signals.any() => return Err(why),
             started = started => started,

@@ -15,6 +15,8 @@ use crate::{
 pub struct GateDisk {
     memory: RefCell<MemDisk>,
     /// Which disk it is.
+    pub identity: Cell<Identity>,
+    /// Which state of it.
     number: Cell<u8>,
     held: Cell<bool>,
     waiting: RefCell<Vec<(Request, OneshotSender<Outcome>)>>,
@@ -30,6 +32,7 @@ impl GateDisk {
     pub fn new(memory: MemDisk) -> Rc<Self> {
         Rc::new(Self {
             memory: RefCell::new(memory),
+            identity: Cell::default(),
             number: Cell::new(1),
             held: Cell::new(false),
             waiting: RefCell::default(),
@@ -38,7 +41,7 @@ impl GateDisk {
         })
     }
 
-    /// From now on it is another disk.
+    /// From now on it is in another state.
     pub fn become_other(&self, memory: MemDisk) {
         self.memory.replace(memory);
         self.number.set(self.number.get().wrapping_add(1));
@@ -106,7 +109,7 @@ impl Disk for GateDisk {
     }
 
     fn identity(&self) -> Identity {
-        Identity([self.number.get(); Identity::BYTES])
+        Identity { state: self.number.get().into(), ..self.identity.get() }
     }
 
     fn size_bytes(&self) -> u64 {

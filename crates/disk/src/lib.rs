@@ -165,27 +165,43 @@ pub enum ExtentState {
     Hole,
 }
 
-/// Says whether two handles are of the same contents: it is the same after writes, snapshots and
-/// restarts, and another one once the disk was rolled back, or is another disk of that name.
-///
-/// The store (16 bytes), the disk in it (8), and which state of that (8), little-endian.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Identity(pub [u8; Self::BYTES]);
+/// Says whether two handles are of the same contents. It is the same after writes, snapshots, and
+/// restarts of the daemon; another one once the disk was rolled back, is another disk of that name,
+/// or may have lost writes that were acknowledged, because the store's device failed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Identity {
+    /// The store.
+    pub store: [u8; 16],
+    /// The disk in it.
+    pub disk: u64,
+    /// How often the store's device has failed under its users.
+    pub failures: u64,
+    /// Which state of the disk: how often it was rolled back, or which snapshot.
+    pub state: u64,
+}
 
 impl Identity {
-    /// Its length.
-    pub const BYTES: usize = 32;
+    /// Bytes that it is written in.
+    pub const BYTES: usize = 40;
 
-    /// The part that says which disk of a store it is.
+    /// As it is written, for who remembers it.
     #[must_use]
-    pub fn disk(&self) -> u64 {
-        self.0.get(16..).and_then(|rest| rest.first_chunk()).map_or(0, |&b| u64::from_le_bytes(b))
+    pub fn to_bytes(&self) -> [u8; Self::BYTES] {
+        let mut bytes = [0; Self::BYTES];
+        let numbers = [self.disk, self.failures, self.state].map(u64::to_le_bytes);
+        let all = self.store.iter().chain(numbers.iter().flatten());
+        for (to, &from) in bytes.iter_mut().zip(all) {
+            *to = from;
+        }
+        bytes
     }
 
-    /// The part that changes when this very disk is rolled back.
+    /// A number for it, where there is room for no more: two that differ have the same one about once in
+    /// 2^64 (FNV-1a).
     #[must_use]
-    pub fn revision(&self) -> u64 {
-        self.0.last_chunk().map_or(0, |&bytes| u64::from_le_bytes(bytes))
+    pub fn digest(&self) -> u64 {
+        let mix = |hash: u64, &byte: &u8| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+        self.to_bytes().iter().fold(0xcbf2_9ce4_8422_2325, mix)
     }
 }
 

@@ -112,7 +112,7 @@ impl Disk for MemDisk {
     }
 
     fn identity(&self) -> Identity {
-        Identity([0; Identity::BYTES])
+        Identity::default()
     }
 
     fn size_bytes(&self) -> u64 {

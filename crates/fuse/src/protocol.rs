@@ -21,6 +21,10 @@ const PAGES_MAX: u16 = 256;
 const _: () = assert!(WRITE_MAX as usize == DATA_BYTES_MAX);
 const _: () = assert!(PAGES_MAX as usize * 4096 == DATA_BYTES_MAX);
 
+/// Most requests of direct I/O that does not wait for its end: as many as are under way here.
+const BACKGROUND_MAX: u16 = 256;
+const _: () = assert!(BACKGROUND_MAX as usize == disk::in_flight::REQUESTS_MAX);
+
 /// Most bytes that the kernel sends at once: a write with all that stands before its data.
 pub(crate) const REQUEST_BYTES_MAX: usize = DATA_BYTES_MAX + 4096;
 
@@ -362,8 +366,8 @@ pub(crate) enum Request<'a> {
         length: u64,
         mode: u32,
     },
-    /// Where data or a hole begins does not depend on who asks.
     Seek {
+        handle: u64,
         offset: u64,
         whence: u32,
     },
@@ -445,7 +449,8 @@ impl<'a> Request<'a> {
             }
             opcode::LSEEK => {
                 let (seek, _) = head::<SeekIn>(body, opcode)?;
-                Self::Seek { offset: seek.offset.get(), whence: seek.whence.get() }
+                let (handle, offset) = (seek.handle.get(), seek.offset.get());
+                Self::Seek { handle, offset, whence: seek.whence.get() }
             }
             opcode::FSYNC => Self::Sync { handle: head::<HandleIn>(body, opcode)?.0.handle.get() },
             opcode::OPENDIR => Self::OpenDirectory,
@@ -498,8 +503,8 @@ pub(crate) fn init_reply(minor: u32, readahead_max: u32, features: u64) -> InitO
         readahead_max: readahead_max.into(),
         flags: low(agreed),
         flags2: low(agreed >> 32),
-        background_max: 64.into(),
-        congestion_threshold: 48.into(),
+        background_max: BACKGROUND_MAX.into(),
+        congestion_threshold: (BACKGROUND_MAX / 4 * 3).into(),
         write_max: WRITE_MAX.into(),
         time_granularity: 1.into(),
         pages_max: PAGES_MAX.into(),

@@ -32,7 +32,7 @@ use crate::protocol::{
     OPEN_PARALLEL_DIRECT_WRITES, OpenOut, OutHeader, REQUEST_BYTES_MAX, Request, SeekOut,
     StatfsOut, WriteOut, allocate, set,
 };
-use crate::view::View;
+use crate::view::{self, View};
 
 /// Most bytes of data of requests under way, give or take one request.
 const DATA_IN_FLIGHT_MAX: u64 = 32 << 20;
@@ -47,6 +47,9 @@ const WORK_PER_REQUEST: u64 = 16 << 10;
 /// How long the kernel may believe what it was told of names and attributes, in seconds: a disk that
 /// is resized, renamed or deleted by other ways is seen after that.
 const VALID_SECONDS: u64 = 1;
+
+/// Longest name of a file: what the kernel takes. Names of disks and labels, encoded, are shorter.
+const NAME_BYTES_MAX: u32 = 1024;
 
 const SEEK_DATA: u32 = 3;
 const SEEK_HOLE: u32 = 4;
@@ -280,23 +283,28 @@ impl<'a> Service<'a> {
                 Err(Errno::NODEV) => return Err(End::Unmounted),
                 Err(errno) => return Err(io::Error::from(errno).into()),
             };
-            work += WORK_PER_REQUEST + length as u64;
             let message = std::mem::take(&mut self.message);
             let handled = self.handle(message.get(..length).unwrap_or_default());
             self.message = message;
-            handled?;
+            work += WORK_PER_REQUEST + handled?;
         }
         Ok(Pause::Idle)
     }
 
-    fn handle(&mut self, message: &[u8]) -> Result<(), End> {
+    /// Begins one request; how many bytes of data it moves.
+    fn handle(&mut self, message: &[u8]) -> Result<u64, End> {
         let session = self.session;
         let (header, request) = Request::decode(message)?;
         let unique = header.unique.get();
         let Some(node) = Node::from_number(header.node.get()) else {
             // INIT, STATFS and the like are about no node.
             self.handle_mount(unique, &request);
-            return Ok(());
+            return Ok(0);
+        };
+        let bytes = match request {
+            Request::Read { size, .. } => size,
+            Request::Write { data, .. } => data.len(),
+            _ => 0,
         };
         match request {
             Request::Read { handle, offset, size } => self.read(unique, node, handle, offset, size),
@@ -311,7 +319,9 @@ impl<'a> Service<'a> {
             Request::Allocate { handle, offset, length, mode } => {
                 self.allocate(unique, (node, handle), offset, length, mode);
             }
-            Request::Seek { offset, whence } => seek(session, unique, node, offset, whence),
+            Request::Seek { handle, offset, whence } => {
+                seek(session, unique, (node, handle), offset, whence);
+            }
             Request::Lookup(name) => lookup(session, unique, node, name),
             Request::GetAttributes => {
                 let task = Rc::clone(session);
@@ -337,7 +347,7 @@ impl<'a> Service<'a> {
             }
             request => self.handle_mount(unique, &request),
         }
-        Ok(())
+        Ok(bytes as u64)
     }
 
     /// Requests that are about no node, or about any.
@@ -353,7 +363,7 @@ impl<'a> Service<'a> {
                 let statfs = StatfsOut {
                     block_size: 4096.into(),
                     fragment_size: 4096.into(),
-                    name_length: 255.into(),
+                    name_length: NAME_BYTES_MAX.into(),
                     ..StatfsOut::default()
                 };
                 session.answer(unique, &statfs);
@@ -415,7 +425,13 @@ impl<'a> Service<'a> {
     fn allocate(&mut self, unique: u64, file: (Node, u64), offset: u64, length: u64, mode: u32) {
         const PUNCH: u32 = allocate::PUNCH_HOLE | allocate::KEEP_SIZE;
         const ZERO: u32 = allocate::ZERO_RANGE | allocate::KEEP_SIZE;
-        if !matches!(mode, PUNCH | ZERO) {
+        // Without KEEP_SIZE it may not end behind the file, which never grows.
+        let within = || {
+            let size = self.session.view.files.at_hand(file.0).map(|disk| disk.size_bytes());
+            size.is_some_and(|size| offset.saturating_add(length) <= size)
+        };
+        let known = matches!(mode, PUNCH | ZERO) || mode == allocate::ZERO_RANGE && within();
+        if !known {
             return self.session.refuse(unique, Errno::OPNOTSUPP);
         }
         self.session.metrics.discards.add(1);
@@ -446,9 +462,7 @@ impl<'a> Service<'a> {
     ) {
         let files = &self.session.view.files;
         let submit = move |disk: Rc<dyn Disk>| -> Pending {
-            // Whoever has the file open has cached what the disk was when it was opened.
-            let same = disk.identity().revision() == handle;
-            match if same { request(&*disk) } else { Err(REPLACED) } {
+            match same(&*disk, handle).and_then(|()| request(&*disk)) {
                 Ok(request) => disk.submit(request),
                 Err(error) => Box::pin(std::future::ready(Err(error))),
             }
@@ -509,8 +523,13 @@ mod libc_flags {
     pub(super) const ACCESS_MODE: u32 = 0o3;
 }
 
-const REPLACED: DiskError =
-    DiskError::new(ErrorKind::Fenced, "the disk was rolled back; open it again");
+/// Refuses who has opened a file when its disk was another one, or was in another state: they have
+/// cached that.
+fn same(disk: &dyn Disk, handle: u64) -> Result<(), DiskError> {
+    let replaced = "the disk was rolled back or replaced, or its device failed; open it again";
+    let same = disk.identity().digest() == handle;
+    same.then_some(()).ok_or(DiskError::new(ErrorKind::Fenced, replaced))
+}
 
 /// Tells the kernel what a disk has done.
 fn finish(session: &Session, ticket: &Ticket, outcome: Outcome) {
@@ -549,10 +568,12 @@ fn open(session: &Rc<Session>, unique: u64, node: Node, flags: u32) {
     let opening = session.view.files.clone().keep(node);
     session.spawn(unique, opening, move |session, disk| {
         if disk.read_only() && flags & libc_flags::ACCESS_MODE != 0 {
+            // It will not be closed.
+            session.view.files.forget(node);
             return session.refuse(unique, Errno::ROFS);
         }
         let open = OpenOut {
-            handle: disk.identity().revision().into(),
+            handle: disk.identity().digest().into(),
             // Others write to the disk by other ways: nothing of it is cached.
             flags: (OPEN_DIRECT_IO | OPEN_PARALLEL_DIRECT_WRITES).into(),
             ..OpenOut::default()
@@ -561,12 +582,16 @@ fn open(session: &Rc<Session>, unique: u64, node: Node, flags: u32) {
     });
 }
 
-fn seek(session: &Rc<Session>, unique: u64, node: Node, offset: u64, whence: u32) {
+fn seek(session: &Rc<Session>, unique: u64, (node, handle): (Node, u64), offset: u64, whence: u32) {
     if !matches!(whence, SEEK_DATA | SEEK_HOLE) {
         return session.refuse(unique, Errno::INVAL);
     }
     let task = Rc::clone(session);
-    let found = async move { task.view.seek(node, offset, whence == SEEK_DATA).await };
+    let found = async move {
+        let disk = task.view.files.open(node).await?;
+        same(&*disk, handle)?;
+        view::seek(&*disk, offset, whence == SEEK_DATA).await
+    };
     session.spawn(unique, found, move |session, found| match found {
         Some(offset) => session.answer(unique, &SeekOut { offset: offset.into() }),
         None => session.refuse(unique, Errno::NXIO),

@@ -20,9 +20,9 @@ const PAGE: usize = 128;
 /// Extents that are asked for at once.
 const EXTENTS_MAX: usize = 1024;
 
-/// How often they are asked for to know the space of a file. What lies behind counts as if it were
-/// all data.
-const COUNTS_MAX: u32 = 16;
+/// How often they are asked for to know the space of a file: each time costs up to a thousand nodes.
+/// What lies behind counts as if it were all data.
+const COUNTS_MAX: u32 = 4;
 
 const SECTOR_BYTES: u64 = 512;
 const NS_PER_HOUR: u64 = names::SECONDS_PER_HOUR * 1_000_000_000;
@@ -327,28 +327,32 @@ impl View {
             }
             for extent in extents(&*disk, at, size).await? {
                 at += extent.length;
-                holes += if extent.state == ExtentState::Data { 0 } else { extent.length };
+                holes += if is_data(extent) { 0 } else { extent.length };
             }
         }
         Ok(size.max(at) - holes)
     }
+}
 
-    /// The first place at or behind `offset` that is data, or that is none; `None` if there is no more.
-    pub(crate) async fn seek(&self, node: Node, offset: u64, data: bool) -> Outcome<Option<u64>> {
-        let disk = self.files.open(node).await?;
-        let size = disk.size_bytes();
-        let mut at = offset;
-        while at < size {
-            for extent in extents(&*disk, at, size).await? {
-                if (extent.state == ExtentState::Data) == data {
-                    return Ok(Some(at));
-                }
-                at += extent.length;
+/// The first place at or behind `offset` that is data, or that is none; `None` if there is no more.
+pub(crate) async fn seek(disk: &dyn Disk, offset: u64, data: bool) -> Outcome<Option<u64>> {
+    let size = disk.size_bytes();
+    let mut at = offset;
+    while at < size {
+        for extent in extents(disk, at, size).await? {
+            if is_data(extent) == data {
+                return Ok(Some(at));
             }
+            at += extent.length;
         }
-        // Every file has a hole behind its end.
-        Ok((!data && offset < size).then_some(size))
     }
+    // Every file has a hole behind its end.
+    Ok((!data && offset < size).then_some(size))
+}
+
+/// Whether a run is reported as data: all but holes.
+fn is_data(extent: Extent) -> bool {
+    extent.state != ExtentState::Hole
 }
 
 /// What lies between two offsets, or at the first of them at least.

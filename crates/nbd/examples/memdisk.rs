@@ -114,7 +114,7 @@ impl Disk for NullDisk {
     }
 
     fn identity(&self) -> disk::Identity {
-        disk::Identity([0; disk::Identity::BYTES])
+        disk::Identity::default()
     }
 
     fn size_bytes(&self) -> u64 {

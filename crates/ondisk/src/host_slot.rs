@@ -51,7 +51,8 @@ layout! {
         bitmaps: [u8; RootRef::BYTES],
         bad_blocks: [u8; RootRef::BYTES],
         segments: [RawSegment; LOG_SEGMENTS_MAX],
-        reserved: [u8; 3072],
+        failures: U64,
+        reserved: [u8; 3064],
         checksum: U64,
     }
 }
@@ -149,6 +150,8 @@ pub struct HostSlot {
     pub roots: Roots,
     /// Log to replay on top, oldest first.
     pub segments: Vec<LogSegment>,
+    /// How often the store was opened again under its users after its device had failed.
+    pub failures: u64,
 }
 
 impl HostSlot {
@@ -180,7 +183,8 @@ impl HostSlot {
             bitmaps: self.roots.bitmaps.to_bytes(),
             bad_blocks: self.roots.bad_blocks.to_bytes(),
             segments: std::array::from_fn(|index| segment(index).unwrap_or(EMPTY_SEGMENT)),
-            reserved: [0; 3072],
+            failures: self.failures.into(),
+            reserved: [0; 3064],
             checksum: 0.into(),
         };
         let unsealed = Buffer::from_bytes(raw.as_bytes());
@@ -239,6 +243,7 @@ impl HostSlot {
                 bad_blocks: RootRef::from_bytes(raw.bad_blocks)?,
             },
             segments,
+            failures: raw.failures.get(),
         })
     }
 }
@@ -372,6 +377,7 @@ mod tests {
                 bad_blocks: root,
             },
             segments,
+            failures: 5,
         }
     }
 

@@ -220,6 +220,7 @@ impl Run {
             cache_bytes: self.world.plan.cache_bytes,
             boot_id: [self.boots; 16],
             nonce: self.world.random.borrow_mut().number(),
+            after_failure: false,
             reuse: self.world.plan.reuse,
         };
         (Device::new(Rc::new(self.world.device.clone())), options)

@@ -35,6 +35,8 @@ pub(crate) struct Engine {
     pub(crate) host: HostId,
     /// Epoch of this run.
     pub(crate) epoch: Epoch,
+    /// How often the store was opened again under its users after its device had failed.
+    pub(crate) failures: u64,
     /// Boot of the machine that it runs on.
     pub(crate) boot_id: [u8; 16],
     pub(crate) log_start: Pba,

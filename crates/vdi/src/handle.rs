@@ -52,15 +52,10 @@ fn range_of(request: &Request) -> (u64, u64, bool) {
     }
 }
 
-/// What a handle is of: the store, the VDI in it, and of that one what `of` tells.
-fn identity(engine: &Engine, vdi: &Vdi, of: u64) -> Identity {
-    let mut bytes = [0; Identity::BYTES];
-    let (store, rest) = bytes.split_at_mut(16);
-    store.copy_from_slice(&engine.checksums.uuid().0);
-    let (id, rest) = rest.split_at_mut(8);
-    id.copy_from_slice(&vdi.id.get().to_le_bytes());
-    rest.copy_from_slice(&of.to_le_bytes());
-    Identity(bytes)
+/// What a handle is of.
+fn identity(engine: &Engine, vdi: &Vdi, state: u64) -> Identity {
+    let store = engine.checksums.uuid().0;
+    Identity { store, disk: vdi.id.get(), failures: engine.failures, state }
 }
 
 /// Distinguishes the identity of a snapshot, by number, from that of its VDI, by rollbacks.

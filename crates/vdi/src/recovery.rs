@@ -247,11 +247,12 @@ fn build(
         checksums.clone(),
         options.cache_bytes,
     );
+    let failures = slot.failures.wrapping_add(options.after_failure.into());
     let slots = SlotWriter::new(
         scheduler.clone(),
         geometry.clone(),
         checksums.clone(),
-        HostSlot { epoch, boot_id: options.boot_id, ..slot.clone() },
+        HostSlot { epoch, boot_id: options.boot_id, failures, ..slot.clone() },
         pair.copy,
     );
     let allocator = Allocator::new(geometry.block_count, geometry.extent_blocks);
@@ -259,6 +260,7 @@ fn build(
     let opened_at = runtime.now();
     Ok(Rc::new(Engine {
         allocator,
+        failures,
         runtime,
         device,
         host: HOST,
@@ -531,7 +533,8 @@ impl Engine {
         let writer = self.slots.borrow_mut().take();
         let mut writer = writer.ok_or_else(published_already)?;
         let current = writer.current();
-        let slot = HostSlot { epoch: current.epoch, boot_id: current.boot_id, ..slot };
+        let HostSlot { epoch, boot_id, failures, .. } = *current;
+        let slot = HostSlot { epoch, boot_id, failures, ..slot };
         let outcome = writer.publish(slot, &Batch::default()).await;
         *self.slots.borrow_mut() = Some(writer);
         outcome?;

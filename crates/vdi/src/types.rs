@@ -31,6 +31,9 @@ pub struct OpenOptions {
     pub boot_id: [u8; 16],
     /// Random nonce of the new epoch.
     pub nonce: u64,
+    /// Whether the store stopped because its device failed, under users who go on with it now. What
+    /// they wrote and no flush covered may be lost: every handle has another identity then.
+    pub after_failure: bool,
     /// Which free blocks are written first. Anything but the default is for the simulator.
     pub reuse: Reuse,
 }

@@ -44,6 +44,10 @@ const DESCRIPTOR_BYTES: usize = 16;
 const NEXT_AT: usize = 6;
 const ORDER_AT: usize = 8;
 
+/// Behind all rings: that an identity follows, and the identity.
+const MAGIC: [u8; 8] = *b"plx-disk";
+const IDENTITY_BYTES: usize = MAGIC.len() + Identity::BYTES;
+
 /// Rings begin at multiples of this.
 const ALIGNMENT: usize = 64;
 
@@ -56,8 +60,8 @@ pub(crate) struct Inflight {
     memory: MmapRegion,
     rings: u16,
     ring_size: u16,
-    /// Not in memory of earlier daemons.
-    identity: Option<Identity>,
+    /// Of which disk it is. Not in memory of earlier daemons.
+    identity: Option<[u8; Identity::BYTES]>,
 }
 
 impl Inflight {
@@ -71,12 +75,12 @@ impl Inflight {
             return Err(End::Refused("memory for rings that cannot be"));
         }
         let identity_at = (usize::from(wanted.rings) * ring_bytes(wanted.ring_size)) as u64;
-        let bytes = identity_at + Identity::BYTES as u64;
+        let bytes = identity_at + IDENTITY_BYTES as u64;
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let create = || {
             let fd = memfd_create("parallax-inflight", flags)?;
             ftruncate(&fd, bytes)?;
-            pwrite(&fd, &identity.0, identity_at)?;
+            pwrite(&fd, &[&MAGIC[..], &identity.to_bytes()].concat(), identity_at)?;
             fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
             Ok::<_, rustix::io::Errno>(fd)
         };
@@ -92,14 +96,19 @@ impl Inflight {
             return Err(End::Refused("memory for rings that do not fit into it"));
         }
         let memory = map(fd, file_offset, bytes)?;
-        let mut identity = Identity([0; Identity::BYTES]);
-        let known = memory.as_volatile_slice().read_slice(&mut identity.0, needed).is_ok();
-        Ok(Self { memory, rings, ring_size, identity: known.then_some(identity) })
+        // At the end: a monitor may use fewer rings than it asked for.
+        let mut end = [0; IDENTITY_BYTES];
+        let found = memory.len().checked_sub(end.len()).is_some_and(|at| {
+            at >= needed && memory.as_volatile_slice().read_slice(&mut end, at).is_ok()
+        });
+        let identity =
+            end.strip_prefix(&MAGIC).and_then(|identity| identity.first_chunk().copied());
+        Ok(Self { memory, rings, ring_size, identity: identity.filter(|_| found) })
     }
 
     /// Whether it is about this disk, as far as it tells.
     pub(crate) fn is_about(&self, disk: &dyn Disk) -> bool {
-        self.identity.is_none_or(|identity| identity == disk.identity())
+        self.identity.is_none_or(|identity| identity == disk.identity().to_bytes())
     }
 
     /// The part of one ring; `None` if there is none for such a ring.
@@ -200,7 +209,7 @@ impl Tracker {
 mod tests {
     use super::*;
 
-    const DISK: Identity = Identity([7; Identity::BYTES]);
+    const DISK: Identity = Identity { store: [7; 16], disk: 7, failures: 0, state: 0 };
 
     fn area(rings: u16, ring_size: u16) -> InflightArea {
         InflightArea { bytes: 0, file_offset: 0, rings, ring_size }

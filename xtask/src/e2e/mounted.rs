@@ -171,7 +171,7 @@ impl Story {
         let size = self.disk_bytes / 8;
         let written = self.verify(&inner, size, options).words("--loops=4");
         self.survives(written)?;
-        drop(mounted);
+        mounted.end()?;
         let mounted = Mounted::new(&device, &at)?;
         let again = format!("{options} --verify_only=1");
         fio::measure(self.verify(&inner, size, &again), FIO_LIMIT)?;
@@ -185,7 +185,7 @@ impl Story {
             after + size / 2 < before || file_system.name == "xfs" && after < before,
             "fstrim left {after} of {before} bytes mapped"
         );
-        drop(mounted);
+        mounted.end()?;
         run(file_system.check).read()?;
         Ok(())
     }
@@ -265,8 +265,15 @@ impl Mounted {
     }
 }
 
+impl Mounted {
+    /// Takes it away; what is mounted next has cached nothing of it.
+    fn end(self) -> Result<()> {
+        Run::new("umount").arg(&self.at).read().map(drop)
+    }
+}
+
 impl Drop for Mounted {
     fn drop(&mut self) {
-        let _ = Run::new("umount").arg(&self.at).output();
+        let _ = Run::new("umount").words("-q").arg(&self.at).output();
     }
 }

@@ -12,13 +12,15 @@ use std::process::{Command, Stdio};
 
 use api::{Error, Kind, Mounted};
 
-use self::kernel::Mount;
 use super::{Context, block_on};
 use crate::args::MountArgs;
 use crate::output;
 
 /// Mounts the tree, and returns when it can be used.
 pub(super) fn run(arguments: &MountArgs, control: &Path, json: bool) -> Result<(), Error> {
+    // The keeper looks for the next daemon from elsewhere.
+    let control = &std::path::absolute(control)
+        .map_err(|e| Error::system("find out where the control socket is", &e))?;
     if arguments.foreground || arguments.detached {
         keep(arguments, control, json)
     } else {
@@ -31,16 +33,15 @@ fn keep(arguments: &MountArgs, control: &Path, json: bool) -> Result<(), Error> 
     let dir = mount_point(&arguments.dir)?;
     // Before anything is mounted that nobody serves.
     let door = keeper::connect(control)?;
-    let mount = Mount::new(&dir)?;
     let ready = || {
-        let mounted = Mounted { dir: mount.dir().to_owned() };
+        let mounted = Mounted { dir: dir.clone() };
         let said = match json {
             true => output::print_json(&mounted),
-            false => output::print(&format!("mounted at {}", mount.dir())),
+            false => output::print(&format!("mounted at {dir}")),
         };
         said.and_then(|()| if arguments.detached { forget_terminal() } else { Ok(()) })
     };
-    block_on(keeper::keep(&mount, door, control, ready))?
+    block_on(keeper::keep(&dir, door, control, ready))?
 }
 
 /// Starts a keeper in the background, and says what it says when it is ready.
@@ -87,6 +88,11 @@ pub(super) fn unmount(dir: &Path, json: bool) -> Result<(), Error> {
     // The daemon of a mount may hang, and with it whatever looks at the directory: its parent is
     // looked at instead.
     let dir = absolute(dir)?;
+    let path = Path::new(&dir);
+    let dir = match (path.parent().map(std::fs::canonicalize), path.file_name()) {
+        (Some(Ok(parent)), Some(name)) => text(parent.join(name))?,
+        _ => dir,
+    };
     kernel::unmount(&dir)?;
     let mounted = Mounted { dir };
     match json {

@@ -113,6 +113,28 @@ fn what_is_wrong_is_said_before_anything_is_mounted() {
     assert!(place.fails(1, &["mount", "file"]).contains("no directory"));
 }
 
+/// The keeper goes to the background, and with that to another directory: it looked for the next daemon
+/// there, for ever.
+#[test]
+fn a_control_socket_that_was_named_by_a_relative_path_is_found_again() {
+    let place = Place::with_store("256M");
+    let served = place.serve(&[]);
+    place.ok(&["create", "a", "--size", "1M"]);
+    fs::create_dir(place.path("mnt")).unwrap();
+    let socket = served.ready["socket"].as_str().unwrap();
+    let relative = socket.strip_prefix(&place.text("")).unwrap().trim_start_matches('/');
+    place.ok(&["mount", "mnt", "--socket", relative]);
+    served.kill();
+    let served = place.serve(&[]);
+    let deadline = Instant::now_after(Duration::from_secs(10));
+    while place.json(&["mounts"]) == json!([]) {
+        assert!(!deadline.passed(), "nobody gives the mount to the next daemon");
+    }
+    assert!(place.fails(1, &["mount", "mnt"]).contains("already"));
+    place.ok(&["unmount", "mnt"]);
+    served.stop();
+}
+
 /// As a service manager runs it.
 #[test]
 fn a_keeper_in_the_foreground_unmounts_when_it_is_told_to_end() {

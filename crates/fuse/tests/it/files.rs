@@ -1,7 +1,7 @@
 //! Reading and writing.
 
 use base::ErrorKind;
-use disk::MemDisk;
+use disk::{Identity, MemDisk};
 
 use crate::kernel::{
     DISK_BYTES, EIO, ENOSPC, ENXIO, EOPNOTSUPP, EPERM, EROFS, ESHUTDOWN, FALLOCATE, FSYNC, Kernel,
@@ -83,6 +83,8 @@ fn holes_are_punched_and_found() {
         assert_eq!(seek(70_000, 4).await, Ok(70_000), "a hole until the end");
         assert_eq!(seek(END, 4).await, Err(ENXIO));
         assert_eq!(allocate(100, 200, 0x11).await, Ok(0), "zeroed");
+        assert_eq!(allocate(300, 50, 0x10).await, Ok(0), "the same, within the file");
+        assert_eq!(allocate(END - 4096, 8192, 0x10).await, Err(EOPNOTSUPP), "a file never grows");
         assert_eq!(kernel.read(file, 99, 202).await.unwrap()[1..201], [0; 200]);
         assert_eq!(allocate(END - 4096, 8192, 0x03).await, Ok(0), "as far as there is a file");
         assert_eq!(allocate(0, 4096, 0).await, Err(EOPNOTSUPP), "space is not kept for writes");
@@ -134,9 +136,20 @@ fn a_disk_that_was_rolled_back_has_to_be_opened_again() {
         assert_eq!(kernel.write(file, 0, 0, &[2; 4096]).await, Err(ESHUTDOWN));
         assert_eq!(kernel.read(file, 0, 4096).await, Err(ESHUTDOWN));
         assert_eq!(disk.contents(0, 4096), [0; 4096]);
+        assert_eq!(kernel.ask(LSEEK, file.0, &numbers(&[file.1, 0, 3])).await, Err(ESHUTDOWN));
         let again = opened(&kernel).await;
         assert_eq!(kernel.write(again, 0, 0, &[3; 4096]).await, Ok(4096));
         assert_eq!(kernel.read(file, 0, 4096).await, Err(ESHUTDOWN), "as before");
+        // The same number in another store, or what is left after a device has failed.
+        let identity = disk.identity.get();
+        for other in [
+            Identity { store: [1; 16], ..identity },
+            Identity { failures: identity.failures + 1, ..identity },
+        ] {
+            let file = opened(&kernel).await;
+            disk.identity.set(other);
+            assert_eq!(kernel.write(file, 0, 0, &[4; 4096]).await, Err(ESHUTDOWN), "{other:?}");
+        }
     });
 }
 

@@ -37,6 +37,7 @@ pub(crate) const EPERM: i32 = 1;
 pub(crate) const ENOENT: i32 = 2;
 pub(crate) const EIO: i32 = 5;
 pub(crate) const ENXIO: i32 = 6;
+pub(crate) const EINVAL: i32 = 22;
 pub(crate) const ENOSPC: i32 = 28;
 pub(crate) const EROFS: i32 = 30;
 pub(crate) const ENOSYS: i32 = 38;
@@ -50,7 +51,7 @@ pub(crate) const DISK_BYTES: usize = 4 << 20;
 pub(crate) struct TestDisk {
     pub(crate) entry: DiskEntry,
     pub(crate) disk: Rc<GateDisk>,
-    pub(crate) snapshots: Vec<(SnapshotEntry, Rc<GateDisk>)>,
+    pub(crate) snapshots: Vec<SnapshotEntry>,
 }
 
 /// Disks by number.
@@ -76,8 +77,7 @@ impl TestDirectory {
         let size_bytes = DISK_BYTES as u64;
         let label = label.map(str::to_owned);
         let entry = SnapshotEntry { number, label, size_bytes, created_ns };
-        let contents = MemDisk::read_only(vec![number as u8; DISK_BYTES]);
-        disk.snapshots.push((entry, GateDisk::new(contents)));
+        disk.snapshots.push(entry);
         disk.entry.snapshot_count += 1;
     }
 
@@ -112,14 +112,14 @@ impl Directory for TestDirectory {
 
     fn snapshots(&self, id: u64, after: u64, max: usize) -> Answer<Vec<SnapshotEntry>> {
         ready(self.look(id, |disk| {
-            let from = disk.snapshots.partition_point(|(entry, _)| entry.number <= after);
-            Some(disk.snapshots[from..].iter().take(max).map(|(entry, _)| entry.clone()).collect())
+            let from = disk.snapshots.partition_point(|entry| entry.number <= after);
+            Some(disk.snapshots[from..].iter().take(max).cloned().collect())
         }))
     }
 
     fn find_snapshot(&self, id: u64, name: &str) -> Answer<SnapshotEntry> {
         ready(self.look(id, |disk| {
-            let mut all = disk.snapshots.iter().map(|(entry, _)| entry);
+            let mut all = disk.snapshots.iter();
             let is_this = |entry: &&SnapshotEntry| {
                 entry.label.as_deref() == Some(name) || entry.number.to_string() == name
             };
@@ -131,8 +131,10 @@ impl Directory for TestDirectory {
         ready(self.look(id, |disk| match snapshot {
             None => Some(Rc::clone(&disk.disk) as Rc<dyn Disk>),
             Some(number) => {
-                let found = disk.snapshots.iter().find(|(entry, _)| entry.number == number)?;
-                Some(Rc::clone(&found.1) as Rc<dyn Disk>)
+                disk.snapshots.iter().find(|entry| entry.number == number)?;
+                // Full of its number.
+                let contents = vec![number as u8; DISK_BYTES];
+                Some(GateDisk::new(MemDisk::read_only(contents)) as Rc<dyn Disk>)
             }
         }))
     }
@@ -150,6 +152,8 @@ pub(crate) struct Kernel {
     serving: RefCell<Option<JoinHandle<End>>>,
     replies: RefCell<VecDeque<(u64, i32, Vec<u8>)>>,
     unique: std::cell::Cell<u64>,
+    /// Where messages arrive.
+    message: std::cell::Cell<Vec<u8>>,
 }
 
 /// Runs a test with a mount of what `fill` puts into the directory.
@@ -188,6 +192,7 @@ impl Kernel {
             serving: RefCell::default(),
             replies: RefCell::default(),
             unique: std::cell::Cell::new(1),
+            message: std::cell::Cell::new(vec![0; 2 << 20]),
         };
         kernel.serve(mount);
         kernel
@@ -240,15 +245,18 @@ impl Kernel {
 
     /// The next message of the server: number, error, and what follows.
     pub(crate) async fn receive(&self) -> (u64, i32, Vec<u8>) {
-        let mut message = vec![0; 2 << 20];
+        let mut message = self.message.take();
         loop {
-            match rustix::io::read(&self.socket, &mut message) {
+            let received = rustix::io::read(&self.socket, &mut message);
+            match received {
                 Ok(length) => {
                     let word =
                         |at: usize| u32::from_le_bytes(message[at..at + 4].try_into().unwrap());
                     assert_eq!(word(0) as usize, length);
                     let unique = u64::from_le_bytes(message[8..16].try_into().unwrap());
-                    return (unique, word(4).cast_signed(), message[16..length].to_vec());
+                    let reply = (unique, word(4).cast_signed(), message[16..length].to_vec());
+                    self.message.set(message);
+                    return reply;
                 }
                 Err(Errno::AGAIN) => Rc::clone(&self.socket).readable().await.unwrap(),
                 Err(errno) => panic!("{errno}"),

@@ -159,7 +159,7 @@ impl Disk for SparseDisk {
     }
 
     fn identity(&self) -> disk::Identity {
-        disk::Identity([0; disk::Identity::BYTES])
+        disk::Identity::default()
     }
 
     fn size_bytes(&self) -> u64 {
@@ -435,7 +435,7 @@ impl Disk for SlowDisk {
     }
 
     fn identity(&self) -> disk::Identity {
-        disk::Identity([0; disk::Identity::BYTES])
+        disk::Identity::default()
     }
 
     fn size_bytes(&self) -> u64 {

@@ -47,7 +47,13 @@ pub(crate) fn format_options() -> FormatOptions {
 
 /// Options of machine 1.
 pub(crate) fn open_options(nonce: u64) -> OpenOptions {
-    OpenOptions { cache_bytes: 1 << 20, boot_id: [1; 16], nonce, reuse: Reuse::Late }
+    OpenOptions {
+        cache_bytes: 1 << 20,
+        boot_id: [1; 16],
+        nonce,
+        after_failure: false,
+        reuse: Reuse::Late,
+    }
 }
 
 pub(crate) async fn open(ram: &Ram, runtime: &Runtime) -> (Store, OpenReport) {
@@ -270,7 +276,17 @@ fn a_disk_is_the_same_one_until_it_is_rolled_back_or_replaced() {
             store.close().await.unwrap();
         });
     }
+    // What no flush covered may be lost, and users who were there are there still.
+    let failed = ram.clone();
+    let after_failure = run(2, move |runtime| async move {
+        let options = OpenOptions { after_failure: true, ..open_options(runtime.random()) };
+        let device = failed.device(STORE_BLOCKS);
+        let (store, _) = Store::open(device, runtime.clone(), &options).await.expect("opens");
+        identity(&store, "web01").await
+    });
+    assert_ne!(after_failure, again);
     reopened(&ram, move |_, store, _| async move {
+        assert_eq!(identity(&store, "web01").await, after_failure, "that is no news any more");
         store.remove(&Target::parse("web01")).await.unwrap();
         store.create("web01", 1 << 20).await.unwrap();
         assert_ne!(identity(&store, "web01").await, created);

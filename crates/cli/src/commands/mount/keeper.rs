@@ -23,11 +23,14 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 use tokio::net::UnixStream as Connection;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::kernel::{self, Mount};
+use super::kernel::Mount;
 use crate::output;
 
 /// How often the next daemon is looked for. A daemon that is started anew takes longer than that.
 const LOOK_PERIOD: Duration = Duration::from_millis(50);
+
+/// The pause after a daemon has said that it cannot serve the mount.
+const FAILED_PAUSE: Duration = Duration::from_secs(1);
 
 /// Most bytes of what a daemon says about why it cannot serve a mount.
 const REASON_BYTES_MAX: usize = 4096;
@@ -57,52 +60,49 @@ pub(super) fn connect(control: &Path) -> Result<UnixStream, Error> {
     })
 }
 
-/// Keeps a mount until it is gone. Says `ready` when it is served for the first time.
+/// Mounts at a directory, and keeps the mount until it is gone. Says `ready` when it is served for the
+/// first time.
 pub(super) async fn keep(
-    mount: &Mount,
+    dir: &str,
     door: UnixStream,
     control: &Path,
     ready: impl FnOnce() -> Result<(), Error>,
 ) -> Result<(), Error> {
-    let outcome = keep_served(mount, door, control, ready).await;
-    if outcome.is_err() {
-        mount.abandon();
-    }
-    outcome
-}
-
-async fn keep_served(
-    mount: &Mount,
-    door: UnixStream,
-    control: &Path,
-    ready: impl FnOnce() -> Result<(), Error>,
-) -> Result<(), Error> {
+    // Before there is anything that a signal could leave behind.
     let mut signals = Signals::new().map_err(|e| Error::system("catch signals", &e))?;
+    let mount = Mount::new(dir)?;
     let mut ready = Some(ready);
-    let mut connection =
-        Some(greet(door, mount).map_err(|e| Error::system("greet the daemon", &e))?);
+    let first = greet(door, &mount).map_err(|e| Error::system("greet the daemon", &e))?;
+    let mut connection = Some(first);
+    let mut pause = LOOK_PERIOD;
     loop {
         tokio::select! {
             news = next_news(&mut connection) => match news {
                 News::Serving => {
+                    pause = LOOK_PERIOD;
                     if let Some(ready) = ready.take() {
                         ready()?;
                     }
                 }
                 News::Unmounted => return Ok(()),
-                News::Failed(reason) => {
+                News::Failed(reason) if ready.is_some() => {
                     let message = format!("the daemon cannot serve the mount: {reason}");
                     return Err(Error::new(Kind::Io, message));
+                }
+                // There are users: what ails this daemon may pass, or be mended in the next.
+                News::Failed(reason) => {
+                    output::complain(&format!("parallax: {dir} is not served: {reason}"));
+                    pause = FAILED_PAUSE;
                 }
                 // A daemon that serves it tells; nobody else does.
                 News::Ended if mount.is_gone() => return Ok(()),
                 News::Ended => {
-                    tokio::time::sleep(LOOK_PERIOD).await;
+                    tokio::time::sleep(pause).await;
                     let door = UnixStream::connect(mount::socket(control));
-                    connection = door.and_then(|door| greet(door, mount)).ok();
+                    connection = door.and_then(|door| greet(door, &mount)).ok();
                 }
             },
-            () = signals.any() => match kernel::unmount(mount.dir()) {
+            () = signals.any() => match mount.unmount() {
                 Ok(()) => return Ok(()),
                 Err(error) => output::complain(&format!("parallax: {error}")),
             },
@@ -167,18 +167,22 @@ async fn read(connection: &Connection, into: &mut [u8]) -> usize {
 struct Signals {
     interrupt: Signal,
     terminate: Signal,
+    /// The terminal has gone.
+    hangup: Signal,
 }
 
 impl Signals {
     fn new() -> std::io::Result<Self> {
         let interrupt = signal(SignalKind::interrupt())?;
-        Ok(Self { interrupt, terminate: signal(SignalKind::terminate())? })
+        let terminate = signal(SignalKind::terminate())?;
+        Ok(Self { interrupt, terminate, hangup: signal(SignalKind::hangup())? })
     }
 
     async fn any(&mut self) {
         tokio::select! {
             _ = self.interrupt.recv() => {}
             _ = self.terminate.recv() => {}
+            _ = self.hangup.recv() => {}
         }
     }
 }
