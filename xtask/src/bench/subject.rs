@@ -99,6 +99,7 @@ impl<'a> Stage<'a> {
                 if let Disk::Served(server) = &mut disk {
                     server.start()?;
                 }
+                self.touch(&disk)?;
                 disk
             }
             None => self.make().context("prepare the disk")?,
@@ -112,6 +113,15 @@ impl<'a> Stage<'a> {
             self.remove()?;
         }
         Ok(result)
+    }
+
+    /// Reads the whole disk once: a virtual machine's medium may have become slow for what nobody has
+    /// touched for some minutes, and the turn of one subject is longer ago than that of another.
+    fn touch(&self, disk: &Disk) -> Result<()> {
+        let bench = self.bench;
+        let read = "--rw=read --bs=1m --iodepth=8";
+        let job = fio::job(&disk.target(), bench.scale.disk_bytes, read, &bench.scratch);
+        fio::measure(job, FILL_LIMIT).context("read the disk once").map(drop)
     }
 
     fn make(&self) -> Result<Disk> {
