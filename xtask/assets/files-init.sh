@@ -3,7 +3,7 @@
 # From the kernel's command line: plx.mode=fill|check|verify plx.fs=ext4|xfs|btrfs plx.new=0|1
 # plx.from=N. It says on the serial line: ACKED number md5 (after fsync has returned), DEL number
 # (before a file is removed), GOT number md5, FSCK exit-code, IOERROR, END. With plx.mode=verify fio
-# has the bare disk instead: FIO-START, FIO exit-code.
+# has the bare disk instead, for plx.runtime seconds: FIO-START, LONGEST wait, FIO exit-code.
 /bin/busybox mkdir -p /proc /sys /dev /mnt /tmp /run /bin
 /bin/busybox --install -s /bin
 export PATH=/bin:/sbin:/usr/bin:/usr/sbin
@@ -69,9 +69,10 @@ verify() {
     echo FIO-START
     fio --name=v --filename=/dev/vda --size=256m --rw=randwrite --bsrange=4k-128k \
         --ioengine=libaio --direct=1 --iodepth=16 --verify=crc32c --verify_fatal=1 \
-        --verify_backlog=512 --time_based --runtime=25 --fsync=64 > /tmp/fio 2>&1
+        --verify_backlog=512 --time_based --runtime=$runtime --fsync=64 > /tmp/fio 2>&1
     code=$?
     [ $code = 0 ] || tail -n 20 /tmp/fio
+    sed -n 's/^ *clat (\([a-z]*\)): .* max= *\([0-9.kM]*\),.*/LONGEST \2 \1/p' /tmp/fio
     echo "FIO $code"
 }
 

@@ -223,6 +223,18 @@ impl Server {
         self.running.take().context("the server is not running")?.kill()
     }
 
+    /// Has our daemon become what its program is now, and returns how long it took until that answered.
+    ///
+    /// # Errors
+    /// If it is not ours, or refuses.
+    pub(crate) fn upgrade(&mut self) -> Result<Duration> {
+        let Kind::Parallax(binary) = &self.kind else { bail!("the peer cannot be upgraded") };
+        let start = clock::now();
+        Run::new(binary).words("upgrade --socket").arg(self.control_socket()).read()?;
+        self.wait_ready()?;
+        Ok(start.elapsed())
+    }
+
     /// Asks it to stop and waits until it has.
     ///
     /// # Errors

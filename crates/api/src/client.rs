@@ -14,7 +14,7 @@ use tokio::net::UnixStream;
 
 use crate::types::{
     Attach, Attachment, ChangeVdi, CreateVdi, DaemonStatus, Diff, DiffPage, Mounted, Removed,
-    Rollback, Snapshot, SnapshotPage, Space, Stats, TakeSnapshot, Vdi, VdiPage,
+    Rollback, Snapshot, SnapshotPage, Space, Stats, TakeSnapshot, Upgrade, Upgrading, Vdi, VdiPage,
 };
 use crate::{Error, Kind, percent_encode};
 
@@ -49,6 +49,14 @@ impl Client {
     /// `Unreachable` if none answers, as for every method here.
     pub async fn daemon(&self) -> Result<DaemonStatus, Error> {
         self.ask(Method::GET, "/v1/daemon", NOTHING).await
+    }
+
+    /// Has the daemon become another program: it ends well, and the next one begins. Returns before that.
+    ///
+    /// # Errors
+    /// `NotFound`, `Invalid`: the program is none that can be the daemon, and nothing has changed.
+    pub async fn upgrade(&self, request: &Upgrade) -> Result<Upgrading, Error> {
+        self.ask(Method::POST, "/v1/upgrade", Some(request)).await
     }
 
     /// Current counters.

@@ -5,6 +5,7 @@
 //! |---|---|---|---|
 //! | `/v1/daemon` | GET | | [`DaemonStatus`] |
 //! | `/v1/stats` | GET | | [`Stats`] |
+//! | `/v1/upgrade` | POST | [`Upgrade`] | [`Upgrading`] |
 //! | `/v1/nbd`, `/v1/vhost-user`, `/v1/fuse` | GET | | [`FrontendMetrics`] |
 //! | `/v1/vdis?after=&max=` | GET | | [`VdiPage`] |
 //! | `/v1/vdis` | POST | [`CreateVdi`] | [`Vdi`] |
@@ -42,6 +43,6 @@ pub use error::{Error, Kind};
 pub use types::{
     Attach, Attachment, ChangeVdi, CreateVdi, DIFF_EXTENTS_MAX, DaemonStatus, Diff, DiffExtent,
     DiffPage, FrontendMetrics, Mounted, NbdEndpoint, OpenReport, PAGE_MAX, Parent, Removed,
-    Rollback, Snapshot, SnapshotPage, Space, Stats, TakeSnapshot, Vdi, VdiPage,
+    Rollback, Snapshot, SnapshotPage, Space, Stats, TakeSnapshot, Upgrade, Upgrading, Vdi, VdiPage,
 };
-pub use url::percent_encode;
+pub use url::{percent_decode, percent_encode};

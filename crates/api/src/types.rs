@@ -172,6 +172,26 @@ pub struct Rollback {
     pub snapshot: String,
 }
 
+/// Makes the daemon become another program, with the same sockets.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Upgrade {
+    /// The program, as an absolute path; without one, what stands now where the daemon was started
+    /// from.
+    pub binary: Option<String>,
+}
+
+/// An upgrade that has begun.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Upgrading {
+    /// Version of the daemon that ends.
+    pub from: String,
+    /// Version of the one that begins.
+    pub to: String,
+    /// The program.
+    pub binary: String,
+}
+
 /// Attaches a disk or snapshot to virtual machines over vhost-user.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

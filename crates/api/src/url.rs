@@ -18,6 +18,19 @@ pub fn percent_encode(text: &str) -> String {
     encoded
 }
 
+/// What was encoded by [`percent_encode`]; `None` if nothing was.
+#[must_use]
+pub fn percent_decode(encoded: &str) -> Option<String> {
+    let mut parts = encoded.split('%');
+    let mut bytes = parts.next()?.as_bytes().to_vec();
+    for part in parts {
+        let digits = part.get(..2).filter(|it| it.bytes().all(|b| b.is_ascii_hexdigit()))?;
+        bytes.push(u8::from_str_radix(digits, 16).ok()?);
+        bytes.extend_from_slice(part.get(2..)?.as_bytes());
+    }
+    String::from_utf8(bytes).ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -25,6 +38,12 @@ mod tests {
     #[test]
     fn only_unreserved_characters_stay() {
         assert_eq!(percent_encode("web-01_a.b~c"), "web-01_a.b~c");
+        for text in ["", "web-01", "a b/ü?#%", "\u{0}"] {
+            assert_eq!(percent_decode(&percent_encode(text)).as_deref(), Some(text));
+        }
+        for nonsense in ["%", "%4", "%zz", "%ff", "%+1"] {
+            assert_eq!(percent_decode(nonsense), None, "{nonsense}");
+        }
         assert_eq!(percent_encode("web01@be fore/ü?#%"), "web01%40be%20fore%2F%C3%BC%3F%23%25");
     }
 }

@@ -296,6 +296,17 @@ pub(crate) enum Command {
     /// List the directories at which disks are mounted
     Mounts,
 
+    /// Have the daemon become another version of itself, under whoever uses its disks
+    ///
+    /// It ends well, and the next one begins with the same process id, arguments and sockets. NBD
+    /// clients connect again (QEMU with reconnect-delay, nbdfuse and others by themselves); virtual
+    /// machines over vhost-user (with reconnect-ms) and mounts wait for some tenths of a second.
+    Upgrade {
+        /// The program; without it what lies now where the daemon was started from
+        #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath)]
+        binary: Option<PathBuf>,
+    },
+
     /// Look for damage in a store that no daemon serves, and repair it
     ///
     /// Reads everything that the store's disks and snapshots use, and verifies it. Writes nothing

@@ -15,6 +15,7 @@ mod snapshots;
 mod stats;
 mod transfer;
 mod tree;
+mod upgrade;
 mod vdis;
 
 use api::{Client, Error};
@@ -93,6 +94,7 @@ async fn ask(context: Context, command: Command) -> Result<(), Error> {
         Command::Detach { path } => attachments::detach(&context, &path).await,
         Command::Attachments => attachments::list(&context).await,
         Command::Mounts => mount::list(&context).await,
+        Command::Upgrade { binary } => upgrade::run(&context, binary.as_deref()).await,
         Command::Quickstart { .. }
         | Command::Format(_)
         | Command::Check(_)

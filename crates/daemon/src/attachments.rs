@@ -8,9 +8,9 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use api::{Attach, Attachment, Error, Kind};
@@ -19,11 +19,14 @@ use runtime::reactor::{Io, Listener};
 use serde::{Deserialize, Serialize};
 
 use crate::config::check_socket_path;
-use crate::socket_file::SocketFile;
+use crate::sockets::Sockets;
 
 /// How long requests in flight may take to be completed when the daemon stops, or a disk is
 /// detached; what takes longer is done again when the virtual machine connects the next time.
 const DRAIN_MAX: Duration = Duration::from_secs(1);
+
+/// What sockets of attachments are for.
+const PURPOSE: &str = "vhost-user";
 
 /// Most attachments: each takes descriptors, and a virtual machine some memory.
 const ATTACHMENTS_MAX: usize = 4096;
@@ -87,18 +90,13 @@ impl State {
     }
 }
 
-struct Attached {
-    attachment: vhost::Attachment,
-    /// Removes the socket when it is dropped.
-    file: SocketFile,
-}
-
 /// What is attached, by path of the socket.
 pub(crate) struct Attachments {
     io: Io,
     server: vhost::Server,
     state: State,
-    attached: RefCell<BTreeMap<String, Attached>>,
+    sockets: Arc<Sockets>,
+    attached: RefCell<BTreeMap<String, vhost::Attachment>>,
 }
 
 impl Attachments {
@@ -107,11 +105,12 @@ impl Attachments {
         io: &Io,
         catalog: &Rc<dyn disk::Catalog>,
         state: &State,
+        sockets: &Arc<Sockets>,
     ) -> Self {
         let config = vhost::Config { drain_timeout: DRAIN_MAX };
         let server = vhost::Server::new(runtime, io, Rc::clone(catalog), config);
-        let (io, state) = (io.clone(), state.clone());
-        Self { io, server, state, attached: RefCell::default() }
+        let (io, state, sockets) = (io.clone(), state.clone(), Arc::clone(sockets));
+        Self { io, server, state, sockets, attached: RefCell::default() }
     }
 
     /// Attaches what was attached when the last daemon ended. What cannot be attached any more is
@@ -143,7 +142,7 @@ impl Attachments {
         }
         check_socket_path(path)?;
         if let Some(there) = self.attached.borrow().get(&vhost_user) {
-            let name = there.attachment.name();
+            let name = there.name();
             let message = format!(
                 "{name} is attached at {vhost_user} already; to end that: \
                  parallax detach {vhost_user}"
@@ -154,11 +153,10 @@ impl Attachments {
             let message = format!("{ATTACHMENTS_MAX} disks are attached: detach one first");
             return Err(Error::new(Kind::Busy, message));
         }
-        let (listener, file) = SocketFile::bind(path, false, |path| UnixListener::bind(path))?;
-        let listener = Listener::adopt(&self.io, listener.into())
+        let listener = Listener::adopt(&self.io, self.sockets.unix(PURPOSE, path, false)?.into())
             .map_err(|e| Error::system(&format!("listen on {vhost_user}"), &e))?;
-        let attached = Attached { attachment: self.server.attach(disk, listener), file };
-        self.attached.borrow_mut().insert(vhost_user, attached);
+        let attachment = self.server.attach(disk, listener);
+        self.attached.borrow_mut().insert(vhost_user, attachment);
         Ok(())
     }
 
@@ -167,8 +165,8 @@ impl Attachments {
         let was = self.find(path)?;
         let removed = self.attached.borrow_mut().remove(path);
         self.remember();
-        if let Some(Attached { attachment, file }) = removed {
-            drop(file);
+        if let Some(attachment) = removed {
+            self.sockets.close(PURPOSE, Path::new(path));
             attachment.end().await;
         }
         Ok(was)
@@ -177,7 +175,7 @@ impl Attachments {
     /// What is attached, in order of path.
     pub(crate) fn list(&self) -> Vec<Attachment> {
         let attached = self.attached.borrow();
-        attached.iter().map(|(path, attached)| describe(path, &attached.attachment)).collect()
+        attached.iter().map(|(path, attachment)| describe(path, attachment)).collect()
     }
 
     /// Virtual machines that are connected now.
@@ -195,12 +193,12 @@ impl Attachments {
     /// as before.
     pub(crate) fn rename(&self, from: &str, to: &str) {
         let mut changed = false;
-        for attached in self.attached.borrow().values() {
-            let name = attached.attachment.name();
+        for attachment in self.attached.borrow().values() {
+            let name = attachment.name();
             if let Some(rest) = name.strip_prefix(from)
                 && (rest.is_empty() || rest.starts_with('@'))
             {
-                attached.attachment.rename(format!("{to}{rest}"));
+                attachment.rename(format!("{to}{rest}"));
                 changed = true;
             }
         }
@@ -212,15 +210,13 @@ impl Attachments {
     /// Ends all, and keeps in mind what they were.
     pub(crate) async fn end(&self) {
         let attached = std::mem::take(&mut *self.attached.borrow_mut());
-        let (attachments, files): (Vec<_>, Vec<_>) =
-            attached.into_values().map(|Attached { attachment, file }| (attachment, file)).unzip();
-        drop(files);
+        let attachments: Vec<_> = attached.into_values().collect();
         vhost::Attachment::end_all(&attachments).await;
     }
 
     fn find(&self, path: &str) -> Result<Attachment, Error> {
         match self.attached.borrow().get(path) {
-            Some(attached) => Ok(describe(path, &attached.attachment)),
+            Some(attachment) => Ok(describe(path, attachment)),
             None => Err(Error::new(
                 Kind::NotFound,
                 format!("nothing is attached at {path}; `parallax attachments` lists what is"),

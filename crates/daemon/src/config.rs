@@ -8,8 +8,11 @@ use std::fmt;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 
 use api::{Error, Kind};
+
+use crate::sockets::Sockets;
 
 /// NBD's registered port.
 pub const NBD_PORT: u16 = 10809;
@@ -148,6 +151,8 @@ pub(crate) struct Plan {
     pub(crate) tls: Option<TlsFiles>,
     /// Whether to go through the page cache.
     pub(crate) buffered: bool,
+    /// The sockets that the process has.
+    pub(crate) sockets: Arc<Sockets>,
 }
 
 /// One address to listen on.
@@ -187,7 +192,8 @@ impl Config {
         }
         check_socket_path(&api::mount::socket(&self.socket))?;
         let Self { store, socket, tls, buffered, .. } = self;
-        Ok(Plan { store, socket, listen, cache_bytes, tls, buffered })
+        let sockets = Arc::new(Sockets::inherit());
+        Ok(Plan { store, socket, listen, cache_bytes, tls, buffered, sockets })
     }
 
     fn listen_tcp(&self, address: &NbdAddress, host: &str, port: u16) -> Result<Listen, Error> {

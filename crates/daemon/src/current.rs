@@ -1,14 +1,20 @@
 //! The engine that serves now, if there is one: what the control plane calls.
 
+use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use api::{DaemonStatus, Error, Kind};
+use tokio::sync::mpsc;
 
 use crate::engine::{EngineHandle, Served};
 
 /// Shared by the control plane and whoever starts engines.
 #[derive(Clone, Debug)]
-pub(crate) struct Current(Arc<RwLock<State>>);
+pub(crate) struct Current {
+    state: Arc<RwLock<State>>,
+    /// Where a program is sent that the daemon shall become.
+    upgrades: mpsc::Sender<PathBuf>,
+}
 
 #[derive(Clone, Debug)]
 enum State {
@@ -23,8 +29,20 @@ enum State {
 }
 
 impl Current {
-    pub(crate) fn new(engine: EngineHandle, status: DaemonStatus) -> Self {
-        Self(Arc::new(RwLock::new(State::Serving { engine, status: Arc::new(status) })))
+    /// The engine that was started, and where the supervisor hears of upgrades.
+    pub(crate) fn new(
+        engine: EngineHandle,
+        status: DaemonStatus,
+    ) -> (Self, mpsc::Receiver<PathBuf>) {
+        let state = State::Serving { engine, status: Arc::new(status) };
+        let (upgrades, receiver) = mpsc::channel(1);
+        (Self { state: Arc::new(RwLock::new(state)), upgrades }, receiver)
+    }
+
+    /// Has the daemon become another program.
+    pub(crate) fn upgrade(&self, binary: PathBuf) -> Result<(), Error> {
+        let busy = |_| Error::new(Kind::Busy, "the daemon is stopping, or is being upgraded");
+        self.upgrades.try_send(binary).map_err(busy)
     }
 
     pub(crate) fn set_serving(&self, engine: EngineHandle, status: DaemonStatus) {
@@ -50,7 +68,7 @@ impl Current {
     }
 
     fn serving(&self) -> Result<(EngineHandle, Arc<DaemonStatus>), Error> {
-        match &*self.0.read().unwrap_or_else(PoisonError::into_inner) {
+        match &*self.state.read().unwrap_or_else(PoisonError::into_inner) {
             State::Serving { engine, status } => Ok((engine.clone(), Arc::clone(status))),
             State::Stopped { why } => Err(Error::new(
                 Kind::Fenced,
@@ -60,6 +78,6 @@ impl Current {
     }
 
     fn set(&self, state: State) {
-        *self.0.write().unwrap_or_else(PoisonError::into_inner) = state;
+        *self.state.write().unwrap_or_else(PoisonError::into_inner) = state;
     }
 }

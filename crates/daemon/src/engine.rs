@@ -2,8 +2,8 @@
 //! Other threads hand it closures through [`EngineHandle::call`] and wait for the answer.
 //!
 //! Start: open the device exclusively, open (and recover) the store, bind sockets, report.
-//! Stop: take the socket files away, end the sessions, close the store, report. If the store
-//! stops by itself, because a write or flush failed, it is left as after a crash.
+//! Stop: let nobody in, end the sessions, close the store, report. If the store stops by itself,
+//! because a write or flush failed, it is left as after a crash. Sockets outlive the engine.
 
 mod listen;
 
@@ -200,8 +200,8 @@ async fn serve(
     let mounts = Mounts::new(&runtime, &io, StoreDirectory::new(store.clone()));
     let ready_to_serve =
         listen::Servers::new(&runtime, &catalog, plan.tls.as_ref()).and_then(|servers| {
-            let listening = listen::start(&runtime, &io, &servers, plan.listen)?;
-            Ok((listening, Rc::new(servers), mounts.listen(&io, &plan.socket)?))
+            let listening = listen::start(&runtime, &io, &servers, &plan.sockets, plan.listen)?;
+            Ok((listening, Rc::new(servers), mounts.listen(&io, &plan.sockets, &plan.socket)?))
         });
     let (listening, servers, door) = match ready_to_serve {
         Ok(ready) => ready,
@@ -210,7 +210,7 @@ async fn serve(
             return Err(error);
         }
     };
-    let attachments = Rc::new(Attachments::new(&runtime, &io, &catalog, &state));
+    let attachments = Rc::new(Attachments::new(&runtime, &io, &catalog, &state, &plan.sockets));
     attachments.restore();
     let (stop, stopped) = oneshot();
     let served = Served {

@@ -8,7 +8,8 @@
 //!
 //! Invariants:
 //! - the store is touched on the engine thread only; tokio never sees it;
-//! - the store is locked before a socket is bound, and sockets are gone before it is closed;
+//! - the store is locked before a socket is bound, and files of sockets are gone before it is closed,
+//!   unless another program takes over;
 //! - a daemon that says that it is ready answers on all of its sockets.
 
 mod attachments;
@@ -23,10 +24,10 @@ mod mounts;
 pub mod offline;
 mod open;
 mod socket_file;
+mod sockets;
 mod supervisor;
+mod upgrade;
 
-use std::os::unix::net::UnixListener;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -36,8 +37,7 @@ pub use config::{CACHE_BYTES_MIN, Config, NBD_PORT, NbdAddress, TlsFiles, own_nb
 use current::Current;
 use engine::Engine;
 use sd_notify::NotifyState;
-use socket_file::SocketFile;
-use supervisor::{Signals, notify};
+use supervisor::{End, Signals, Wishes, notify};
 use tokio::sync::watch;
 
 /// How long requests of the control plane may take to end when the daemon stops.
@@ -50,8 +50,7 @@ pub struct Daemon {
     runtime: tokio::runtime::Runtime,
     engine: Engine,
     current: Current,
-    control: tokio::net::UnixListener,
-    socket_file: SocketFile,
+    wishes: Wishes,
     signals: Signals,
 }
 
@@ -68,20 +67,25 @@ impl Daemon {
             .enable_all()
             .build()
             .map_err(|e| Error::system("start the control plane", &e))?;
-        let (engine, current) = supervisor::start(&plan)?;
+        upgrade::remember_program();
+        let started = supervisor::start(&plan);
+        let (engine, current, wishes) = started.inspect_err(|_| plan.sockets.close_all())?;
         let prepared = {
             let _inside = runtime.enter();
-            listen(&plan.socket).and_then(|(control, file)| Ok((control, file, Signals::catch()?)))
+            listen(&plan).and_then(|control| Ok((control, Signals::catch()?)))
         };
-        let (control, socket_file, signals) = match prepared {
-            Ok(prepared) => prepared,
+        let signals = match prepared {
+            // What is said to it waits until it is served.
+            Ok((_control, signals)) => signals,
             Err(error) => {
+                plan.sockets.close_all();
                 runtime.block_on(engine.stop())?;
                 return Err(error);
             }
         };
+        plan.sockets.close_unclaimed();
         notify(NotifyState::Ready);
-        Ok(Self { plan, runtime, engine, current, control, socket_file, signals })
+        Ok(Self { plan, runtime, engine, current, wishes, signals })
     }
 
     /// What it serves, and where.
@@ -109,50 +113,78 @@ impl Daemon {
     }
 
     /// Serves until SIGTERM or SIGINT, then stops cleanly; another signal ends it at once. If
-    /// the store stops because its device fails, it is opened again.
+    /// the store stops because its device fails, it is opened again. An upgrade ends this program, and
+    /// does not return unless it is refused.
     ///
     /// # Errors
     /// If the store cannot be opened again or closed; nothing acknowledged is lost then, and the
     /// next start recovers.
     pub fn run(self) -> Result<(), Error> {
-        let Self { plan, runtime, engine, current, control, socket_file, mut signals } = self;
-        let (stop, stopping) = watch::channel(false);
-        let control = control::serve(control, current.clone(), stopping);
-        let outcome = runtime.block_on(async move {
-            let control = tokio::spawn(control);
-            let supervised = supervisor::supervise(&plan, engine, &current, &mut signals).await;
-            tracing::info!("stopping");
-            notify(NotifyState::Stopping);
-            drop(socket_file);
-            let engine = supervised?;
-            // Nobody listens for this only if the control plane has ended already.
-            let _ = stop.send(true);
-            let end = async {
-                if tokio::time::timeout(CONTROL_END_MAX, control).await.is_err() {
-                    tracing::warn!("control requests are still under way; stopping without them");
+        let Self { plan, runtime, engine, current, mut wishes, mut signals } = self;
+        let outcome = runtime.block_on(async {
+            let mut engine = engine;
+            loop {
+                let (stop, stopping) = watch::channel(false);
+                let control =
+                    tokio::spawn(control::serve(listen(&plan)?, current.clone(), stopping));
+                let supervised =
+                    supervisor::supervise(&plan, engine, &current, &mut wishes, &mut signals).await;
+                let binary = match &supervised {
+                    Ok((_, End::Upgrade(binary))) => Some(binary.clone()),
+                    _ => None,
+                };
+                match &binary {
+                    Some(binary) => tracing::info!(binary = %binary.display(), "upgrading"),
+                    None => {
+                        tracing::info!("stopping");
+                        notify(NotifyState::Stopping);
+                        plan.sockets.close_all();
+                    }
                 }
-                engine.stop().await
-            };
-            tokio::select! {
-                outcome = end => outcome,
-                () = signals.another() => Err(Error::new(
-                    Kind::Io,
-                    "stopped by a second signal before the store was closed; the next start \
-                     recovers it",
-                )),
+                let (ending, _) = supervised?;
+                // Nobody listens for this only if the control plane has ended already.
+                let _ = stop.send(true);
+                end(control, ending, &mut signals).await?;
+                let Some(binary) = binary else { return Ok(()) };
+                let refusal = upgrade::become_program(&binary, &plan.sockets);
+                tracing::error!("{refusal}; serving on as before");
+                engine = supervisor::restart(&plan, &current).await?;
             }
         });
+        plan.sockets.close_all();
         // An attempt to open the store may still be under way; nobody waits for it any more.
         runtime.shutdown_background();
         outcome
     }
 }
 
-/// Binds the control socket; must run inside the tokio runtime.
-fn listen(socket: &Path) -> Result<(tokio::net::UnixListener, SocketFile), Error> {
-    SocketFile::bind(socket, true, |path| {
-        let listener = UnixListener::bind(path)?;
+/// Ends the control plane and the engine.
+async fn end(
+    control: tokio::task::JoinHandle<std::io::Result<()>>,
+    engine: Engine,
+    signals: &mut Signals,
+) -> Result<(), Error> {
+    let end = async {
+        if tokio::time::timeout(CONTROL_END_MAX, control).await.is_err() {
+            tracing::warn!("control requests are still under way; stopping without them");
+        }
+        engine.stop().await
+    };
+    tokio::select! {
+        outcome = end => outcome,
+        () = signals.another() => Err(Error::new(
+            Kind::Io,
+            "stopped by a second signal before the store was closed; the next start recovers it",
+        )),
+    }
+}
+
+/// Listens on the control socket; must run inside the tokio runtime.
+fn listen(plan: &Plan) -> Result<tokio::net::UnixListener, Error> {
+    let listener = plan.sockets.unix("control", &plan.socket, true)?;
+    let listen = || {
         listener.set_nonblocking(true)?;
         tokio::net::UnixListener::from_std(listener)
-    })
+    };
+    listen().map_err(|e| Error::system(&format!("listen on {}", plan.socket.display()), &e))
 }

@@ -6,7 +6,6 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
@@ -16,7 +15,7 @@ use runtime::Runtime;
 use runtime::reactor::{Channel, Io, Listener};
 use runtime::sync::Signal;
 
-use crate::socket_file::SocketFile;
+use crate::sockets::Sockets;
 
 /// Most keepers that are connected: each takes memory for the kernel's messages.
 const KEEPERS_MAX: usize = 64;
@@ -48,12 +47,6 @@ struct Served {
     mount: fuse::Mount,
 }
 
-/// The socket that keepers connect to. Dropping it removes the file.
-pub(crate) struct Door {
-    listener: Rc<Listener>,
-    _file: SocketFile,
-}
-
 impl Mounts {
     pub(crate) fn new(
         runtime: &Runtime,
@@ -72,14 +65,18 @@ impl Mounts {
     }
 
     /// Lets keepers in. Only those of this user can connect.
-    pub(crate) fn listen(self: &Rc<Self>, io: &Io, control: &Path) -> Result<Door, Error> {
+    pub(crate) fn listen(
+        self: &Rc<Self>,
+        io: &Io,
+        sockets: &Sockets,
+        control: &Path,
+    ) -> Result<Rc<Listener>, Error> {
         let path = mount::socket(control);
-        let (listener, file) = SocketFile::bind(&path, true, |path| UnixListener::bind(path))?;
-        let listener = Listener::adopt(io, listener.into())
+        let listener = Listener::adopt(io, sockets.unix("mounts", &path, true)?.into())
             .map_err(|e| Error::system(&format!("listen on {}", path.display()), &e))?;
         let listener = Rc::new(listener);
         drop(self.runtime.spawn(Rc::clone(self).accept(Rc::clone(&listener))));
-        Ok(Door { listener, _file: file })
+        Ok(listener)
     }
 
     /// What is mounted, in order of connection.
@@ -94,10 +91,9 @@ impl Mounts {
     }
 
     /// Leaves all mounts to the next daemon, when what is under way is answered.
-    pub(crate) async fn leave(&self, door: Door) {
+    pub(crate) async fn leave(&self, door: Rc<Listener>) {
         self.leaving.set(true);
-        door.listener.close();
-        drop(door);
+        door.close();
         for served in self.served.borrow().values() {
             served.mount.leave();
         }

@@ -40,9 +40,17 @@ impl SocketFile {
         }
         let what = format!("listen on {}", path.display());
         let listener = bound.map_err(|e| Error::system(&what, &e))?;
-        let file = fs::symlink_metadata(path).map_err(|e| Error::system(&what, &e))?;
-        let path = path.to_owned();
-        Ok((listener, Self { path, device: file.dev(), inode: file.ino() }))
+        Ok((listener, Self::adopt(path)?))
+    }
+
+    /// Watches over the file of a socket that this process listens on already.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub(crate) fn adopt(path: &Path) -> Result<Self, Error> {
+        let file = fs::symlink_metadata(path)
+            .map_err(|e| Error::system(&format!("look at {}", path.display()), &e))?;
+        Ok(Self { path: path.to_owned(), device: file.dev(), inode: file.ino() })
     }
 }
 

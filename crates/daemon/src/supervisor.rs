@@ -5,11 +5,13 @@
 //! the old one is trusted. NBD clients are disconnected; those that reconnect go on. A device that
 //! does not come back is tried again and again, ever less often.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use api::{DaemonStatus, Error, Kind};
 use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
 
 use crate::config::Plan;
 use crate::current::Current;
@@ -55,14 +57,39 @@ impl Signals {
 }
 
 /// Opens the store and its NBD sockets. Blocks while the store is recovered.
-pub(crate) fn start(plan: &Plan) -> Result<(Engine, Current), Error> {
+pub(crate) fn start(plan: &Plan) -> Result<(Engine, Current, Wishes), Error> {
     let (engine, started) = Engine::start(plan.clone(), false)?;
     let status = status(plan, &started);
     report(&status);
-    Ok((engine, Current::new(started.handle, status)))
+    let (current, upgrades) = Current::new(started.handle, status);
+    Ok((engine, current, Wishes { upgrades }))
 }
 
-/// Keeps the store served until a signal comes; the engine that runs then.
+/// Opens the store again, after an upgrade that came to nothing.
+pub(crate) async fn restart(plan: &Plan, current: &Current) -> Result<Engine, Error> {
+    let again = plan.clone();
+    let started = tokio::task::spawn_blocking(move || Engine::start(again, false)).await;
+    let (engine, started) =
+        started.unwrap_or_else(|_| Err(Error::new(Kind::Io, "the engine did not start")))?;
+    current.set_serving(started.handle.clone(), status(plan, &started));
+    Ok(engine)
+}
+
+/// What an operator wants of a daemon that serves.
+#[derive(Debug)]
+pub(crate) struct Wishes {
+    upgrades: mpsc::Receiver<PathBuf>,
+}
+
+/// Why a store is not to be served any more.
+pub(crate) enum End {
+    /// The daemon is to stop.
+    Stop,
+    /// It is to become this program.
+    Upgrade(PathBuf),
+}
+
+/// Keeps the store served until the daemon is to end: the engine that runs then, and how.
 ///
 /// # Errors
 /// What keeps the store from being opened again and will not pass; or, if the signal comes while
@@ -71,11 +98,13 @@ pub(crate) async fn supervise(
     plan: &Plan,
     mut engine: Engine,
     current: &Current,
+    wishes: &mut Wishes,
     signals: &mut Signals,
-) -> Result<Engine, Error> {
+) -> Result<(Engine, End), Error> {
     loop {
         let ended = tokio::select! {
-            () = signals.any() => return Ok(engine),
+            () = signals.any() => return Ok((engine, End::Stop)),
+            Some(binary) = wishes.upgrades.recv() => return Ok((engine, End::Upgrade(binary))),
             ended = &mut engine.ended => ended,
         };
         let ended = ended.unwrap_or_else(|_| Err(Error::new(Kind::Io, "the engine is gone")));

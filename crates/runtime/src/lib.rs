@@ -12,6 +12,7 @@
 //! - a task that loops without waiting calls [`Runtime::yield_now`].
 
 mod executor;
+pub mod inherited;
 pub mod reactor;
 pub mod socket;
 pub mod sync;

@@ -28,6 +28,9 @@ const CHECK_LIMIT: Duration = Duration::from_secs(300);
 /// Guests killed, and daemons killed under each.
 const CYCLES: u64 = 3;
 const DAEMON_KILLS: u32 = 3;
+/// How often the daemon is killed or upgraded under fio, and how long it may be away each time.
+const OUTAGES: u64 = 50;
+const OUTAGE_LIMIT: Duration = Duration::from_secs(1);
 
 /// What a file system needs in the guest.
 struct FileSystem {
@@ -129,8 +132,10 @@ fn run(bed: &mut Bed, file_system: &FileSystem, way: Way) -> Result<()> {
         clones: Vec::new(),
     };
     if way == Way::VhostUser {
-        bed.check("fio verifies the bare disk while the daemon is killed", || {
-            let verified = story.fio();
+        let outages = bed.rounds(DAEMON_KILLS.into(), OUTAGES);
+        let name = format!("fio verifies the bare disk, {outages} times the daemon goes");
+        bed.check(&name, || {
+            let verified = story.fio(outages);
             story.server.explain(verified)
         });
     }
@@ -157,19 +162,38 @@ fn run(bed: &mut Bed, file_system: &FileSystem, way: Way) -> Result<()> {
 }
 
 impl Story<'_> {
-    /// A guest runs fio; the daemon is killed under it.
-    fn fio(&mut self) -> Result<()> {
-        let mut guest = self.machine("plx.mode=verify plx.new=0 plx.from=0", EXPORT)?.start()?;
+    /// A guest runs fio; the daemon is killed under it, or upgraded, again and again.
+    fn fio(&mut self, outages: u64) -> Result<()> {
+        // Twice the longest that the outages can take.
+        let seconds = 10 + outages * 2;
+        let append = format!("plx.mode=verify plx.new=0 plx.from=0 plx.runtime={seconds}");
+        let mut guest = self.machine(&append, EXPORT)?.start()?;
         guest.wait_for("starting fio", BOOT_LIMIT, |line| line == "FIO-START")?;
-        for _ in 0..DAEMON_KILLS {
-            self.pause(4000);
-            self.server.kill()?;
-            self.pause(500);
-            self.server.start()?;
+        let (mut upgrades, mut longest) = (0, Duration::ZERO);
+        for outage in 1..=outages {
+            self.pause(1000);
+            let took = if self.random.below(2) == 0 {
+                upgrades += 1;
+                self.server.upgrade()?
+            } else {
+                self.server.kill()?;
+                self.server.start()?
+            };
+            ensure!(took < OUTAGE_LIMIT, "outage {outage} took {took:?}");
+            longest = longest.max(took);
         }
+        let early = complete_lines(&guest.said()).any(|line| line.starts_with("FIO "));
+        ensure!(!early, "fio was done before the last outage");
         guest.wait_for("finishing fio", CHECK_LIMIT, |line| line == "END")?;
         let said = guest.wait(BOOT_LIMIT)?;
         ensure!(complete_lines(&said).any(|line| line == "FIO 0"), "fio complains:\n{said}");
+        let waits = complete_lines(&said).filter_map(|line| line.strip_prefix("LONGEST "));
+        console::say(&format!(
+            "  {upgrades} upgrades and {} kills, the longest took {longest:.1?}; the guest's longest \
+             waits: {}",
+            outages - upgrades,
+            waits.collect::<Vec<_>>().join(", ")
+        ));
         Ok(())
     }
 

@@ -46,7 +46,7 @@ pub(super) async fn list(context: &Context) -> Result<(), Error> {
 }
 
 /// The daemon has another working directory.
-fn absolute(path: &Path) -> Result<String, Error> {
+pub(super) fn absolute(path: &Path) -> Result<String, Error> {
     let shown = path.display();
     let path = std::path::absolute(path)
         .map_err(|e| Error::system(&format!("find out where {shown} is"), &e))?;

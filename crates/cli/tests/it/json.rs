@@ -114,6 +114,7 @@ fn commands_print_what_is_described() {
     check("mount", &["mount", "mnt"]);
     check("list of mount", &["mounts"]);
     check("mount", &["unmount", "mnt"]);
+    check("upgrade", &["upgrade"]);
     check("removal", &["rm", "a@s"]);
     check("removal", &["rm", "a"]);
     served.stop();

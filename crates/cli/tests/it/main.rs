@@ -20,4 +20,5 @@ mod quickstart;
 mod snapshots;
 mod stats;
 mod transfer;
+mod upgrade;
 mod vdis;

@@ -3,7 +3,7 @@
 use api::{
     Attach, Attachment, ChangeVdi, CreateVdi, DIFF_EXTENTS_MAX, DaemonStatus, DiffPage, Error,
     FrontendMetrics, Kind, Mounted, PAGE_MAX, Removed, Rollback, Snapshot, SnapshotPage, Space,
-    Stats, TakeSnapshot, Vdi, VdiPage,
+    Stats, TakeSnapshot, Upgrade, Upgrading, Vdi, VdiPage,
 };
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -18,6 +18,7 @@ use crate::catalog::find_snapshot;
 use crate::convert;
 use crate::current::Current;
 use crate::engine::{Served, refused};
+use crate::upgrade;
 
 type Answer<T> = Result<Json<T>, Failure>;
 
@@ -25,6 +26,7 @@ pub(super) fn router(current: Current) -> Router {
     let routes = Router::new()
         .route("/daemon", get(daemon))
         .route("/stats", get(stats))
+        .route("/upgrade", post(upgrade))
         .route("/nbd", get(nbd))
         .route("/vhost-user", get(vhost_user))
         .route("/fuse", get(fuse))
@@ -50,6 +52,18 @@ pub(super) fn router(current: Current) -> Router {
 
 async fn daemon(State(current): State<Current>) -> Answer<DaemonStatus> {
     Ok(Json(current.status()?.as_ref().clone()))
+}
+
+async fn upgrade(
+    State(current): State<Current>,
+    Body(request): Body<Upgrade>,
+) -> Result<(StatusCode, Json<Upgrading>), Failure> {
+    let looked_at = tokio::task::spawn_blocking(move || upgrade::look_at(request.binary));
+    let upgrading = looked_at
+        .await
+        .unwrap_or_else(|_| Err(Error::new(Kind::Io, "cannot look at the program")))?;
+    current.upgrade(upgrading.binary.clone().into())?;
+    Ok((StatusCode::ACCEPTED, Json(upgrading)))
 }
 
 async fn stats(State(current): State<Current>) -> Answer<Stats> {

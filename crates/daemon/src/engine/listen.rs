@@ -1,9 +1,7 @@
 //! NBD listeners on the engine thread.
 
 use std::cell::Cell;
-use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixListener;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -12,7 +10,7 @@ use runtime::Runtime;
 use runtime::reactor::{Io, Listener};
 
 use crate::config::{Listen, TlsFiles};
-use crate::socket_file::SocketFile;
+use crate::sockets::Sockets;
 
 /// How long a listener rests when the kernel has no descriptor left for a new connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -24,15 +22,17 @@ const DRAIN_MAX: Duration = Duration::from_secs(1);
 /// Sockets that are being listened on.
 pub(super) struct Listening {
     pub(super) endpoints: Vec<NbdEndpoint>,
-    files: Vec<SocketFile>,
+    listeners: Vec<Rc<Listener>>,
     open: Rc<Cell<bool>>,
 }
 
 impl Listening {
-    /// Lets nobody new in, and removes socket files.
+    /// Lets nobody new in.
     pub(super) fn end(self) {
         self.open.set(false);
-        drop(self.files);
+        for listener in &self.listeners {
+            listener.close();
+        }
     }
 }
 
@@ -103,58 +103,61 @@ impl Servers {
     }
 }
 
-/// Binds every address, then accepts on all of them. On failure none stays bound.
+/// Binds every address, then accepts on all of them.
 pub(super) fn start(
     runtime: &Runtime,
     io: &Io,
     servers: &Servers,
+    sockets: &Sockets,
     addresses: Vec<Listen>,
 ) -> Result<Listening, Error> {
     let open = Rc::new(Cell::new(true));
-    let mut listening = Listening { endpoints: Vec::new(), files: Vec::new(), open };
+    let mut listening = Listening { endpoints: Vec::new(), listeners: Vec::new(), open };
     let mut listeners = Vec::new();
     for address in addresses {
         let (fd, endpoint): (OwnedFd, _) = match address {
             Listen::Unix { path, private } => {
-                let (listener, file) =
-                    SocketFile::bind(&path, private, |path| UnixListener::bind(path))?;
-                listening.files.push(file);
+                let listener = sockets.unix("nbd", &path, private)?;
                 // Whoever asks where it is may have another working directory.
                 let path = std::path::absolute(&path).unwrap_or(path);
                 let address = format!("unix:{}", path.display());
                 (listener.into(), NbdEndpoint { address, tls: false })
             }
             Listen::Tcp { name, addresses, tls } => {
-                let (listener, local) = bind_tcp(&name, &addresses)?;
+                let listener = sockets.tcp("nbd", &name, &addresses)?;
+                let local = listener
+                    .local_addr()
+                    .map_err(|e| Error::system(&format!("listen on {name}"), &e))?;
                 (listener.into(), NbdEndpoint { address: format!("tcp:{local}"), tls })
             }
         };
         let listener = Listener::adopt(io, fd)
             .map_err(|e| Error::system(&format!("listen on {}", endpoint.address), &e))?;
-        listeners.push((listener, endpoint.tls));
+        listeners.push((Rc::new(listener), endpoint.tls));
         listening.endpoints.push(endpoint);
     }
     for (listener, tls) in listeners {
         let open = Rc::clone(&listening.open);
+        listening.listeners.push(Rc::clone(&listener));
         let accept = accept(runtime.clone(), listener, servers.of(tls), open);
         drop(runtime.spawn(accept));
     }
     Ok(listening)
 }
 
-fn bind_tcp(name: &str, addresses: &[SocketAddr]) -> Result<(TcpListener, SocketAddr), Error> {
-    TcpListener::bind(addresses)
-        .and_then(|listener| listener.local_addr().map(|local| (listener, local)))
-        .map_err(|e| Error::system(&format!("listen on {name}"), &e))
-}
-
-async fn accept(runtime: Runtime, listener: Listener, server: nbd::Server, open: Rc<Cell<bool>>) {
+async fn accept(
+    runtime: Runtime,
+    listener: Rc<Listener>,
+    server: nbd::Server,
+    open: Rc<Cell<bool>>,
+) {
     while open.get() {
         match listener.accept().await {
             Ok((socket, peer)) if open.get() => {
                 drop(runtime.spawn(server.serve(socket, peer.to_string())));
             }
             Ok(_) => {}
+            Err(_) if !open.get() => {}
             Err(error) => {
                 tracing::warn!(%error, "cannot accept an NBD client");
                 runtime.sleep(ACCEPT_PAUSE).await;

@@ -159,17 +159,16 @@ impl Listener {
         Ok((Channel::adopt(&self.io, fd)?, peer))
     }
 
-    /// Listens no more: whoever waits for a connection gets an error.
+    /// Listens no more: whoever waits for a connection gets an error. Somebody else may, who has the
+    /// same socket.
     pub fn close(&self) {
         self.closed.set(true);
-        // It cannot fail for a socket that listens.
-        let _ = rustix::net::shutdown(self.descriptor.fd(), Shutdown::Both);
+        self.io.cancel(&self.descriptor);
     }
 
     async fn next(&self) -> io::Result<OwnedFd> {
         loop {
             if self.closed.get() {
-                // The kernel would say that nobody waits, and that the socket is ready, for ever.
                 return Err(io::ErrorKind::NotConnected.into());
             }
             match rustix::net::accept_with(self.descriptor.fd(), SocketFlags::CLOEXEC) {
