@@ -26,6 +26,8 @@ pub struct DaemonStatus {
     pub opened: OpenReport,
     /// Where VDIs are served over NBD; the first is the daemon's own unix socket.
     pub nbd: Vec<NbdEndpoint>,
+    /// Why the last upgrade of it came to nothing, if one did.
+    pub upgrade_refused: Option<String>,
 }
 
 /// What opening a store found.

@@ -154,7 +154,10 @@ impl Attachments {
             return Err(Error::new(Kind::Busy, message));
         }
         let listener = Listener::adopt(&self.io, self.sockets.unix(PURPOSE, path, false)?.into())
-            .map_err(|e| Error::system(&format!("listen on {vhost_user}"), &e))?;
+            .map_err(|e| {
+            self.sockets.close(PURPOSE, path);
+            Error::system(&format!("listen on {vhost_user}"), &e)
+        })?;
         let attachment = self.server.attach(disk, listener);
         self.attached.borrow_mut().insert(vhost_user, attachment);
         Ok(())

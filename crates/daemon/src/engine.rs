@@ -23,6 +23,7 @@ use crate::attachments::Attachments;
 use crate::catalog::StoreCatalog;
 use crate::config::Plan;
 use crate::directory::StoreDirectory;
+use crate::failure_mark::FailureMark;
 use crate::mounts::Mounts;
 use crate::{attachments, convert, open};
 
@@ -92,14 +93,13 @@ pub(crate) struct EngineHandle {
 
 impl Engine {
     /// Starts the thread, and waits until it serves. Blocks while the store is recovered.
-    /// `after_failure` if an engine before it stopped because its device failed.
-    pub(crate) fn start(plan: Plan, after_failure: bool) -> Result<(Self, Started), Error> {
+    pub(crate) fn start(plan: Plan) -> Result<(Self, Started), Error> {
         let (ready, readiness) = std::sync::mpsc::channel();
         let (end, ended) = remote::channel();
         let run = move || {
             let _guard = AbortOnPanic;
             // Whoever started the thread waits for one of the two.
-            let _ = end.send(run(plan, after_failure, ready));
+            let _ = end.send(run(plan, ready));
         };
         thread::Builder::new()
             .name("parallax-engine".to_owned())
@@ -166,14 +166,10 @@ fn gone() -> Error {
 }
 
 /// The thread's whole life.
-fn run(
-    plan: Plan,
-    after_failure: bool,
-    ready: std::sync::mpsc::Sender<Started>,
-) -> Result<(), Error> {
+fn run(plan: Plan, ready: std::sync::mpsc::Sender<Started>) -> Result<(), Error> {
     let reactor = open::reactor()?;
     let (runtime, io) = (reactor.runtime().clone(), reactor.io().clone());
-    let outcome = reactor.run(serve(runtime, io, plan, after_failure, ready));
+    let outcome = reactor.run(serve(runtime, io, plan, ready));
     // Listeners and background tasks own descriptors and each other: without this the store's
     // lock would stay until the kernel has taken the process apart.
     reactor.runtime().kill();
@@ -184,18 +180,19 @@ async fn serve(
     runtime: runtime::Runtime,
     io: Io,
     plan: Plan,
-    after_failure: bool,
     ready: std::sync::mpsc::Sender<Started>,
 ) -> Result<(), Error> {
     let access = open::Access::Exclusive;
     let options = open::DeviceOptions { access, buffered: plan.buffered };
     let device = open::device(&io, &plan.store, options)?;
     let description = device.describe();
-    let options = open::options(plan.cache_bytes, after_failure)?;
+    let mark = FailureMark::beside(&plan.socket, &plan.store);
+    let options = open::options(plan.cache_bytes, mark.is_set())?;
     let state = attachments::State::beside(&plan.socket, &plan.store);
     let (store, report) = Store::open(device, runtime.clone(), &options)
         .await
         .map_err(|error| open::explain(&plan.store, &error))?;
+    mark.clear();
     let catalog: Rc<dyn disk::Catalog> = StoreCatalog::new(store.clone());
     let mounts = Mounts::new(&runtime, &io, StoreDirectory::new(store.clone()));
     let ready_to_serve =
@@ -235,6 +232,9 @@ async fn serve(
     } else {
         None
     };
+    if failure.is_some() {
+        mark.set();
+    }
     listening.end();
     let ending = {
         let attachments = Rc::clone(&attachments);
@@ -246,7 +246,10 @@ async fn serve(
     leaving.await;
     SERVED.set(None);
     match failure {
-        None => store.close().await.map_err(|error| engine_error(&error)),
+        None => store.close().await.map_err(|error| {
+            mark.set();
+            engine_error(&error)
+        }),
         Some(error) => {
             let message = format!("the store stopped after a failed write or flush: {error}");
             Err(Error::new(error.kind(), message))

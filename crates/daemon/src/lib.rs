@@ -20,6 +20,7 @@ mod convert;
 mod current;
 mod directory;
 mod engine;
+mod failure_mark;
 mod mounts;
 pub mod offline;
 mod open;
@@ -37,6 +38,7 @@ pub use config::{CACHE_BYTES_MIN, Config, NBD_PORT, NbdAddress, TlsFiles, own_nb
 use current::Current;
 use engine::Engine;
 use sd_notify::NotifyState;
+use sockets::Sockets;
 use supervisor::{End, Signals, Wishes, notify};
 use tokio::sync::watch;
 
@@ -52,6 +54,7 @@ pub struct Daemon {
     current: Current,
     wishes: Wishes,
     signals: Signals,
+    sockets: CloseAtEnd,
 }
 
 impl Daemon {
@@ -68,8 +71,8 @@ impl Daemon {
             .build()
             .map_err(|e| Error::system("start the control plane", &e))?;
         upgrade::remember_program();
-        let started = supervisor::start(&plan);
-        let (engine, current, wishes) = started.inspect_err(|_| plan.sockets.close_all())?;
+        let sockets = CloseAtEnd(Arc::clone(&plan.sockets));
+        let (engine, current, wishes) = supervisor::start(&plan)?;
         let prepared = {
             let _inside = runtime.enter();
             listen(&plan).and_then(|control| Ok((control, Signals::catch()?)))
@@ -78,14 +81,13 @@ impl Daemon {
             // What is said to it waits until it is served.
             Ok((_control, signals)) => signals,
             Err(error) => {
-                plan.sockets.close_all();
                 runtime.block_on(engine.stop())?;
                 return Err(error);
             }
         };
         plan.sockets.close_unclaimed();
         notify(NotifyState::Ready);
-        Ok(Self { plan, runtime, engine, current, wishes, signals })
+        Ok(Self { plan, runtime, engine, current, wishes, signals, sockets })
     }
 
     /// What it serves, and where.
@@ -120,7 +122,7 @@ impl Daemon {
     /// If the store cannot be opened again or closed; nothing acknowledged is lost then, and the
     /// next start recovers.
     pub fn run(self) -> Result<(), Error> {
-        let Self { plan, runtime, engine, current, mut wishes, mut signals } = self;
+        let Self { plan, runtime, engine, current, mut wishes, mut signals, sockets } = self;
         let outcome = runtime.block_on(async {
             let mut engine = engine;
             loop {
@@ -144,14 +146,29 @@ impl Daemon {
                 let (ending, _) = supervised?;
                 // Nobody listens for this only if the control plane has ended already.
                 let _ = stop.send(true);
-                end(control, ending, &mut signals).await?;
-                let Some(binary) = binary else { return Ok(()) };
+                let end = end(control, ending);
+                let Some(binary) = binary else {
+                    return tokio::select! {
+                        outcome = end => outcome,
+                        () = signals.another() => Err(Error::new(
+                            Kind::Io,
+                            "stopped by a second signal before the store was closed; the next \
+                             start recovers it",
+                        )),
+                    };
+                };
+                end.await?;
+                if signals.have_come().await {
+                    tracing::info!("stopping instead");
+                    return Ok(());
+                }
                 let refusal = upgrade::become_program(&binary, &plan.sockets);
                 tracing::error!("{refusal}; serving on as before");
-                engine = supervisor::restart(&plan, &current).await?;
+                wishes.forget();
+                engine = supervisor::restart(&plan, refusal, &current, &mut signals).await?;
             }
         });
-        plan.sockets.close_all();
+        drop(sockets);
         // An attempt to open the store may still be under way; nobody waits for it any more.
         runtime.shutdown_background();
         outcome
@@ -162,20 +179,20 @@ impl Daemon {
 async fn end(
     control: tokio::task::JoinHandle<std::io::Result<()>>,
     engine: Engine,
-    signals: &mut Signals,
 ) -> Result<(), Error> {
-    let end = async {
-        if tokio::time::timeout(CONTROL_END_MAX, control).await.is_err() {
-            tracing::warn!("control requests are still under way; stopping without them");
-        }
-        engine.stop().await
-    };
-    tokio::select! {
-        outcome = end => outcome,
-        () = signals.another() => Err(Error::new(
-            Kind::Io,
-            "stopped by a second signal before the store was closed; the next start recovers it",
-        )),
+    if tokio::time::timeout(CONTROL_END_MAX, control).await.is_err() {
+        tracing::warn!("control requests are still under way; stopping without them");
+    }
+    engine.stop().await
+}
+
+/// Sockets of a process that ends, however it does.
+#[derive(Debug)]
+struct CloseAtEnd(Arc<Sockets>);
+
+impl Drop for CloseAtEnd {
+    fn drop(&mut self) {
+        self.0.close_all();
     }
 }
 

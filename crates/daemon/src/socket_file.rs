@@ -40,25 +40,32 @@ impl SocketFile {
         }
         let what = format!("listen on {}", path.display());
         let listener = bound.map_err(|e| Error::system(&what, &e))?;
-        Ok((listener, Self::adopt(path)?))
+        let file = fs::symlink_metadata(path).map_err(|e| Error::system(&what, &e))?;
+        Ok((listener, Self::known(path.to_owned(), file.dev(), file.ino())))
     }
 
-    /// Watches over the file of a socket that this process listens on already.
-    ///
-    /// # Errors
-    /// If there is none.
-    pub(crate) fn adopt(path: &Path) -> Result<Self, Error> {
-        let file = fs::symlink_metadata(path)
-            .map_err(|e| Error::system(&format!("look at {}", path.display()), &e))?;
-        Ok(Self { path: path.to_owned(), device: file.dev(), inode: file.ino() })
+    /// Watches over the file of a socket that this process listens on already, and knows by this.
+    pub(crate) fn known(path: PathBuf, device: u64, inode: u64) -> Self {
+        Self { path, device, inode }
+    }
+
+    /// Device and inode.
+    pub(crate) fn identity(&self) -> (u64, u64) {
+        (self.device, self.inode)
+    }
+
+    /// Whether the file at its path is still the socket's.
+    pub(crate) fn is_ours(&self) -> bool {
+        fs::symlink_metadata(&self.path)
+            .is_ok_and(|file| (file.dev(), file.ino()) == self.identity())
     }
 }
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        let ours = fs::symlink_metadata(&self.path)
-            .is_ok_and(|file| file.dev() == self.device && file.ino() == self.inode);
-        if ours && let Err(error) = fs::remove_file(&self.path) {
+        if self.is_ours()
+            && let Err(error) = fs::remove_file(&self.path)
+        {
             tracing::warn!(path = %self.path.display(), %error, "cannot remove socket");
         }
     }

@@ -47,38 +47,60 @@ impl Signals {
         }
     }
 
+    /// Whether one has come.
+    pub(crate) async fn have_come(&mut self) -> bool {
+        tokio::time::timeout(Duration::ZERO, self.any()).await.is_ok()
+    }
+
     /// Waits for another one than the one that came last. What comes within [`ECHO`] is the same
     /// one again: timeout(1) and others that pass signals on send it to a process and to its group.
     pub(crate) async fn another(&mut self) {
         tokio::time::sleep(ECHO).await;
-        while tokio::time::timeout(Duration::ZERO, self.any()).await.is_ok() {}
+        while self.have_come().await {}
         self.any().await;
     }
 }
 
 /// Opens the store and its NBD sockets. Blocks while the store is recovered.
 pub(crate) fn start(plan: &Plan) -> Result<(Engine, Current, Wishes), Error> {
-    let (engine, started) = Engine::start(plan.clone(), false)?;
+    let (engine, started) = Engine::start(plan.clone())?;
     let status = status(plan, &started);
     report(&status);
     let (current, upgrades) = Current::new(started.handle, status);
     Ok((engine, current, Wishes { upgrades }))
 }
 
-/// Opens the store again, after an upgrade that came to nothing.
-pub(crate) async fn restart(plan: &Plan, current: &Current) -> Result<Engine, Error> {
+/// Opens the store again after an upgrade that came to nothing, for the reason given.
+pub(crate) async fn restart(
+    plan: &Plan,
+    refusal: Error,
+    current: &Current,
+    signals: &mut Signals,
+) -> Result<Engine, Error> {
     let again = plan.clone();
-    let started = tokio::task::spawn_blocking(move || Engine::start(again, false)).await;
-    let (engine, started) =
-        started.unwrap_or_else(|_| Err(Error::new(Kind::Io, "the engine did not start")))?;
-    current.set_serving(started.handle.clone(), status(plan, &started));
-    Ok(engine)
+    let started = tokio::task::spawn_blocking(move || Engine::start(again)).await;
+    match started.unwrap_or_else(|_| Err(Error::new(Kind::Io, "the engine did not start"))) {
+        Ok((engine, started)) => {
+            let status = status(plan, &started);
+            let upgrade_refused = Some(refusal.message);
+            current.set_serving(started.handle, DaemonStatus { upgrade_refused, ..status });
+            Ok(engine)
+        }
+        Err(error) => reopen(plan, error, current, signals).await,
+    }
 }
 
 /// What an operator wants of a daemon that serves.
 #[derive(Debug)]
 pub(crate) struct Wishes {
     upgrades: mpsc::Receiver<PathBuf>,
+}
+
+impl Wishes {
+    /// What was wished meanwhile is not wished any more.
+    pub(crate) fn forget(&mut self) {
+        while self.upgrades.try_recv().is_ok() {}
+    }
 }
 
 /// Why a store is not to be served any more.
@@ -113,6 +135,9 @@ pub(crate) async fn supervise(
         };
         tracing::error!("{why}; opening the store again");
         notify(NotifyState::Status("the store stopped and is being opened again"));
+        // It may take long: who connects is refused, rather than left to wait. A virtual machine's
+        // monitor would do nothing else meanwhile.
+        plan.sockets.close_all_but("control");
         engine = reopen(plan, why, current, signals).await?;
         notify(NotifyState::Status("serving"));
     }
@@ -133,7 +158,7 @@ async fn reopen(
         }
         pause = PAUSE_MAX.min(pause * 2);
         let again = plan.clone();
-        let started = tokio::task::spawn_blocking(move || Engine::start(again, true));
+        let started = tokio::task::spawn_blocking(move || Engine::start(again));
         let started = tokio::select! {
             () = signals.any() => return Err(why),
             started = started => started,
@@ -177,6 +202,7 @@ fn status(plan: &Plan, started: &Started) -> DaemonStatus {
         device: started.device.clone(),
         opened: started.opened.clone(),
         nbd: started.nbd.clone(),
+        upgrade_refused: None,
     }
 }
 

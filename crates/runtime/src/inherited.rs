@@ -14,6 +14,14 @@ pub fn leave(fd: BorrowedFd<'_>) -> io::Result<()> {
     Ok(rustix::io::fcntl_setfd(fd, FdFlags::empty())?)
 }
 
+/// Keeps a descriptor that was left: there is no next program after all.
+///
+/// # Errors
+/// What the kernel says.
+pub fn keep(fd: BorrowedFd<'_>) -> io::Result<()> {
+    Ok(rustix::io::fcntl_setfd(fd, FdFlags::CLOEXEC)?)
+}
+
 /// Takes a descriptor that the program before has left; it is not left to the next one, nor to any
 /// program that is started. Each can be taken once.
 ///

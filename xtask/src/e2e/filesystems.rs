@@ -164,7 +164,7 @@ fn run(bed: &mut Bed, file_system: &FileSystem, way: Way) -> Result<()> {
 impl Story<'_> {
     /// A guest runs fio; the daemon is killed under it, or upgraded, again and again.
     fn fio(&mut self, outages: u64) -> Result<()> {
-        // Twice the longest that the outages can take.
+        // As long as the outages can take at most, and some more.
         let seconds = 10 + outages * 2;
         let append = format!("plx.mode=verify plx.new=0 plx.from=0 plx.runtime={seconds}");
         let mut guest = self.machine(&append, EXPORT)?.start()?;

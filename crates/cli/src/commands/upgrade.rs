@@ -11,7 +11,7 @@ use crate::output;
 
 /// How often the next daemon is asked whether it serves, and for how long.
 const LOOK_PERIOD: Duration = Duration::from_millis(20);
-const LOOKS_MAX: u32 = 3000;
+const WAIT_MAX: Duration = Duration::from_secs(60);
 
 /// What `--json` prints.
 #[derive(Serialize)]
@@ -26,7 +26,15 @@ pub(super) async fn run(context: &Context, binary: Option<&Path>) -> Result<(), 
     let before = context.client.daemon().await?;
     let binary = binary.map(super::attachments::absolute).transpose()?;
     let upgrading = context.client.upgrade(&Upgrade { binary }).await?;
-    let now = next(context, &before).await?;
+    let late = |_| {
+        let message =
+            "the next daemon does not answer; its log, or the service manager's, says why";
+        Error::new(Kind::Unreachable, message)
+    };
+    let now = tokio::time::timeout(WAIT_MAX, next(context, &before)).await.map_err(late)?;
+    if let Some(refusal) = now.upgrade_refused {
+        return Err(Error::new(Kind::Io, format!("it serves on as before: {refusal}")));
+    }
     let upgraded =
         Upgraded { from: upgrading.from, to: now.version, binary: upgrading.binary, pid: now.pid };
     let Upgraded { from, to, binary, pid } = &upgraded;
@@ -37,15 +45,13 @@ pub(super) async fn run(context: &Context, binary: Option<&Path>) -> Result<(), 
 }
 
 /// The daemon that came after this one, once it serves.
-async fn next(context: &Context, before: &DaemonStatus) -> Result<DaemonStatus, Error> {
-    for _ in 0..LOOKS_MAX {
+async fn next(context: &Context, before: &DaemonStatus) -> DaemonStatus {
+    loop {
         tokio::time::sleep(LOOK_PERIOD).await;
         match context.client.daemon().await {
-            Ok(now) if now.started != before.started => return Ok(now),
+            Ok(now) if now.started != before.started => return now,
             // It is still there, or is just becoming the next one.
             _ => {}
         }
     }
-    let message = "the next daemon does not answer; its log, or the service manager's, says why";
-    Err(Error::new(Kind::Unreachable, message))
 }

@@ -82,8 +82,8 @@ fn a_program_that_cannot_be_started_after_all_leaves_the_daemon_as_it_was() {
     let script = place.path("once");
     fs::write(&script, "#!/bin/sh\nrm \"$0\"\necho parallax 9.9.9\n").unwrap();
     fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
-    let upgraded = place.json(&["upgrade", "--binary", "once"]);
-    assert_eq!(upgraded["to"], env!("CARGO_PKG_VERSION"));
+    let refused = place.fails(6, &["upgrade", "--binary", "once"]);
+    assert!(refused.contains("serves on as before") && refused.contains("once"), "{refused}");
     assert!(place.holds("a", 3, 0, 4096));
     place.ok(&["upgrade"]);
     assert!(place.holds("a", 3, 0, 4096));

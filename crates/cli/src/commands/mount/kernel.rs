@@ -84,9 +84,10 @@ impl Drop for Mount {
 /// The device of what Parallax has mounted at a directory, if it has, as `0:45`. Asks nobody but the
 /// kernel: a daemon that hangs would keep everybody waiting who looks at the directory.
 fn device_at(dir: &str) -> Result<Option<String>, Error> {
-    let table = std::fs::read_to_string("/proc/self/mountinfo")
+    let table = std::fs::read("/proc/self/mountinfo")
         .map_err(|e| Error::system("read the table of mounts", &e))?;
-    Ok(find_device(&table, dir))
+    // Other people's paths may be of any bytes.
+    Ok(find_device(&String::from_utf8_lossy(&table), dir))
 }
 
 /// The last one at a place hides those before.
