@@ -2,7 +2,7 @@
 //! them in any order, as a physical disk does. Frontends speak only this; the engine knows no
 //! protocol. A [`Catalog`] has disks by name, a [`directory::Directory`] by number. [`MemDisk`] is
 //! the in-memory model that tests hold the engine and the frontends to, [`GateDisk`] one that they
-//! hold up; [`in_flight`], [`split`] and [`metrics`] are what frontends have in common.
+//! hold up; [`in_flight`], [`split`] and [`metrics!`] are what frontends have in common.
 
 pub mod conformance;
 pub mod directory;
