@@ -44,6 +44,10 @@ impl Disk for SlowDisk {
         self.memory.serial()
     }
 
+    fn identity(&self) -> disk::Identity {
+        self.memory.identity()
+    }
+
     fn size_bytes(&self) -> u64 {
         self.memory.size_bytes()
     }
