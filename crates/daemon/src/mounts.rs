@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use api::{Error, Mounted, mount};
 use runtime::Runtime;
-use runtime::reactor::{Channel, Io, Listener};
+use runtime::reactor::{Channel, Filled, Io, Listener};
 use runtime::sync::Signal;
 
 use crate::sockets::Sockets;
@@ -231,13 +231,8 @@ async fn receive(
     into: &mut [u8],
     files: &mut Vec<OwnedFd>,
 ) -> Result<(), Nonsense> {
-    let mut rest = into;
-    while !rest.is_empty() {
-        let count = channel.receive(rest, files).await?;
-        if count == 0 || files.len() > 1 {
-            return Err(Nonsense::Words);
-        }
-        rest = rest.get_mut(count..).unwrap_or_default();
+    match channel.fill(into, files, 1).await? {
+        Filled::Whole => Ok(()),
+        Filled::Ended | Filled::TooManyFiles => Err(Nonsense::Words),
     }
-    Ok(())
 }

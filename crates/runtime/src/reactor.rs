@@ -29,7 +29,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use channel::Channel;
+pub use channel::{Channel, Filled};
 pub use clock::SystemClock;
 pub use event::Event;
 pub use io::{File, Io};

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use disk::Disk;
 use runtime::Runtime;
-use runtime::reactor::{Channel, Event, Io};
+use runtime::reactor::{Channel, Event, Filled, Io};
 
 use crate::block::{self, RINGS_MAX};
 use crate::budget::Budget;
@@ -140,18 +140,11 @@ impl Session {
     }
 
     async fn receive(&self, into: &mut [u8], files: &mut Vec<OwnedFd>) -> Result<(), End> {
-        let mut rest = into;
-        while !rest.is_empty() {
-            let count = self.channel.receive(rest, files).await?;
-            if count == 0 {
-                return Err(End::Closed);
-            }
-            if files.len() > FILES_MAX {
-                return Err(Malformed::TooManyFiles.into());
-            }
-            rest = rest.get_mut(count..).unwrap_or_default();
+        match self.channel.fill(into, files, FILES_MAX).await? {
+            Filled::Whole => Ok(()),
+            Filled::Ended => Err(End::Closed),
+            Filled::TooManyFiles => Err(Malformed::TooManyFiles.into()),
         }
-        Ok(())
     }
 
     async fn answer(&self, header: &Header, outcome: Result<Answer, End>) -> Result<(), End> {

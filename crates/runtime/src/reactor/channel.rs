@@ -24,6 +24,18 @@ pub struct Channel {
     descriptor: Rc<Descriptor>,
 }
 
+/// How [`Channel::fill`] went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Filled {
+    /// All is there.
+    Whole,
+    /// The peer closed before.
+    Ended,
+    /// More descriptors came than there are to be.
+    TooManyFiles,
+}
+
 impl Channel {
     /// Takes a connected unix stream socket.
     ///
@@ -62,6 +74,31 @@ impl Channel {
                 Err(errno) => return Err(errno.into()),
             }
         }
+    }
+
+    /// Receives until `into` is full, and adds the descriptors that come with it to `files`, of which
+    /// there are to be `files_max` at most.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub async fn fill(
+        &self,
+        into: &mut [u8],
+        files: &mut Vec<OwnedFd>,
+        files_max: usize,
+    ) -> io::Result<Filled> {
+        let mut rest = into;
+        while !rest.is_empty() {
+            let count = self.receive(rest, files).await?;
+            if count == 0 {
+                return Ok(Filled::Ended);
+            }
+            if files.len() > files_max {
+                return Ok(Filled::TooManyFiles);
+            }
+            rest = rest.get_mut(count..).unwrap_or_default();
+        }
+        Ok(Filled::Whole)
     }
 
     /// Sends all of `bytes`, with `files` at the first of them.
