@@ -77,9 +77,7 @@ pub(crate) async fn restart(
     current: &Current,
     signals: &mut Signals,
 ) -> Result<Engine, Error> {
-    let again = plan.clone();
-    let started = tokio::task::spawn_blocking(move || Engine::start(again)).await;
-    match started.unwrap_or_else(|_| Err(Error::new(Kind::Io, "the engine did not start"))) {
+    match start_again(plan).await {
         Ok((engine, started)) => {
             let status = status(plan, &started);
             let upgrade_refused = Some(refusal.message);
@@ -88,6 +86,13 @@ pub(crate) async fn restart(
         }
         Err(error) => reopen(plan, error, current, signals).await,
     }
+}
+
+/// Opens the store on another thread, which goes on if nobody waits for it any more.
+async fn start_again(plan: &Plan) -> Result<(Engine, Started), Error> {
+    let again = plan.clone();
+    let started = tokio::task::spawn_blocking(move || Engine::start(again)).await;
+    started.unwrap_or_else(|_| Err(Error::new(Kind::Io, "the engine did not start")))
 }
 
 /// What an operator wants of a daemon that serves.
@@ -157,13 +162,11 @@ async fn reopen(
             () = tokio::time::sleep(pause) => {}
         }
         pause = PAUSE_MAX.min(pause * 2);
-        let again = plan.clone();
-        let started = tokio::task::spawn_blocking(move || Engine::start(again));
         let started = tokio::select! {
             () = signals.any() => return Err(why),
-            started = started => started,
+            started = start_again(plan) => started,
         };
-        match started.unwrap_or_else(|_| Err(Error::new(Kind::Io, "the engine did not start"))) {
+        match started {
             Ok((engine, started)) => {
                 let status = status(plan, &started);
                 report(&status);

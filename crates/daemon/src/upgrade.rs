@@ -101,9 +101,7 @@ pub(crate) fn become_program(binary: &Path, sockets: &Sockets) -> Error {
     };
     let error = Command::new(binary).args(std::env::args_os().skip(1)).env(VARIABLE, left).exec();
     // The attempt has undone that this signal is ignored, as it is by Rust's programs.
-    if let Ok(broken_pipe) = signal(SignalKind::pipe()) {
-        drop(broken_pipe);
-    }
+    drop(signal(SignalKind::pipe()));
     sockets.keep();
     Error::system(&format!("become {}", binary.display()), &error)
 }
