@@ -144,8 +144,10 @@ pub(super) struct Slot {
 }
 
 /// Most works under way at once; what comes on top waits in a queue. The completion queue has as
-/// many entries, so that it cannot overflow.
-pub(super) const IN_FLIGHT_MAX: usize = 4096;
+/// many entries, so that it cannot overflow. Each idle connection and each ring of a guest has a
+/// work that waits: of them there must be room for as many as a process has descriptors, or they
+/// would keep out the requests of the store.
+pub(super) const IN_FLIGHT_MAX: usize = 1 << 15;
 
 /// Works under way, by slot number.
 #[derive(Default)]
