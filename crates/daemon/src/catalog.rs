@@ -8,7 +8,7 @@ use std::rc::Rc;
 
 use base::SnapshotNumber;
 use disk::{Catalog, Disk, DiskError, Export, LocalBoxFuture};
-use vdi::{SnapshotEntry, Store, Target, VdiEntry};
+use vdi::{Store, Target, VdiEntry};
 
 /// Serves a store's VDIs and snapshots.
 #[derive(Debug)]
@@ -63,9 +63,7 @@ async fn list(store: &Store, after: Option<&str>, max: usize) -> Result<Vec<Expo
 async fn resume(store: &Store, target: &Target) -> Result<Option<SnapshotNumber>, vdi::Error> {
     let found = match &target.snapshot {
         None => store.info(&target.vdi).await.map(|_| Some(SnapshotNumber::new(0))),
-        Some(name) => find_snapshot(store, &target.vdi, name)
-            .await
-            .map(|found| found.map(|snapshot| snapshot.number)),
+        Some(name) => store.snapshot_info(&target.vdi, name).await.map(|found| Some(found.number)),
     };
     match found {
         Err(error) if error.kind() == base::ErrorKind::NotFound => Ok(None),
@@ -112,27 +110,4 @@ async fn push_snapshots(
         exports.push(Export { name, size_bytes, read_only: true });
     }
     Ok(())
-}
-
-/// Finds a snapshot by number or label, as the engine does: digits alone are a number, and no label.
-pub(crate) async fn find_snapshot(
-    store: &Store,
-    vdi: &str,
-    name: &str,
-) -> Result<Option<SnapshotEntry>, vdi::Error> {
-    if name.bytes().all(|byte| byte.is_ascii_digit()) {
-        let number = name.parse::<u64>().ok();
-        let Some(before) = number.and_then(|number| number.checked_sub(1)) else { return Ok(None) };
-        let found = store.snapshots(vdi, SnapshotNumber::new(before), 1).await?;
-        return Ok(found.into_iter().find(|entry| entry.number.get() == before + 1));
-    }
-    let mut after = SnapshotNumber::new(0);
-    loop {
-        let page = store.snapshots(vdi, after, api::PAGE_MAX).await?;
-        let Some(last) = page.last() else { return Ok(None) };
-        after = last.number;
-        if let Some(found) = page.into_iter().find(|entry| entry.label.as_deref() == Some(name)) {
-            return Ok(Some(found));
-        }
-    }
 }

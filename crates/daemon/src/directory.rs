@@ -7,8 +7,6 @@ use disk::directory::{Answer, Directory, DiskEntry, SnapshotEntry};
 use disk::{Disk, DiskError};
 use vdi::{Store, Target, VdiEntry};
 
-use crate::catalog::find_snapshot;
-
 /// Has a store's VDIs and snapshots by number.
 #[derive(Debug)]
 pub(crate) struct StoreDirectory(Store);
@@ -70,8 +68,8 @@ impl Directory for StoreDirectory {
     fn find_snapshot(&self, id: u64, label: &str) -> Answer<SnapshotEntry> {
         let (store, label) = (self.0.clone(), label.to_owned());
         Box::pin(async move {
-            let found = find_snapshot(&store, &name(&store, id)?, &label).await?;
-            found.map(snapshot_entry).ok_or(MISSING)
+            let found = store.snapshot_info(&name(&store, id)?, &label).await?;
+            Ok(snapshot_entry(found))
         })
     }
 

@@ -396,10 +396,10 @@ fn freeze_vdi(vdi: &Rc<Vdi>) -> FrozenVdi {
         block_count: vdi.block_count.get(),
         rollbacks: vdi.rollbacks.get(),
         snapshot_next: vdi.snapshot_next.get(),
-        snapshot_count: as_u64(snapshots.len()),
+        snapshot_count: as_u64(snapshots.count()),
         snapshots: dirty
             .into_keys()
-            .map(|number| (number.get(), snapshots.get(&number).map(Rc::clone)))
+            .map(|number| (number.get(), snapshots.get(number).map(Rc::clone)))
             .collect(),
     }
 }

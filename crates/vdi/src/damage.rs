@@ -99,7 +99,7 @@ impl Engine {
                     let Some(vdi) = registry.loaded.get(id) else { continue };
                     let snapshots = vdi.snapshots.borrow();
                     let mut dirty = vdi.snapshots_dirty.borrow_mut();
-                    dirty.extend(snapshots.keys().map(|&number| (number, true)));
+                    dirty.extend(snapshots.iter().map(|snapshot| (snapshot.number, true)));
                     vdi.snapshot_table.set(RootRef::empty(1));
                     registry.dirty.insert(*id);
                 }

@@ -274,7 +274,7 @@ impl Engine {
         let snapshots = snapshots.into_iter().map(|snapshot| {
             let point = Point::resolved(snapshot.position, snapshot.root, record.label);
             let branch = Rc::clone(&branch);
-            (snapshot.number, Rc::new(loaded_snapshot(snapshot, branch, point)))
+            Rc::new(loaded_snapshot(snapshot, branch, point))
         });
         let snapshots = snapshots.collect();
         Rc::new(Vdi {

@@ -36,6 +36,7 @@ mod read;
 mod recovery;
 mod release;
 mod reserve;
+mod snapshots;
 pub mod store;
 mod types;
 mod vdi;

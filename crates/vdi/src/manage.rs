@@ -303,9 +303,9 @@ impl Engine {
     /// Number of a VDI's snapshots that are durable.
     pub(crate) fn durable_snapshot_count(&self, vdi: &Vdi) -> u64 {
         let snapshots = vdi.snapshots.borrow();
-        let newest = snapshots.values().rev();
+        let newest = snapshots.iter().rev();
         let being_made = newest.take_while(|snapshot| !self.is_durable(snapshot)).count();
-        as_u64(snapshots.len() - being_made)
+        as_u64(snapshots.count() - being_made)
     }
 
     fn record_of(&self, name: &str) -> Option<DirectoryRecord> {
@@ -441,14 +441,14 @@ impl Engine {
             label: label.to_owned(),
             deleted: Cell::new(false),
         });
-        vdi.snapshots.borrow_mut().insert(number, snapshot);
+        vdi.snapshots.borrow_mut().insert(snapshot);
         vdi.snapshots_dirty.borrow_mut().insert(number, true);
         vdi.snapshot_next.set(SnapshotNumber::new(number.get() + 1));
         self.touch(vdi);
     }
 
     pub(crate) fn apply_delete_snapshot(&self, vdi: &Vdi, number: SnapshotNumber) {
-        if let Some(snapshot) = vdi.snapshots.borrow_mut().remove(&number) {
+        if let Some(snapshot) = vdi.snapshots.borrow_mut().remove(number) {
             snapshot.deleted.set(true);
             self.collector.dropped();
             vdi.snapshots_dirty.borrow_mut().insert(number, false);
@@ -483,7 +483,7 @@ impl Engine {
         vdi.deleted.set(true);
         self.collector.dropped();
         vdi.branch.borrow().is_head.set(false);
-        for snapshot in vdi.snapshots.borrow().values() {
+        for snapshot in vdi.snapshots.borrow().iter() {
             snapshot.deleted.set(true);
         }
         // The branch may have points that clones are built on.

@@ -337,7 +337,7 @@ impl Engine {
                 let from = (*source, number);
                 let source = self.surviving(*source).await?;
                 let snapshot =
-                    source.as_ref().and_then(|vdi| vdi.snapshots.borrow().get(&number).cloned());
+                    source.as_ref().and_then(|vdi| vdi.snapshots.borrow().get(number).cloned());
                 match &source {
                     Some(source) if snapshot.is_some() || number.get() == 0 => {
                         let snapshot = snapshot.as_deref();
@@ -402,7 +402,7 @@ impl Engine {
             RecordBody::Resize { block_count } => self.apply_resize(&vdi, *block_count, lsn),
             RecordBody::Delete => self.apply_delete(&vdi),
             RecordBody::Rollback { number } => {
-                let snapshot = vdi.snapshots.borrow().get(number).map(Rc::clone);
+                let snapshot = vdi.snapshots.borrow().get(*number).map(Rc::clone);
                 match snapshot {
                     Some(snapshot) => self.apply_rollback(&vdi, &snapshot),
                     // Lost, and the VDI was nothing else any more.

@@ -175,9 +175,18 @@ impl Store {
     ) -> Result<Vec<SnapshotEntry>, Error> {
         let vdi = self.0.find(name).await?;
         let snapshots = vdi.snapshots.borrow();
-        let behind = snapshots.range((Bound::Excluded(after), Bound::Unbounded));
-        let durable = behind.take_while(|(_, snapshot)| self.0.is_durable(snapshot));
-        Ok(durable.take(max).map(|(_, snapshot)| snapshot_entry(snapshot)).collect())
+        let durable = snapshots.after(after).take_while(|snapshot| self.0.is_durable(snapshot));
+        Ok(durable.take(max).map(|snapshot| snapshot_entry(snapshot)).collect())
+    }
+
+    /// Describes one snapshot of a VDI, by its label or its number, when it is durable.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub async fn snapshot_info(&self, name: &str, snapshot: &str) -> Result<SnapshotEntry, Error> {
+        let target = Target { vdi: name.to_owned(), snapshot: Some(snapshot.to_owned()) };
+        let (_, found) = self.0.find_durable(&target).await?;
+        found.map(|found| snapshot_entry(&found)).ok_or_else(|| not_found(name))
     }
 
     /// Describes one VDI, when it is durable; of its snapshots, those count that are.

@@ -10,6 +10,7 @@ use ondisk::{RootRef, SnapshotRecord};
 
 use crate::branch::{Branch, Point, View};
 use crate::ranges::RangeLocks;
+use crate::snapshots::Snapshots;
 
 /// A VDI that is in use.
 #[derive(Debug)]
@@ -34,7 +35,7 @@ pub(crate) struct Vdi {
     pub(crate) deleted: Cell<bool>,
     /// How many wait until nothing is on its way, to delete it, roll it back or shrink it.
     pub(crate) leaving: Cell<u32>,
-    pub(crate) snapshots: RefCell<BTreeMap<SnapshotNumber, Rc<Snapshot>>>,
+    pub(crate) snapshots: RefCell<Snapshots>,
     pub(crate) snapshot_next: Cell<SnapshotNumber>,
     /// Snapshots taken (`true`) or deleted since the last checkpoint.
     pub(crate) snapshots_dirty: RefCell<BTreeMap<SnapshotNumber, bool>>,
@@ -67,20 +68,13 @@ impl Vdi {
 
     /// Finds a snapshot by label or number; labels win.
     pub(crate) fn snapshot(&self, name: &str) -> Option<Rc<Snapshot>> {
-        let snapshots = self.snapshots.borrow();
-        // Without a label a snapshot has the empty one, which names nothing.
-        let by_label = snapshots.values().find(|it| !name.is_empty() && it.label == name);
-        // `+5` parses as a number, but it is a label.
-        let digits = name.bytes().all(|byte| byte.is_ascii_digit());
-        let number = || name.parse().ok().filter(|_| digits).map(SnapshotNumber::new);
-        by_label.or_else(|| snapshots.get(&number()?)).map(Rc::clone)
+        self.snapshots.borrow().find(name).map(Rc::clone)
     }
 
     /// Wall time of the newest snapshot. A later one is never older, whatever the clock does
     /// (design rule 38).
     pub(crate) fn newest_snapshot_ns(&self) -> u64 {
-        let snapshots = self.snapshots.borrow();
-        snapshots.last_key_value().map_or(0, |(_, newest)| newest.wall_ns)
+        self.snapshots.borrow().iter().next_back().map_or(0, |newest| newest.wall_ns)
     }
 
     /// Whether somebody waits to delete it, roll it back or shrink it.

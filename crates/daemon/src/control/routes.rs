@@ -11,10 +11,9 @@ use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use base::{ErrorKind, SnapshotNumber};
 use serde::Deserialize;
-use vdi::{SnapshotEntry, Store, Target};
+use vdi::{Store, Target};
 
 use super::extract::{Body, Failure, Parameters, Segments};
-use crate::catalog::find_snapshot;
 use crate::convert;
 use crate::current::Current;
 use crate::engine::{Served, refused};
@@ -243,7 +242,7 @@ async fn take_snapshot(
     let vdi = name.clone();
     let answer = async move |served: &Served| {
         let number = served.store.snapshot(&vdi, request.label.as_deref()).await?;
-        existing_snapshot(&served.store, &vdi, &number.to_string()).await
+        served.store.snapshot_info(&vdi, &number.to_string()).await
     };
     let entry = current.call(answer).await?;
     Ok((StatusCode::CREATED, Json(convert::snapshot(&name, entry))))
@@ -254,22 +253,8 @@ async fn snapshot(
     Segments((name, snapshot)): Segments<(String, String)>,
 ) -> Answer<Snapshot> {
     let vdi = name.clone();
-    let answer =
-        async move |served: &Served| existing_snapshot(&served.store, &vdi, &snapshot).await;
+    let answer = async move |served: &Served| served.store.snapshot_info(&vdi, &snapshot).await;
     Ok(Json(convert::snapshot(&name, current.call(answer).await?)))
-}
-
-async fn existing_snapshot(
-    store: &Store,
-    vdi: &str,
-    name: &str,
-) -> Result<SnapshotEntry, vdi::Error> {
-    find_snapshot(store, vdi, name).await?.ok_or_else(|| {
-        refused(
-            ErrorKind::NotFound,
-            format!("{vdi} has no snapshot {name}; `parallax snapshots {vdi}` lists them"),
-        )
-    })
 }
 
 async fn remove_snapshot(
