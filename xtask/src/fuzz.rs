@@ -25,11 +25,11 @@ pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<()> {
     let directory = workspace.root.join("fuzz");
     ensure_tools()?;
     let listed = cargo_fuzz(&directory, "list").read().context("list the targets")?;
-    let targets: Vec<&str> = listed
-        .lines()
-        .filter(|target| wanted.is_empty() || wanted.iter().any(|name| name == target))
-        .collect();
-    ensure!(!targets.is_empty(), "no fuzz target of that name; there are: {listed}");
+    let known: Vec<&str> = listed.lines().collect();
+    for name in &wanted {
+        ensure!(known.contains(name), "no fuzz target is called {name}; there are:\n{listed}");
+    }
+    let targets = if wanted.is_empty() { known } else { wanted };
     for target in targets {
         let heading = Heading::new(&format!("fuzz {target}"));
         // Compiling comes on top of the time that the target itself is given.
@@ -68,11 +68,33 @@ fn cargo_fuzz(directory: &std::path::Path, verb: &str) -> Run {
         .without_env("CARGO_TARGET_DIR")
 }
 
-fn parse(arguments: &[String]) -> Result<(u64, &[String])> {
-    match arguments {
-        [flag, seconds, rest @ ..] if flag == "--seconds" => {
-            Ok((seconds.parse().context("--seconds takes a number")?, rest))
+/// Seconds for each target, and names of targets, in any order.
+fn parse(arguments: &[String]) -> Result<(u64, Vec<&str>)> {
+    let (mut seconds, mut wanted) = (SECONDS, Vec::new());
+    let mut rest = arguments.iter();
+    while let Some(argument) = rest.next() {
+        if argument == "--seconds" {
+            let given = rest.next().and_then(|text| text.parse().ok());
+            seconds = given.context("--seconds takes a number")?;
+        } else {
+            wanted.push(argument.as_str());
         }
-        rest => Ok((SECONDS, rest)),
+    }
+    Ok((seconds, wanted))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_stand_before_or_behind_names() {
+        let parse = |line: &str| {
+            let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+            parse(&words).map(|(seconds, wanted)| (seconds, wanted.join(" "))).ok()
+        };
+        assert_eq!(parse(""), Some((SECONDS, String::new())));
+        assert_eq!(parse("store --seconds 9 nbd"), Some((9, "store nbd".to_owned())));
+        assert_eq!(parse("--seconds"), None);
     }
 }
