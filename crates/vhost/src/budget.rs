@@ -1,64 +1,128 @@
-//! How many bytes of payload a device has in flight, in all of its rings together: what its guest
-//! can make this process hold.
+//! How many bytes the requests of a device hold while they are under way, in all of its rings
+//! together: what its guest can make this process hold. Rings that find no room get it in the order
+//! in which they asked.
 
 use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::task::{Context, Waker};
 
 use crate::block::REQUEST_BYTES_MAX;
 
-/// Most bytes in flight. More makes no disk faster, and the largest request must fit.
+/// Most bytes in flight. More makes no disk faster, and the largest request must fit, with what it
+/// holds besides its data.
 const BYTES_MAX: u64 = 32 << 20;
-const _: () = assert!(BYTES_MAX >= REQUEST_BYTES_MAX);
+const _: () = assert!(BYTES_MAX >= REQUEST_BYTES_MAX + (64 << 10));
 
 /// What is in flight.
 #[derive(Debug, Default)]
 pub(crate) struct Budget {
     bytes: Cell<u64>,
-    waiting: RefCell<Vec<Waker>>,
+    /// Rings that found no room, the first one first.
+    waiting: RefCell<VecDeque<Waiting>>,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    ring: u16,
+    waker: Option<Waker>,
 }
 
 impl Budget {
-    /// Charges a request, if there is room for it.
-    pub(crate) fn take(&self, bytes: u64) -> bool {
+    /// Charges a request of a ring, if there is room for it and no other ring was there before. If
+    /// not the ring waits from now on.
+    pub(crate) fn take(&self, ring: u16, bytes: u64) -> bool {
+        let mut waiting = self.waiting.borrow_mut();
         let sum = self.bytes.get().saturating_add(bytes);
-        let room = sum <= BYTES_MAX;
-        if room {
+        let may = waiting.front().is_none_or(|first| first.ring == ring);
+        if may && sum <= BYTES_MAX {
             self.bytes.set(sum);
+            drop(waiting);
+            self.leave(ring);
+            return true;
         }
-        room
+        if !waiting.iter().any(|it| it.ring == ring) {
+            waiting.push_back(Waiting { ring, waker: None });
+        }
+        false
     }
 
     /// Gives back what a request was charged.
     pub(crate) fn give(&self, bytes: u64) {
         assert!(bytes <= self.bytes.get(), "what is given back was taken");
         self.bytes.set(self.bytes.get() - bytes);
-        for waker in self.waiting.take() {
-            waker.wake();
+        self.wake_first();
+    }
+
+    /// The ring does not wait any more.
+    pub(crate) fn leave(&self, ring: u16) {
+        self.waiting.borrow_mut().retain(|it| it.ring != ring);
+        self.wake_first();
+    }
+
+    /// Wakes this task when there may be room for its ring, which waits.
+    pub(crate) fn wait(&self, ring: u16, context: &Context<'_>) {
+        let mut waiting = self.waiting.borrow_mut();
+        if let Some(waiting) = waiting.iter_mut().find(|it| it.ring == ring) {
+            waiting.waker = Some(context.waker().clone());
         }
     }
 
-    /// Wakes this task when something is given back.
-    pub(crate) fn wait(&self, context: &Context<'_>) {
-        let mut waiting = self.waiting.borrow_mut();
-        if !waiting.iter().any(|waker| waker.will_wake(context.waker())) {
-            waiting.push(context.waker().clone());
+    fn wake_first(&self) {
+        let waker = self.waiting.borrow_mut().front_mut().and_then(|first| first.waker.take());
+        if let Some(waker) = waker {
+            waker.wake();
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::task::Wake;
+
     use super::*;
+
+    #[derive(Default)]
+    struct Woken(AtomicU32);
+
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
 
     #[test]
     fn the_largest_request_fits_once() {
         let budget = Budget::default();
-        assert!(budget.take(REQUEST_BYTES_MAX));
-        assert!(!budget.take(REQUEST_BYTES_MAX));
-        budget.wait(&Context::from_waker(Waker::noop()));
+        assert!(budget.take(0, REQUEST_BYTES_MAX));
+        assert!(!budget.take(0, REQUEST_BYTES_MAX));
+        let woken = Arc::new(Woken::default());
+        budget.wait(0, &Context::from_waker(&Arc::clone(&woken).into()));
         budget.give(REQUEST_BYTES_MAX);
-        assert!(budget.waiting.borrow().is_empty(), "whoever waited was woken");
-        assert!(budget.take(REQUEST_BYTES_MAX));
-        assert!(!budget.take(u64::MAX));
+        assert_eq!(woken.0.load(Ordering::Relaxed), 1, "whoever waited was woken");
+        assert!(budget.take(0, REQUEST_BYTES_MAX));
+        assert!(!budget.take(0, u64::MAX));
+    }
+
+    /// Otherwise a ring that keeps the budget full with small requests would keep out another one
+    /// that needs more at once.
+    #[test]
+    fn who_waits_longest_is_next() {
+        let budget = Budget::default();
+        for _ in 0..32 {
+            assert!(budget.take(1, 1 << 20));
+        }
+        assert!(!budget.take(2, 2 << 20));
+        assert!(!budget.take(3, 1));
+        budget.give(1 << 20);
+        assert!(!budget.take(1, 1 << 20), "another one waits");
+        assert!(!budget.take(2, 2 << 20), "not enough yet");
+        budget.give(1 << 20);
+        assert!(!budget.take(3, 1), "second in the line");
+        assert!(budget.take(2, 2 << 20));
+        budget.leave(3);
+        budget.give(1 << 20);
+        assert!(budget.take(1, 1 << 20), "nobody else is there any more");
     }
 }

@@ -7,7 +7,7 @@
 //!
 //! Where one buffer ends and the next begins means nothing (VIRTIO_F_VERSION_1).
 
-use base::BLOCK_SIZE;
+use base::{BLOCK_SIZE, BLOCK_SIZE_U64};
 use disk::in_flight::{Outcome, Pending};
 use disk::{Disk, Request, Response, split};
 use runtime::Runtime;
@@ -17,7 +17,7 @@ use crate::block::{
     HEADER_BYTES, Header, Operation, RANGE_BYTES, RANGE_SECTORS_MAX, RANGES_MAX, REQUEST_BYTES_MAX,
     Range, SECTOR_BYTES, SERIAL_BYTES, status,
 };
-use crate::memory::{Memory, Spans};
+use crate::memory::{Memory, Span, Spans};
 use crate::queue::{Broken, Chain};
 
 /// A request of a guest that can be answered.
@@ -72,6 +72,13 @@ impl Ask {
             Some(Operation::Write) => self.brought.bytes(),
             _ => 0,
         }
+    }
+
+    /// Bytes that it makes this process hold while it is under way: buffers are whole blocks, and
+    /// where the guest's lie is remembered.
+    pub(crate) fn footprint(&self) -> u64 {
+        let spans = self.brought.0.len() + self.wanted.0.len();
+        self.data_bytes().next_multiple_of(BLOCK_SIZE_U64) + (spans * size_of::<Span>()) as u64
     }
 
     /// Whether no device of ours takes it, however much room there is.

@@ -271,6 +271,7 @@ impl<'a> Service<'a> {
     /// Waits for what is in flight, and forgets how it ended.
     async fn finish(&mut self) {
         let budget = &self.ring.device.budget;
+        budget.leave(self.ring.index);
         loop {
             self.in_flight.poll_marked(|ticket, _| budget.give(ticket.charge));
             if self.in_flight.count() == 0 {
@@ -324,11 +325,11 @@ impl<'a> Service<'a> {
                 None if self.queue.want_kicks(&memory)? => continue,
                 None => return Ok(Pause::Idle),
             };
-            let charge = ask.data_bytes();
+            let charge = ask.footprint();
             work += WORK_PER_REQUEST + charge;
             if ask.is_too_large() {
                 finish(&self.ring.device, &mut self.queue, &ask, status::IOERR, &memory)?;
-            } else if self.ring.device.budget.take(charge) {
+            } else if self.ring.device.budget.take(self.ring.index, charge) {
                 self.start(ask, charge, &memory)?;
             } else {
                 self.waiting.push_front(ask);
@@ -399,7 +400,7 @@ impl<'a> Service<'a> {
             }
             self.in_flight.register(context);
             if starved {
-                self.ring.device.budget.wait(context);
+                self.ring.device.budget.wait(self.ring.index, context);
             }
             match (self.poll_kick(context), changed.as_mut().poll(context)) {
                 (Poll::Pending, Poll::Pending) => Poll::Pending,
