@@ -3,7 +3,9 @@
 # From the kernel's command line: plx.mode=fill|check|verify plx.fs=ext4|xfs|btrfs plx.new=0|1
 # plx.from=N. It says on the serial line: ACKED number md5 (after fsync has returned), DEL number
 # (before a file is removed), GOT number md5, FSCK exit-code, IOERROR, END. With plx.mode=verify fio
-# has the bare disk instead, for plx.runtime seconds: FIO-START, LONGEST wait, FIO exit-code.
+# has the bare disk instead, for plx.runtime seconds: FIO-START, LONGEST wait, FIO exit-code. With
+# plx.cache=1 what was read is read again meanwhile, out of the guest's memory: CACHE times, or
+# CACHE-WRONG.
 /bin/busybox mkdir -p /proc /sys /dev /mnt /tmp /run /bin
 /bin/busybox --install -s /bin
 export PATH=/bin:/sbin:/usr/bin:/usr/sbin
@@ -65,7 +67,30 @@ check() {
     echo "FSCK $code"
 }
 
+part() {
+    dd if=/dev/vda bs=1M skip=$((512 + 32 * $1)) count=32 2>/dev/null | md5sum
+}
+
+# Two parts of the disk by turns, in the same pages of memory.
+read_again() {
+    dd if=/dev/urandom of=/dev/vda bs=1M seek=512 count=64 conv=fsync 2>/dev/null
+    first=$(part 0) second=$(part 1) times=0
+    while [ ! -e /tmp/stop ]; do
+        for number in 0 1; do
+            [ $number = 0 ] && wanted=$first || wanted=$second
+            echo 1 > /proc/sys/vm/drop_caches
+            for time in 1 2 3; do
+                [ "$(part $number)" = "$wanted" ] || echo "CACHE-WRONG $number, time $time"
+                sleep 0.3
+            done
+            times=$((times + 1))
+        done
+    done
+    echo "CACHE $times"
+}
+
 verify() {
+    [ "$cache" = 1 ] && read_again &
     echo FIO-START
     fio --name=v --filename=/dev/vda --size=256m --rw=randwrite --bsrange=4k-128k \
         --ioengine=libaio --direct=1 --iodepth=16 --verify=crc32c --verify_fatal=1 \
@@ -73,6 +98,8 @@ verify() {
     code=$?
     [ $code = 0 ] || tail -n 20 /tmp/fio
     sed -n 's/^ *clat (\([a-z]*\)): .* max= *\([0-9.kM]*\),.*/LONGEST \2 \1/p' /tmp/fio
+    touch /tmp/stop
+    wait
     echo "FIO $code"
 }
 

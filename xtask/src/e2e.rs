@@ -13,6 +13,7 @@ mod guest;
 mod initramfs;
 mod kernel;
 mod ledger;
+mod migration;
 mod mounted;
 mod quickstart;
 mod tools;
@@ -39,7 +40,7 @@ struct Scenario {
     run: fn(&mut Bed) -> Result<()>,
 }
 
-const SCENARIOS: [Scenario; 12] = [
+const SCENARIOS: [Scenario; 13] = [
     Scenario { name: "quickstart", quick: true, guests: false, run: quickstart::run },
     Scenario { name: "tools", quick: true, guests: false, run: tools::run },
     Scenario { name: "fio", quick: true, guests: false, run: fio_matrix::run },
@@ -51,6 +52,7 @@ const SCENARIOS: [Scenario; 12] = [
     Scenario { name: "guest-xfs", quick: false, guests: true, run: filesystems::xfs },
     Scenario { name: "guest-btrfs", quick: false, guests: true, run: filesystems::btrfs },
     Scenario { name: "guest-vhost", quick: false, guests: true, run: filesystems::vhost_user },
+    Scenario { name: "guest-migration", quick: false, guests: true, run: migration::run },
     Scenario { name: "clones", quick: false, guests: true, run: clones::run },
 ];
 

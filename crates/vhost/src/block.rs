@@ -57,6 +57,8 @@ pub(crate) mod feature {
     pub(crate) const WRITE_ZEROES: u64 = 1 << 14;
     pub(crate) const INDIRECT_DESC: u64 = 1 << 28;
     pub(crate) const EVENT_IDX: u64 = 1 << 29;
+    /// Of vhost, not of virtio: what is written to guest memory is logged.
+    pub(crate) const LOG_ALL: u64 = 1 << 26;
     /// Of vhost-user, not of virtio.
     pub(crate) const PROTOCOL_FEATURES: u64 = 1 << 30;
     pub(crate) const VERSION_1: u64 = 1 << 32;
@@ -72,6 +74,7 @@ pub(crate) fn features(disk: &dyn Disk) -> u64 {
         | feature::FLUSH
         | feature::TOPOLOGY
         | feature::MQ
+        | feature::LOG_ALL
         | feature::INDIRECT_DESC
         | feature::EVENT_IDX
         | feature::PROTOCOL_FEATURES

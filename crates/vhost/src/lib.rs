@@ -14,6 +14,9 @@
 //! 4. The disk completes it and wakes the task, which writes the status byte and the used ring,
 //!    and signals the guest once for all that completed together, if the guest wants to know.
 //!
+//! While a monitor moves its guest to another host, all that is written to guest memory is logged for
+//! it (`dirty.rs`).
+//!
 //! What is in flight is noted in memory that the monitor keeps (`inflight.rs`), so that the next
 //! daemon can do again what a killed one left undone.
 //!
@@ -23,6 +26,7 @@
 
 mod block;
 mod budget;
+mod dirty;
 mod end;
 mod inflight;
 mod memory;

@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -15,6 +16,7 @@ use vm_memory::{
     GuestRegionMmap, MmapRegion,
 };
 
+use crate::dirty::DirtyLog;
 use crate::protocol::Region;
 
 /// Most regions: a guest that plugs memory in has one for each module.
@@ -35,6 +37,9 @@ pub(crate) enum MapError {
     /// There are too many.
     #[error("there are more than {max} regions", max = REGIONS_MAX)]
     TooMany,
+    /// It has pages that the log of written ones has no bits for.
+    #[error("the log of written pages does not cover the region")]
+    Log,
     /// The kernel does not map it.
     #[error("the kernel does not map it")]
     Kernel(#[from] io::Error),
@@ -54,10 +59,12 @@ pub(crate) fn map(fd: OwnedFd, file_offset: u64, bytes: u64) -> Result<MmapRegio
 }
 
 /// All of a guest's memory.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(crate) struct Memory {
     map: GuestMemoryMmap,
     regions: Vec<Region>,
+    /// Where it is noted what was written, if somebody wants to know.
+    log: Option<Rc<DirtyLog>>,
 }
 
 impl Memory {
@@ -86,7 +93,7 @@ impl Memory {
         let memory = Arc::new(memory.ok_or(MapError::Range)?);
         let map = self.map.insert_region(memory).map_err(|_| MapError::Overlap)?;
         let regions = self.regions.iter().copied().chain([region]).collect();
-        Ok(Self { map, regions })
+        Self { map, regions, log: None }.logged(self.log.clone())
     }
 
     /// The same memory without a region; `None` if it is not there. Its place in a file is not
@@ -97,7 +104,20 @@ impl Memory {
         };
         let (map, _) = self.map.remove_region(GuestAddress(region.guest), region.bytes).ok()?;
         let regions: Vec<Region> = self.regions.iter().copied().filter(|it| !same(it)).collect();
-        (regions.len() + 1 == self.regions.len()).then_some(Self { map, regions })
+        let log = self.log.clone();
+        (regions.len() + 1 == self.regions.len()).then_some(Self { map, regions, log })
+    }
+
+    /// The same memory, of which it is noted in `log` what is written from now on.
+    pub(crate) fn logged(self, log: Option<Rc<DirtyLog>>) -> Result<Self, MapError> {
+        let covered = |log: &Rc<DirtyLog>| self.regions.iter().all(|region| log.covers(region));
+        if log.as_ref().is_none_or(covered) { Ok(Self { log, ..self }) } else { Err(MapError::Log) }
+    }
+
+    fn written(&self, to: GuestAddress, bytes: usize) {
+        if let Some(log) = &self.log {
+            log.mark(to, bytes);
+        }
     }
 
     /// Where in the guest `bytes` lie whose address in the monitor is `user`.
@@ -115,7 +135,10 @@ impl Memory {
 
     /// Copies into guest memory.
     pub(crate) fn write(&self, to: GuestAddress, bytes: &[u8]) -> Result<(), GuestMemoryError> {
-        self.map.write_slice(bytes, to)
+        let outcome = self.map.write_slice(bytes, to);
+        // A part may have been written when it fails.
+        self.written(to, bytes.len());
+        outcome
     }
 
     /// Reads a number that the guest may be writing.
@@ -134,7 +157,9 @@ impl Memory {
         to: GuestAddress,
         order: Ordering,
     ) -> Result<(), GuestMemoryError> {
-        self.map.store(value, to, order)
+        self.map.store(value, to, order)?;
+        self.written(to, size_of::<T>());
+        Ok(())
     }
 }
 

@@ -32,6 +32,8 @@ pub const CONFIG_BYTES_MAX: usize = 256;
 pub mod feature {
     /// More than one ring.
     pub const MQ: u64 = 1 << 0;
+    /// The log of written pages is memory that both share.
+    pub const LOG_SHMFD: u64 = 1 << 1;
     /// Success or failure of every message on request.
     pub const REPLY_ACK: u64 = 1 << 3;
     /// A second channel, for messages from this side.
@@ -194,6 +196,22 @@ struct RawAddresses {
     log: U64,
 }
 
+/// The log of written pages of guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LogArea {
+    /// Its length in bytes.
+    pub bytes: u64,
+    /// Where it begins in its file.
+    pub file_offset: u64,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawLog {
+    bytes: U64,
+    file_offset: U64,
+}
+
 /// The memory of what is in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct InflightArea {
@@ -294,6 +312,8 @@ pub enum Request {
     Owner,
     /// All of guest memory.
     SetMemory(Vec<(Region, OwnedFd)>),
+    /// Where to log which pages of guest memory are written, while they are copied elsewhere.
+    SetLog(LogArea, OwnedFd),
     /// More guest memory.
     AddRegion(Region, OwnedFd),
     /// Less guest memory.
@@ -359,6 +379,7 @@ impl<'a> Payload<'a> {
             2 => Request::SetFeatures(self.number()?),
             3 | 4 => Request::Owner,
             5 => self.memory()?,
+            6 => Request::SetLog(self.log()?, self.file()?),
             8 => self.state(Request::SetRingSize)?,
             9 => self.addresses()?,
             10 => self.state(Request::SetRingBase)?,
@@ -443,6 +464,11 @@ impl<'a> Payload<'a> {
             used: raw.used.get(),
         };
         Ok(Request::SetRingAddresses(raw.ring.get(), addresses))
+    }
+
+    fn log(&mut self) -> Result<LogArea, Malformed> {
+        let raw = self.take::<RawLog>()?;
+        Ok(LogArea { bytes: raw.bytes.get(), file_offset: raw.file_offset.get() })
     }
 
     fn inflight(&mut self) -> Result<InflightArea, Malformed> {

@@ -27,6 +27,7 @@ use runtime::{LocalBoxFuture, Runtime};
 
 use crate::block::{feature, status};
 use crate::budget::Budget;
+use crate::dirty::DirtyLog;
 use crate::inflight::Inflight;
 use crate::memory::Memory;
 use crate::metrics::Metrics;
@@ -40,6 +41,8 @@ pub(crate) struct Device {
     pub(crate) disk: Rc<dyn Disk>,
     pub(crate) metrics: Rc<Metrics>,
     pub(crate) memory: RefCell<Rc<Memory>>,
+    /// Where to log what is written to it, while the guest wants that (`LOG_ALL`).
+    pub(crate) log: RefCell<Option<Rc<DirtyLog>>>,
     pub(crate) inflight: RefCell<Option<Rc<Inflight>>>,
     /// The features that the guest uses.
     pub(crate) features: Cell<u64>,
@@ -51,12 +54,18 @@ pub(crate) struct Device {
 }
 
 impl Device {
-    fn memory(&self) -> Rc<Memory> {
+    pub(crate) fn memory(&self) -> Rc<Memory> {
         Rc::clone(&self.memory.borrow())
     }
 
-    fn uses(&self, feature: u64) -> bool {
+    pub(crate) fn uses(&self, feature: u64) -> bool {
         self.features.get() & feature != 0
+    }
+
+    /// Whether what is written to guest memory must be logged and there is no log yet: a monitor
+    /// that connects again under way gives it last.
+    pub(crate) fn awaits_log(&self) -> bool {
+        self.uses(feature::LOG_ALL) && self.log.borrow().is_none()
     }
 }
 
@@ -106,6 +115,11 @@ impl Ring {
         self.phase.get() == Phase::Stopped
     }
 
+    /// Whether these are its addresses already.
+    pub(crate) fn lies_at(&self, addresses: &RingAddresses) -> bool {
+        self.setup.borrow().addresses.as_ref() == Some(addresses)
+    }
+
     /// Changes what the monitor said, and starts the ring if it is complete.
     pub(crate) fn set_up(self: &Rc<Self>, change: impl FnOnce(&mut Setup)) {
         change(&mut self.setup.borrow_mut());
@@ -114,7 +128,8 @@ impl Ring {
             let setup = self.setup.borrow();
             setup.kick.is_some() && setup.addresses.is_some() && self.is_enabled(&setup)
         };
-        if ready && self.is_stopped() && !self.device.ending.get() {
+        let may = !self.device.ending.get() && !self.device.awaits_log();
+        if ready && may && self.is_stopped() {
             self.phase.set(Phase::Running);
             drop(self.device.runtime.spawn(Rc::clone(self).run()));
         }

@@ -15,6 +15,7 @@ use runtime::reactor::{Channel, Event, Filled, Io};
 
 use crate::block::{self, RINGS_MAX};
 use crate::budget::Budget;
+use crate::dirty::DirtyLog;
 use crate::end::End;
 use crate::inflight::Inflight;
 use crate::memory::{Memory, REGIONS_MAX};
@@ -26,6 +27,7 @@ use crate::ring::{Device, Ring, Setup};
 
 /// The protocol features that this side offers.
 const PROTOCOL_FEATURES: u64 = feature::MQ
+    | feature::LOG_SHMFD
     | feature::REPLY_ACK
     | feature::BACKEND_REQ
     | feature::CONFIG
@@ -69,6 +71,7 @@ impl Session {
             disk,
             metrics: Rc::clone(metrics),
             memory: RefCell::default(),
+            log: RefCell::default(),
             inflight: RefCell::default(),
             features: Cell::new(0),
             budget: Budget::default(),
@@ -180,7 +183,12 @@ impl Session {
                 if features & !block::features(disk) != 0 {
                     return Err(End::Refused("features that were not offered"));
                 }
+                let runs = self.rings.iter().any(|ring| !ring.is_stopped());
                 self.device.features.set(features);
+                if runs && self.device.awaits_log() {
+                    return Err(End::Refused("written pages to be logged, and gave no log"));
+                }
+                self.remember(self.device.memory().as_ref().clone())?;
             }
             Request::GetProtocolFeatures => return Ok(number(PROTOCOL_FEATURES)),
             Request::SetProtocolFeatures(features) => {
@@ -190,16 +198,22 @@ impl Session {
                 self.protocol_features.set(features);
             }
             Request::Owner => {}
-            Request::SetMemory(regions) => self.remember(Memory::of(regions)?),
+            Request::SetMemory(regions) => self.remember(Memory::of(regions)?)?,
             Request::AddRegion(region, file) => {
-                let memory = self.device.memory.borrow().with(region, file)?;
-                self.remember(memory);
+                self.remember(self.device.memory().with(region, file)?)?;
             }
             Request::RemoveRegion(region) => {
-                let memory = self.device.memory.borrow().without(&region);
-                self.remember(
-                    memory.ok_or(End::Refused("a region to be removed that is not there"))?,
-                );
+                let memory = self.device.memory().without(&region);
+                let missing = End::Refused("a region to be removed that is not there");
+                self.remember(memory.ok_or(missing)?)?;
+            }
+            Request::SetLog(area, file) => {
+                *self.device.log.borrow_mut() = Some(Rc::new(DirtyLog::open(&area, file)?));
+                self.remember(self.device.memory().as_ref().clone())?;
+                for ring in &self.rings {
+                    ring.set_up(|_| ());
+                }
+                return Ok(number(0));
             }
             Request::GetRegionsMax => return Ok(number(REGIONS_MAX as u64)),
             Request::GetRingsMax => return Ok(number(u64::from(RINGS_MAX))),
@@ -242,7 +256,10 @@ impl Session {
                 self.stopped(ring)?.set_up(|setup| setup.size = size);
             }
             Request::SetRingAddresses(ring, addresses) => {
-                self.stopped(ring)?.set_up(|setup| setup.addresses = Some(addresses));
+                // Sent for a running ring, too, to say that it is logged or not any more.
+                if !self.ring(ring)?.lies_at(&addresses) {
+                    self.stopped(ring)?.set_up(|setup| setup.addresses = Some(addresses));
+                }
             }
             Request::SetRingBase(ring, base) => {
                 let base = u16::try_from(base).map_err(|_| End::Refused("a base beyond a ring"))?;
@@ -299,8 +316,12 @@ impl Session {
         Ok(Rc::new(Event::adopt(&self.io, file)?))
     }
 
-    fn remember(&self, memory: Memory) {
-        *self.device.memory.borrow_mut() = Rc::new(memory);
+    /// This is guest memory from now on; what is written to it is logged if the monitor wants that.
+    fn remember(&self, memory: Memory) -> Result<(), End> {
+        let logs = self.device.uses(block::feature::LOG_ALL);
+        let log = self.device.log.borrow().clone().filter(|_| logs);
+        *self.device.memory.borrow_mut() = Rc::new(memory.logged(log)?);
+        Ok(())
     }
 
     /// Tells the monitor when the disk has another size, for as long as the connection lasts.

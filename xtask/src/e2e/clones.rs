@@ -48,6 +48,7 @@ pub(crate) fn run(bed: &mut Bed) -> Result<()> {
             append: format!("plx.clone={number}"),
             disks: vec![Disk::Nbd(server.nbd_socket(), export.to_owned())],
             serial: scratch.join(format!("clone{number}.log")),
+            incoming: None,
         };
         machine.start()
     };

@@ -273,6 +273,7 @@ impl Story<'_> {
             append: format!("{append} plx.fs={}", self.file_system.name),
             disks: vec![self.disk(export)?],
             serial: self.scratch.join("serial.log"),
+            incoming: None,
         })
     }
 

@@ -3,10 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::json;
 
 use crate::clock;
 use crate::process::{Run, Running, tail};
+use crate::qmp::Qmp;
 
 use super::kernel::Kernel;
 
@@ -14,6 +16,9 @@ use super::kernel::Kernel;
 const RECONNECT_SECONDS: u32 = 120;
 /// How often QEMU looks whether a vhost-user server is there again.
 const RECONNECT_MILLISECONDS: u32 = 100;
+
+/// How long a guest may stand still while it is moved.
+const DOWN_LIMIT_MS: u32 = 300;
 
 /// How a guest gets at a disk.
 pub(crate) enum Disk {
@@ -33,8 +38,18 @@ pub(crate) struct Machine<'a> {
     pub(crate) append: String,
     /// Its disks.
     pub(crate) disks: Vec<Disk>,
-    /// Where its serial line is written to.
+    /// Where its serial line is written to. QEMU's log and its monitor's socket stand beside it.
     pub(crate) serial: PathBuf,
+    /// The socket at which it waits for another guest's memory, to go on as that one.
+    pub(crate) incoming: Option<PathBuf>,
+}
+
+/// How long a move took.
+pub(crate) struct Moved {
+    /// Milliseconds altogether.
+    pub(crate) total_ms: u64,
+    /// Milliseconds in which the guest stood still.
+    pub(crate) down_ms: u64,
 }
 
 /// A running guest; gone when dropped.
@@ -63,7 +78,12 @@ impl Machine<'_> {
             .arg("-append")
             .arg(append)
             .arg("-serial")
-            .arg(format!("file:{}", self.serial.display()));
+            .arg(format!("file:{}", self.serial.display()))
+            .arg("-qmp")
+            .arg(format!("unix:{},server=on,wait=off", monitor(&self.serial).display()));
+        if let Some(socket) = &self.incoming {
+            run = run.arg("-incoming").arg(format!("unix:{}", socket.display()));
+        }
         if self.disks.iter().any(|disk| matches!(disk, Disk::VhostUser(_))) {
             // The server maps the guest's memory.
             run = run
@@ -102,7 +122,49 @@ impl Disk {
     }
 }
 
+/// The socket of the monitor of the guest with this serial line.
+fn monitor(serial: &Path) -> PathBuf {
+    serial.with_extension("qmp")
+}
+
 impl Guest {
+    /// Moves it to `there`, which waits for it at `socket`. `meanwhile` is called while memory is
+    /// copied and the guest runs here, slowly enough that it does; then this one is switched off.
+    ///
+    /// # Errors
+    /// If it cannot be moved within `limit`.
+    pub(crate) fn migrate(
+        self,
+        there: &Self,
+        socket: &Path,
+        limit: Duration,
+        meanwhile: impl FnOnce() -> Result<()>,
+    ) -> Result<Moved> {
+        // It listens before it answers.
+        Qmp::connect(&monitor(&there.serial))?;
+        let mut qmp = Qmp::connect(&monitor(&self.serial))?;
+        let slowly = json!({ "downtime-limit": DOWN_LIMIT_MS, "max-bandwidth": 4 << 20 });
+        qmp.ask("migrate-set-parameters", &slowly)?;
+        qmp.ask("migrate", &json!({ "uri": format!("unix:{}", socket.display()) }))?;
+        meanwhile()?;
+        qmp.ask("migrate-set-parameters", &json!({ "max-bandwidth": 1 << 30 }))?;
+        let mut moved = json!({});
+        let mut answered = Ok(());
+        clock::wait_until(limit, || {
+            clock::sleep(Duration::from_millis(20));
+            match qmp.ask("query-migrate", &json!({})) {
+                Ok(answer) => moved = answer,
+                Err(error) => answered = Err(error),
+            }
+            let ended = matches!(moved["status"].as_str(), Some("completed" | "failed"));
+            ended || answered.is_err()
+        });
+        answered?;
+        ensure!(moved["status"] == "completed", "the guest was not moved: {moved}");
+        let number = |name: &str| moved[name].as_u64().with_context(|| format!("QEMU: {name}"));
+        Ok(Moved { total_ms: number("total-time")?, down_ms: number("downtime")? })
+    }
+
     /// What it has said so far.
     pub(crate) fn said(&self) -> String {
         let bytes = std::fs::read(&self.serial).unwrap_or_default();

@@ -26,6 +26,7 @@ pub(crate) const SLOT_BYTES: u64 = 2 << 20;
 
 /// Feature bits.
 pub(crate) const FLUSH: u64 = 1 << 9;
+pub(crate) const LOG_ALL: u64 = 1 << 26;
 pub(crate) const EVENT_IDX: u64 = 1 << 29;
 const PROTOCOL_FEATURES: u64 = 1 << 30;
 const VERSION_1: u64 = 1 << 32;
@@ -151,10 +152,24 @@ impl Machine {
         let protocol = self.ask_number(15).await;
         // Sent without a wish for an answer: there is none before REPLY_ACK is agreed on.
         self.send(16, 0, &numbers(&[protocol]), &[]).await;
-        self.tell(2, &numbers(&[features]), &[]).await;
+        self.set_features(0).await;
         self.tell(3, &[], &[]).await;
         let region = numbers(&[0, 0, MEMORY_BYTES, USER_BASE, 0]);
         self.tell(37, &region, &[self.file.as_fd()]).await;
+    }
+
+    /// Agrees on the features that it was made with, and these.
+    pub(crate) async fn set_features(&self, more: u64) {
+        let features = self.options.features | PROTOCOL_FEATURES | VERSION_1 | more;
+        self.tell(2, &numbers(&[features]), &[]).await;
+    }
+
+    /// Says where a ring lies, and whether what is written to it is logged.
+    pub(crate) async fn place_ring(&self, ring: &Ring, logged: bool) {
+        let at = |place: u64| USER_BASE + place;
+        let places = [ring.descriptors(), ring.used(), ring.available()].map(at);
+        let places = [numbers(&places), numbers(&[ring.used()])].concat();
+        self.tell(9, &[words(&[ring.index, u32::from(logged)]), places].concat(), &[]).await;
     }
 
     /// Sets a ring up, and lets it run.
@@ -162,9 +177,7 @@ impl Machine {
         let index = u64::from(ring.index);
         self.tell(8, &words(&[ring.index, u32::from(ring.size)]), &[]).await;
         self.tell(10, &words(&[ring.index, u32::from(ring.next_available.get())]), &[]).await;
-        let at = |place: u64| USER_BASE + place;
-        let places = numbers(&[at(ring.descriptors()), at(ring.used()), at(ring.available()), 0]);
-        self.tell(9, &[words(&[ring.index, 0]), places].concat(), &[]).await;
+        self.place_ring(ring, false).await;
         self.tell(14, &numbers(&[index]), &[ring.error_fd.as_fd()]).await;
         self.tell(13, &numbers(&[index]), &[ring.call_fd.as_fd()]).await;
         self.tell(12, &numbers(&[index]), &[ring.kick.as_fd()]).await;
@@ -217,7 +230,7 @@ impl Machine {
         u64::from_le_bytes(self.ask(code, &[]).await.try_into().unwrap())
     }
 
-    async fn receive(&self, code: u32) -> (Vec<u8>, Vec<OwnedFd>) {
+    pub(crate) async fn receive(&self, code: u32) -> (Vec<u8>, Vec<OwnedFd>) {
         let mut files = Vec::new();
         let mut header = [0; 12];
         self.receive_exactly(&mut header, &mut files).await;

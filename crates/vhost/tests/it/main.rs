@@ -14,5 +14,6 @@ mod hostile;
 mod inflight;
 mod machine;
 mod messages;
+mod migration;
 mod requests;
 mod testbed;
