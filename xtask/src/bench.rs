@@ -5,14 +5,20 @@
 //! Everything is opened O_DIRECT; only one server runs at a time; a server is stopped cleanly
 //! after each turn, so nobody works while another is measured.
 
+mod access;
 mod chart;
+mod client;
+mod cpu;
+mod idle;
 mod latency;
 mod plan;
 mod report;
 mod subject;
 mod throughput;
+mod vhost_user;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -32,6 +38,8 @@ struct Arguments {
     peers_only: bool,
     /// Write the results into docs/.
     write: bool,
+    /// Measure nothing: only make table and chart anew from what is recorded.
+    table_only: bool,
     /// Which rows; empty for all.
     rows: Vec<String>,
     /// Rounds, if not the usual number.
@@ -49,10 +57,12 @@ pub(crate) struct Scale {
     disk_bytes: u64,
     /// Rounds that a median is taken of.
     rounds: usize,
-    /// Seconds that a load is measured for.
-    runtime_seconds: u64,
-    /// Seconds that it runs before that.
-    ramp_seconds: u64,
+    /// Size of those that lie in memory.
+    ram_disk_bytes: u64,
+    /// Time that a load is measured for.
+    runtime: Duration,
+    /// Time that it runs before that.
+    ramp: Duration,
     /// Commands that a latency is measured over.
     commands: usize,
 }
@@ -61,12 +71,19 @@ impl Scale {
     const FULL: Self = Self {
         disk_bytes: 4 << 30,
         rounds: 5,
-        runtime_seconds: 10,
-        ramp_seconds: 2,
+        ram_disk_bytes: 1 << 30,
+        runtime: Duration::from_secs(10),
+        ramp: Duration::from_secs(2),
         commands: 500,
     };
-    const QUICK: Self =
-        Self { disk_bytes: 1 << 30, rounds: 3, runtime_seconds: 3, ramp_seconds: 1, commands: 100 };
+    const QUICK: Self = Self {
+        disk_bytes: 1 << 30,
+        rounds: 3,
+        ram_disk_bytes: 256 << 20,
+        runtime: Duration::from_secs(3),
+        ramp: Duration::from_secs(1),
+        commands: 100,
+    };
 }
 
 /// Where and on what the measurements run.
@@ -76,6 +93,8 @@ pub(crate) struct Bench {
     binary: Option<PathBuf>,
     /// Disks and stores.
     data: PathBuf,
+    /// Those that lie in memory.
+    ram: PathBuf,
     /// Sockets, logs, state files.
     scratch: PathBuf,
 }
@@ -91,6 +110,23 @@ pub(crate) fn row_names() -> String {
 /// If a program fails, or an argument makes no sense. A missed target is a result, not an error.
 pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<()> {
     let arguments = parse(arguments)?;
+    let directory = match arguments.write {
+        true => workspace.root.join("docs/benchmarks"),
+        false => workspace.target.join("bench-results"),
+    };
+    if !arguments.table_only {
+        measure_rows(workspace, &arguments, &directory)?;
+    }
+    report::render(&directory)?;
+    if arguments.write {
+        report::update_document(&workspace.root.join("docs/benchmarks.md"), &directory)?;
+    }
+    console::say(&format!("results: {}", directory.display()));
+    Ok(())
+}
+
+/// Measures the rows that were asked for, with everything in place, and records them.
+fn measure_rows(workspace: &Workspace, arguments: &Arguments, directory: &Path) -> Result<()> {
     packages::ensure(packages::Use::Bench)?;
     let binary = match arguments.peers_only {
         true => None,
@@ -99,25 +135,24 @@ pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<()> {
     let mut scale = if arguments.quick { Scale::QUICK } else { Scale::FULL };
     scale.rounds = arguments.rounds.unwrap_or(scale.rounds);
     let data = arguments.directory.clone().unwrap_or_else(|| workspace.target.join("bench"));
-    let scratch = std::env::temp_dir().join(format!("parallax-bench-{}", std::process::id()));
-    std::fs::create_dir_all(&data)?;
-    std::fs::create_dir_all(&scratch)?;
-    let bench = Bench { scale, binary, data, scratch };
+    let name = format!("parallax-bench-{}", std::process::id());
+    let (scratch, ram) = (std::env::temp_dir().join(&name), Path::new("/dev/shm").join(&name));
+    for directory in [&data, &scratch, &ram] {
+        std::fs::create_dir_all(directory)?;
+    }
+    let bench = Bench { scale, binary, data, ram, scratch };
 
-    let result = measure_and_report(workspace, &bench, &arguments);
+    let result = measure_and_record(&bench, arguments, directory);
     // Gigabytes: removed even after a failure. The logs stay then, to tell why.
     bench.remove_data()?;
+    std::fs::remove_dir(&bench.ram)?;
     if result.is_ok() {
         std::fs::remove_dir_all(&bench.scratch)?;
     }
     result
 }
 
-fn measure_and_report(workspace: &Workspace, bench: &Bench, arguments: &Arguments) -> Result<()> {
-    let directory = match arguments.write {
-        true => workspace.root.join("docs/benchmarks"),
-        false => workspace.target.join("bench-results"),
-    };
+fn measure_and_record(bench: &Bench, arguments: &Arguments, directory: &Path) -> Result<()> {
     let mut any = false;
     for row in Row::ALL {
         if !arguments.rows.is_empty() && !arguments.rows.iter().any(|name| name == row.name()) {
@@ -135,23 +170,21 @@ fn measure_and_report(workspace: &Workspace, bench: &Bench, arguments: &Argument
             report::say(line);
         }
         // After each row: a run takes an hour, and what is measured is not lost by what follows.
-        report::write(&directory, &measured, &bench.scale)?;
+        report::record(directory, &measured, &bench.scale)?;
         bench.remove_data()?;
     }
     ensure!(any, "nothing was measured: the rows are {}", Row::names());
-    if arguments.write {
-        report::update_document(&workspace.root.join("docs/benchmarks.md"), &directory)?;
-    }
-    console::say(&format!("results: {}", directory.display()));
     Ok(())
 }
 
 impl Bench {
     fn remove_data(&self) -> Result<()> {
-        for entry in std::fs::read_dir(&self.data)? {
-            let path = entry?.path();
-            if path.is_dir() {
-                std::fs::remove_dir_all(&path)?;
+        for directory in [&self.data, &self.ram] {
+            for entry in std::fs::read_dir(directory)? {
+                let path = entry?.path();
+                if path.is_dir() {
+                    std::fs::remove_dir_all(&path)?;
+                }
             }
         }
         Ok(())
@@ -163,6 +196,7 @@ fn parse(arguments: &[String]) -> Result<Arguments> {
         quick: false,
         peers_only: false,
         write: false,
+        table_only: false,
         rows: Vec::new(),
         rounds: None,
         binary: None,
@@ -175,13 +209,14 @@ fn parse(arguments: &[String]) -> Result<Arguments> {
             "--quick" => parsed.quick = true,
             "--peers-only" => parsed.peers_only = true,
             "--write" => parsed.write = true,
+            "--table-only" => parsed.table_only = true,
             "--rows" => parsed.rows = value()?.split(',').map(str::to_owned).collect(),
             "--rounds" => parsed.rounds = Some(value()?.parse().context("--rounds")?),
             "--binary" => parsed.binary = Some(value()?.into()),
             "--dir" => parsed.directory = Some(value()?.into()),
             other => bail!(
-                "bench does not know '{other}': [--quick] [--peers-only] [--write] [--rows a,b] \
-                 [--rounds N] [--binary PATH] [--dir PATH]; the rows are {}",
+                "bench does not know '{other}': [--quick] [--peers-only] [--write] [--table-only] \
+                 [--rows a,b] [--rounds N] [--binary PATH] [--dir PATH]; the rows are {}",
                 Row::names()
             ),
         }

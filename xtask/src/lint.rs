@@ -8,8 +8,10 @@ use crate::console::Heading;
 use crate::workspace::Workspace;
 use crate::{arrows, guarantees, licences, readme};
 
-/// Crates that may hold `unsafe`, each in named modules (house style: confine it).
-const UNSAFE_CRATES: [&str; 2] = ["crates/runtime/", "crates/device/"];
+/// Crates that may hold `unsafe`, each in named modules (house style: confine it), and the one file
+/// of this program that does.
+const UNSAFE_PLACES: [&str; 3] =
+    ["crates/runtime/", "crates/device/", "xtask/src/bench/vhost_user/device.rs"];
 
 /// File names that say nothing about what is in them.
 const EMPTY_NAMES: [&str; 5] = ["mod.rs", "utils.rs", "util.rs", "helpers.rs", "common.rs"];
@@ -95,8 +97,8 @@ fn style_findings(name: &str, text: &str) -> Vec<String> {
             }
         }
         let is_unsafe = line.contains(concat!("unsafe ", "{"));
-        if is_unsafe && !UNSAFE_CRATES.iter().any(|allowed| name.starts_with(allowed)) {
-            findings.push(format!(":{}: unsafe outside of {UNSAFE_CRATES:?}", index + 1));
+        if is_unsafe && !UNSAFE_PLACES.iter().any(|allowed| name.starts_with(allowed)) {
+            findings.push(format!(":{}: unsafe outside of {UNSAFE_PLACES:?}", index + 1));
         }
     }
     findings

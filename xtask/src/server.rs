@@ -1,8 +1,8 @@
 //! A server under test: our daemon, or qemu-storage-daemon as the peer to measure and to prove
 //! the tests themselves on.
 //!
-//! Every kind serves one disk as the NBD export [`EXPORT`] on a unix socket, from a file opened
-//! O_DIRECT, so whatever runs against one runs against all.
+//! Every kind serves one disk as the NBD export [`EXPORT`] on a unix socket, and to a virtual machine
+//! if asked to, from a file opened O_DIRECT, so whatever runs against one runs against all.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
@@ -47,13 +47,21 @@ pub(crate) struct Options {
     pub(crate) preallocate: bool,
     /// Bytes of our node cache.
     pub(crate) cache_bytes: u64,
+    /// Whether the disk is also a vhost-user-blk device.
+    pub(crate) vhost_user: bool,
 }
 
 impl Options {
     /// A disk of `disk_bytes` on a sparse store with ample room for old versions of every block.
     pub(crate) fn disk(disk_bytes: u64) -> Self {
         let store_bytes = (disk_bytes * 4).max(1 << 30);
-        Self { disk_bytes, store_bytes, preallocate: false, cache_bytes: 256 << 20 }
+        Self {
+            disk_bytes,
+            store_bytes,
+            preallocate: false,
+            cache_bytes: 256 << 20,
+            vhost_user: false,
+        }
     }
 }
 
@@ -137,11 +145,16 @@ impl Server {
     fn launch(&mut self) -> Result<Instant> {
         ensure!(self.running.is_none(), "the server is running already");
         let ours = matches!(self.kind, Kind::Parallax(_));
-        for socket in [self.nbd_socket(), self.control_socket()] {
+        for socket in [self.nbd_socket(), self.control_socket(), self.vhost_socket()] {
             // qemu-storage-daemon refuses a socket that a killed one left behind; ours may not.
             if !ours && socket.exists() {
                 std::fs::remove_file(&socket)?;
             }
+        }
+        let attached = self.control_socket().with_extension("attachments.json");
+        if self.options.vhost_user && attached.exists() {
+            // It may be that of another store at the same socket: the disk is attached anew.
+            std::fs::remove_file(attached)?;
         }
         let run = match &self.kind {
             Kind::Parallax(binary) => self.parallax(binary),
@@ -172,7 +185,7 @@ impl Server {
             self.file.display()
         );
         let server = format!("addr.type=unix,addr.path={},max-connections=64", nbd.display());
-        Run::new("qemu-storage-daemon")
+        let run = Run::new("qemu-storage-daemon")
             .arg("--blockdev")
             .arg(file)
             .arg("--blockdev")
@@ -183,13 +196,28 @@ impl Server {
             .arg(format!("type=nbd,id=e,node-name={EXPORT},name={EXPORT},writable=on"))
             .arg("--chardev")
             .arg(format!("socket,id=q,path={},server=on,wait=off", qmp.display()))
-            .words("--monitor chardev=q")
+            .words("--monitor chardev=q");
+        match self.options.vhost_user {
+            true => run.arg("--export").arg(format!(
+                "type=vhost-user-blk,id=v,node-name={EXPORT},writable=on,addr.type=unix,addr.path={}",
+                self.vhost_socket().display()
+            )),
+            false => run,
+        }
     }
 
     /// Waits until the export answers.
     fn wait_ready(&mut self) -> Result<()> {
         let socket = self.nbd_socket();
-        self.wait_for("serve its disk", || nbd::Client::connect(&socket, EXPORT)).map(drop)
+        self.wait_for("serve its disk", || nbd::Client::connect(&socket, EXPORT)).map(drop)?;
+        if !self.options.vhost_user {
+            return Ok(());
+        }
+        let socket = self.vhost_socket();
+        match self.kind {
+            Kind::Parallax(_) => self.wait_for_control()?.attach(EXPORT, &socket),
+            _ => self.wait_for("offer its device", || Ok(socket.metadata()?)).map(drop),
+        }
     }
 
     fn wait_for_control(&mut self) -> Result<Control> {
@@ -303,6 +331,11 @@ impl Server {
     /// Where NBD clients connect.
     pub(crate) fn nbd_socket(&self) -> PathBuf {
         self.directory.join("nbd.sock")
+    }
+
+    /// Where virtual machines connect, if it was made for them.
+    pub(crate) fn vhost_socket(&self) -> PathBuf {
+        self.directory.join("vhost.sock")
     }
 
     /// Our control socket, or the peer's QMP monitor.

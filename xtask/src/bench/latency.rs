@@ -11,16 +11,18 @@ use anyhow::{Context, Result, ensure};
 use crate::clock;
 use crate::console;
 use crate::control::Control;
-use crate::fio::Target;
+use crate::fio::Figures;
 use crate::qmp::Qmp;
 use crate::server::{EXPORT, Kind, Options, Server};
 
 use super::Bench;
-use super::plan::{OURS_WITHOUT, State, Subject};
+use super::access::Access;
+use super::client::Client;
+use super::plan::{Frontend, OURS_WITHOUT, Setting, State, Subject};
 use super::report::{Column, Goal, Line, Unit};
-use super::subject::{Stage, internal_snapshot};
+use super::subject::{Stage, internal_snapshot, timed_beside};
 
-const BUSY: &str = "--rw=randwrite --norandommap --bs=4k --iodepth=32";
+const BUSY: Access = Access::random_write(32);
 /// Time from one snapshot to the next: 100 a second.
 const SNAPSHOT_INTERVAL: Duration = Duration::from_millis(10);
 /// The same for qcow2, which stops the guest for each.
@@ -41,16 +43,15 @@ pub(crate) fn snapshot_busy(bench: &Bench) -> Result<Vec<Line>> {
     let mut per_second = Vec::new();
     for round in 1..=bench.scale.rounds {
         if bench.binary.is_some() {
-            let mut stage = Stage::new(bench, Subject::Ours, State::FilledAnew);
-            let quiet = stage.turn(BUSY)?;
+            let mut stage = Stage::new(bench, Setting::NBD, Subject::Ours, State::FilledAnew);
+            let quiet = stage.turn(&BUSY)?.figures;
             let (busy, times) = stage.turn_with(|bench, server| {
                 let mut control = Control::connect(&server.control_socket())?;
                 let snapshot = || control.snapshot(EXPORT).map(drop);
-                let target = Target::Nbd(server.uri());
-                bench.timed_beside(&target, BUSY, SNAPSHOT_INTERVAL, snapshot)
+                timed_beside(|| busy(bench, server), SNAPSHOT_INTERVAL, snapshot)
             })?;
-            let seconds = bench.scale.runtime_seconds + bench.scale.ramp_seconds;
-            per_second.push(times.len() as f64 / seconds as f64);
+            let time = bench.scale.runtime + bench.scale.ramp;
+            per_second.push(times.len() as f64 / time.as_secs_f64());
             without.values.push(quiet.iops);
             with.values.push(busy.iops);
             console::say(&format!(
@@ -62,7 +63,7 @@ pub(crate) fn snapshot_busy(bench: &Bench) -> Result<Vec<Line>> {
             ));
             ours_times.extend(times);
         }
-        let mut stage = Stage::new(bench, Subject::Qcow2, State::FilledAnew);
+        let mut stage = Stage::new(bench, Setting::NBD, Subject::Qcow2, State::FilledAnew);
         let (_, times) = stage.turn_with(|bench, server| {
             let mut qmp = Qmp::connect(&server.control_socket())?;
             let mut number = 0;
@@ -70,21 +71,23 @@ pub(crate) fn snapshot_busy(bench: &Bench) -> Result<Vec<Line>> {
                 number += 1;
                 internal_snapshot(&mut qmp, &format!("s{number}"))
             };
-            bench.timed_beside(&Target::Nbd(server.uri()), BUSY, QCOW2_INTERVAL, snapshot)
+            timed_beside(|| busy(bench, server), QCOW2_INTERVAL, snapshot)
         })?;
         qcow2_times.extend(times);
-        let mut stage = Stage::new(bench, Subject::File, State::FilledAnew);
+        let mut stage = Stage::new(bench, Setting::NBD, Subject::File, State::FilledAnew);
         let (_, times) = stage.turn_on_file(|bench, path| {
             let file = std::fs::File::open(path)?;
             let flush = || Ok(file.sync_data()?);
-            bench.timed_beside(&Target::File(path.to_owned()), BUSY, SNAPSHOT_INTERVAL, flush)
+            let client = Client::of_file(path, Frontend::Nbd);
+            let load = || client.run(&BUSY, bench.scale.disk_bytes, bench);
+            timed_beside(load, SNAPSHOT_INTERVAL, flush)
         })?;
         flush_times.extend(times);
     }
     let line = |measure: &str, at: f64, limit: f64| {
-        let column = |label: &str, times: &[f64]| Column {
-            label: label.to_owned(),
-            values: if times.is_empty() { Vec::new() } else { vec![quantile(times, at)] },
+        let column = |label: &str, times: &[f64]| {
+            let values = if times.is_empty() { Vec::new() } else { vec![quantile(times, at)] };
+            Column::of(label, values)
         };
         Line {
             measure: measure.to_owned(),
@@ -112,13 +115,18 @@ pub(crate) fn snapshot_busy(bench: &Bench) -> Result<Vec<Line>> {
     ])
 }
 
+/// The load that snapshots are taken under.
+fn busy(bench: &Bench, server: &Server) -> Result<Figures> {
+    Client::nbd(server).run(&BUSY, bench.scale.disk_bytes, bench)
+}
+
 /// Creating and cloning VDIs.
 ///
 /// # Errors
 /// If the server fails.
 pub(crate) fn create_and_clone(bench: &Bench) -> Result<Vec<Line>> {
     ensure!(bench.binary.is_some(), "there is no peer to measure here");
-    let mut stage = Stage::new(bench, Subject::Ours, State::FilledAnew);
+    let mut stage = Stage::new(bench, Setting::NBD, Subject::Ours, State::FilledAnew);
     let commands = bench.scale.commands;
     let (created, cloned) = stage.turn_with(|_, server| {
         let mut control = Control::connect(&server.control_socket())?;
@@ -141,7 +149,7 @@ pub(crate) fn create_and_clone(bench: &Bench) -> Result<Vec<Line>> {
             times.len(),
             quantile(&times, 0.99)
         ),
-        columns: vec![Column { label: "ours".to_owned(), values: times }],
+        columns: vec![Column::of("ours", times)],
         goals: vec![Goal::AtMost { limit: 1.0 }],
     };
     Ok(vec![line("create a VDI", created), line("clone a VDI in use", cloned)])
@@ -154,7 +162,7 @@ pub(crate) fn create_and_clone(bench: &Bench) -> Result<Vec<Line>> {
 /// If the server fails.
 pub(crate) fn open_after_kill(bench: &Bench) -> Result<Vec<Line>> {
     ensure!(bench.binary.is_some(), "there is no peer to measure here");
-    let mut stage = Stage::new(bench, Subject::Ours, State::Filled);
+    let mut stage = Stage::new(bench, Setting::NBD, Subject::Ours, State::Filled);
     let mut column = Column::new("ours");
     let mut log_used = Vec::new();
     for round in 1..=bench.scale.rounds {
@@ -183,15 +191,16 @@ pub(crate) fn open_after_kill(bench: &Bench) -> Result<Vec<Line>> {
 /// percentage of the log that was in use.
 fn kill_with_full_log(bench: &Bench, server: &mut Server) -> Result<u64> {
     let mut control = Control::connect(&server.control_socket())?;
-    let target = Target::Nbd(server.uri());
+    let client = Client::nbd(server);
     std::thread::scope(|scope| {
         let (stop, stopped) = mpsc::channel::<()>();
         let load = scope.spawn(move || {
+            let load = || client.run(&BUSY, bench.scale.disk_bytes, bench);
             // Until the server is gone: then fio fails, as it should.
-            while stopped.try_recv().is_err() && bench.timed(&target, BUSY).is_ok() {}
+            while stopped.try_recv().is_err() && load().is_ok() {}
         });
         let start = clock::now();
-        let patience = Duration::from_secs(3 * bench.scale.runtime_seconds);
+        let patience = 3 * bench.scale.runtime;
         let mut most = 0;
         let used = loop {
             let used = control.stat("log_used_percent")?;
@@ -226,9 +235,10 @@ pub(crate) fn memory(bench: &Bench) -> Result<Vec<Line>> {
     for number in 0..IDLE_VDIS {
         control.create(&format!("idle{number}"), 10 << 30)?;
     }
-    let target = Target::Nbd(server.uri());
-    bench.timed(&target, BUSY)?;
-    bench.timed(&target, "--rw=randread --norandommap --bs=4k --iodepth=32")?;
+    let client = Client::nbd(&server);
+    for access in [BUSY, Access::random_read(32)] {
+        client.run(&access, bench.scale.disk_bytes, bench)?;
+    }
     clock::sleep(Duration::from_secs(2));
     let resident = resident_bytes(server.process_id()?)?;
     let cache = control.stat("cache_bytes")?;
@@ -237,7 +247,7 @@ pub(crate) fn memory(bench: &Bench) -> Result<Vec<Line>> {
     Ok(vec![Line {
         measure: "resident memory, 1,000 idle VDIs, 64 MiB cache".to_owned(),
         unit: Unit::Mebibytes,
-        columns: vec![Column { label: "ours".to_owned(), values: vec![mebibytes] }],
+        columns: vec![Column::of("ours", vec![mebibytes])],
         goals: vec![Goal::AtMost { limit: 128.0 }],
         note: format!("{} MiB of nodes in the cache, after a random load", cache >> 20),
     }])

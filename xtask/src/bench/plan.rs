@@ -2,19 +2,55 @@
 
 use anyhow::Result;
 
+use super::access::Access;
 use super::report::{Line, Unit};
-use super::{Bench, latency, throughput};
+use super::{Bench, idle, latency, throughput};
+
+/// How a server is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Frontend {
+    /// Over a unix socket.
+    Nbd,
+    /// Through shared memory.
+    VhostUser,
+    /// As a file.
+    Fuse,
+}
+
+/// What disks and stores lie on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Medium {
+    /// Files of the file system that is measured on, opened O_DIRECT.
+    File,
+    /// Files in memory (tmpfs), opened likewise.
+    Ram,
+}
+
+/// What the loads of a row have in common: they share their disks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Setting {
+    pub(crate) frontend: Frontend,
+    pub(crate) medium: Medium,
+}
+
+impl Setting {
+    /// Of the first rows.
+    pub(crate) const NBD: Self = Self { frontend: Frontend::Nbd, medium: Medium::File };
+    const VHOST_USER: Self = Self { frontend: Frontend::VhostUser, medium: Medium::File };
+    const VHOST_USER_RAM: Self = Self { frontend: Frontend::VhostUser, medium: Medium::Ram };
+    const FUSE: Self = Self { frontend: Frontend::Fuse, medium: Medium::File };
+}
 
 /// Who is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Subject {
-    /// Our daemon over NBD.
+    /// Our daemon.
     Ours,
-    /// qemu-storage-daemon on a raw file, over NBD.
+    /// qemu-storage-daemon on a raw file; as a file through nbdfuse.
     Raw,
     /// The same, with a flush each second, as ours flushes by itself.
     RawFlushed,
-    /// qemu-storage-daemon on a qcow2 file, over NBD.
+    /// qemu-storage-daemon on a qcow2 file.
     Qcow2,
     /// The same, with a flush each second.
     Qcow2Flushed,
@@ -23,15 +59,19 @@ pub(crate) enum Subject {
 }
 
 impl Subject {
-    /// Column of the table.
-    pub(crate) fn label(self) -> &'static str {
-        match self {
-            Self::Ours => "ours",
-            Self::Raw => RAW,
-            Self::RawFlushed => RAW_FLUSHED,
-            Self::Qcow2 => QCOW2,
-            Self::Qcow2Flushed => QCOW2_FLUSHED,
-            Self::File => "bare file",
+    /// What reports call it.
+    pub(crate) fn label(self, frontend: Frontend) -> &'static str {
+        match (self, frontend) {
+            (Self::Ours, _) => "ours",
+            (Self::Raw, Frontend::Nbd) => RAW,
+            (Self::Raw, Frontend::VhostUser) => RAW_VHOST,
+            (Self::Raw, Frontend::Fuse) => RAW_FUSE,
+            (Self::RawFlushed, _) => RAW_FLUSHED,
+            (Self::Qcow2, Frontend::Nbd) => QCOW2,
+            (Self::Qcow2, Frontend::VhostUser) => QCOW2_VHOST,
+            (Self::Qcow2, Frontend::Fuse) => QCOW2_FUSE,
+            (Self::Qcow2Flushed, _) => QCOW2_FLUSHED,
+            (Self::File, _) => FILE,
         }
     }
 
@@ -71,8 +111,8 @@ pub(crate) struct Load {
     pub(crate) measure: &'static str,
     /// What the disk holds before.
     pub(crate) state: State,
-    /// What fio does; the bench adds size and time.
-    pub(crate) fio: &'static str,
+    /// What the client does.
+    pub(crate) access: Access,
     /// Operations or bytes per second.
     pub(crate) unit: Unit,
     /// What must be reached.
@@ -80,9 +120,10 @@ pub(crate) struct Load {
 }
 
 impl Load {
-    /// Whether `subject` belongs beside it: one that is flushed only where a goal names it.
-    pub(crate) fn compares(&self, subject: Subject) -> bool {
-        !subject.is_flushed() || self.goals.iter().any(|goal| goal.times == subject.label())
+    /// Whether `subject`, which is called `label`, belongs beside it: one that is flushed only where
+    /// a goal names it.
+    pub(crate) fn compares(&self, subject: Subject, label: &str) -> bool {
+        !subject.is_flushed() || self.goals.iter().any(|goal| goal.times == label)
     }
 }
 
@@ -99,6 +140,12 @@ pub(crate) enum Row {
     CreateClone,
     OpenAfterKill,
     Memory,
+    VhostRandom,
+    VhostDepthOne,
+    VhostSequential,
+    VhostRam,
+    Fuse,
+    Idle,
 }
 
 const fn at_least(at_least: f64, times: &'static str) -> Goal {
@@ -109,12 +156,17 @@ const RAW: &str = "raw over NBD";
 const RAW_FLUSHED: &str = "raw, a flush a second";
 const QCOW2: &str = "qcow2 over NBD";
 const QCOW2_FLUSHED: &str = "qcow2, a flush a second";
+const RAW_VHOST: &str = "raw over vhost-user";
+const QCOW2_VHOST: &str = "qcow2 over vhost-user";
+const RAW_FUSE: &str = "raw over nbdfuse";
+const QCOW2_FUSE: &str = "qcow2 over nbdfuse";
+const FILE: &str = "bare file";
 
 const RANDOM_WRITE: [Load; 2] = [
     Load {
         measure: "random write, depth 32, allocated space",
         state: State::Filled,
-        fio: "--rw=randwrite --norandommap --bs=4k --iodepth=32",
+        access: Access::random_write(32),
         unit: Unit::Iops,
         goals: &[
             at_least(2.0, QCOW2),
@@ -126,7 +178,7 @@ const RANDOM_WRITE: [Load; 2] = [
     Load {
         measure: "random write, depth 32, fresh disk",
         state: State::Fresh,
-        fio: "--rw=randwrite --norandommap --bs=4k --iodepth=32",
+        access: Access::random_write(32),
         unit: Unit::Iops,
         goals: &[at_least(2.0, QCOW2), at_least(1.5, RAW)],
     },
@@ -135,7 +187,7 @@ const RANDOM_WRITE: [Load; 2] = [
 const RANDOM_READ: [Load; 1] = [Load {
     measure: "random read, depth 32, after random fill",
     state: State::RandomFilled,
-    fio: "--rw=randread --norandommap --bs=4k --iodepth=32",
+    access: Access::random_read(32),
     unit: Unit::Iops,
     goals: &[at_least(1.2, RAW)],
 }];
@@ -144,14 +196,14 @@ const DEPTH_ONE: [Load; 2] = [
     Load {
         measure: "random read, depth 1",
         state: State::Filled,
-        fio: "--rw=randread --norandommap --bs=4k --iodepth=1",
+        access: Access::random_read(1),
         unit: Unit::Iops,
         goals: &[at_least(1.0, RAW)],
     },
     Load {
         measure: "random write, depth 1",
         state: State::Filled,
-        fio: "--rw=randwrite --norandommap --bs=4k --iodepth=1",
+        access: Access::random_write(1),
         unit: Unit::Iops,
         goals: &[at_least(0.95, RAW)],
     },
@@ -161,14 +213,14 @@ const FLUSH: [Load; 2] = [
     Load {
         measure: "random write with a flush after each, allocated space",
         state: State::Filled,
-        fio: "--rw=randwrite --norandommap --bs=4k --iodepth=1 --fsync=1",
+        access: Access::random_write(1).flushed(),
         unit: Unit::Iops,
         goals: &[at_least(0.95, RAW), at_least(1.5, QCOW2)],
     },
     Load {
         measure: "random write with a flush after each, fresh disk",
         state: State::Fresh,
-        fio: "--rw=randwrite --norandommap --bs=4k --iodepth=1 --fsync=1",
+        access: Access::random_write(1).flushed(),
         unit: Unit::Iops,
         goals: &[at_least(0.95, RAW), at_least(1.5, QCOW2)],
     },
@@ -178,14 +230,14 @@ const SEQUENTIAL: [Load; 2] = [
     Load {
         measure: "sequential write, 1 MiB, depth 8",
         state: State::Filled,
-        fio: "--rw=write --bs=1m --iodepth=8",
+        access: Access::sequential_write(8),
         unit: Unit::BytesPerSecond,
         goals: &[at_least(1.0, RAW), at_least(1.0, RAW_FLUSHED)],
     },
     Load {
         measure: "sequential read, 1 MiB, depth 8",
         state: State::Filled,
-        fio: "--rw=read --bs=1m --iodepth=8",
+        access: Access::sequential_read(8),
         unit: Unit::BytesPerSecond,
         goals: &[at_least(1.0, RAW)],
     },
@@ -200,14 +252,90 @@ pub(crate) const QCOW2_AFTER: &str = "qcow2 after a snapshot";
 pub(crate) const AFTER_SNAPSHOT: Load = Load {
     measure: "random write, depth 32, just after a snapshot",
     state: State::Snapshotted,
-    fio: "--rw=randwrite --norandommap --bs=4k --iodepth=32",
+    access: Access::random_write(32),
     unit: Unit::Iops,
     goals: &[at_least(0.9, OURS_WITHOUT), at_least(3.0, QCOW2_AFTER)],
 };
 
+const VHOST_RANDOM: [Load; 2] = [
+    Load {
+        measure: "vhost-user: random read, depth 32",
+        state: State::Filled,
+        access: Access::random_read(32),
+        unit: Unit::Iops,
+        goals: &[at_least(1.0, RAW_VHOST)],
+    },
+    Load {
+        measure: "vhost-user: random write, depth 32",
+        state: State::Filled,
+        access: Access::random_write(32),
+        unit: Unit::Iops,
+        goals: &[at_least(1.5, RAW_VHOST), at_least(1.5, RAW_FLUSHED), at_least(1.0, FILE)],
+    },
+];
+
+const VHOST_DEPTH_ONE: [Load; 2] = [
+    Load {
+        measure: "vhost-user: random read, depth 1",
+        state: State::Filled,
+        access: Access::random_read(1),
+        unit: Unit::Iops,
+        goals: &[at_least(1.0, RAW_VHOST)],
+    },
+    Load {
+        measure: "vhost-user: random write, depth 1",
+        state: State::Filled,
+        access: Access::random_write(1),
+        unit: Unit::Iops,
+        goals: &[at_least(1.0, RAW_VHOST)],
+    },
+];
+
+const VHOST_SEQUENTIAL: [Load; 2] = [
+    Load {
+        measure: "vhost-user: sequential write, 1 MiB, depth 8",
+        state: State::Filled,
+        access: Access::sequential_write(8),
+        unit: Unit::BytesPerSecond,
+        goals: &[at_least(1.0, RAW_VHOST), at_least(1.0, RAW_FLUSHED)],
+    },
+    Load {
+        measure: "vhost-user: sequential read, 1 MiB, depth 8",
+        state: State::Filled,
+        access: Access::sequential_read(8),
+        unit: Unit::BytesPerSecond,
+        goals: &[at_least(1.0, RAW_VHOST)],
+    },
+];
+
+const VHOST_RAM: [Load; 1] = [Load {
+    measure: "vhost-user: random read, depth 32, in memory",
+    state: State::Filled,
+    access: Access::random_read(32),
+    unit: Unit::Iops,
+    goals: &[at_least(1.5, RAW_VHOST)],
+}];
+
+const FUSE: [Load; 2] = [
+    Load {
+        measure: "as a file: random read, depth 32",
+        state: State::Filled,
+        access: Access::random_read(32),
+        unit: Unit::Iops,
+        goals: &[at_least(1.0, RAW_FUSE)],
+    },
+    Load {
+        measure: "as a file: random write, depth 32",
+        state: State::Filled,
+        access: Access::random_write(32),
+        unit: Unit::Iops,
+        goals: &[at_least(1.0, RAW_FUSE)],
+    },
+];
+
 impl Row {
     /// In the order of the table.
-    pub(crate) const ALL: [Self; 10] = [
+    pub(crate) const ALL: [Self; 16] = [
         Self::RandomWrite,
         Self::RandomRead,
         Self::DepthOne,
@@ -218,6 +346,12 @@ impl Row {
         Self::CreateClone,
         Self::OpenAfterKill,
         Self::Memory,
+        Self::VhostRandom,
+        Self::VhostDepthOne,
+        Self::VhostSequential,
+        Self::VhostRam,
+        Self::Fuse,
+        Self::Idle,
     ];
 
     /// What `--rows` calls it.
@@ -233,6 +367,12 @@ impl Row {
             Self::CreateClone => "create-clone",
             Self::OpenAfterKill => "open-after-kill",
             Self::Memory => "memory",
+            Self::VhostRandom => "vhost-random",
+            Self::VhostDepthOne => "vhost-depth-1",
+            Self::VhostSequential => "vhost-sequential",
+            Self::VhostRam => "vhost-ram",
+            Self::Fuse => "fuse",
+            Self::Idle => "idle",
         }
     }
 
@@ -243,7 +383,7 @@ impl Row {
 
     /// Whether anybody but us is measured in it.
     pub(crate) fn has_peers(self) -> bool {
-        !matches!(self, Self::CreateClone | Self::OpenAfterKill | Self::Memory)
+        !matches!(self, Self::CreateClone | Self::OpenAfterKill | Self::Memory | Self::Idle)
     }
 
     /// Measures the row's lines.
@@ -252,16 +392,24 @@ impl Row {
     /// If a program fails.
     pub(crate) fn measure(self, bench: &Bench) -> Result<Vec<Line>> {
         match self {
-            Self::RandomWrite => throughput::loads(bench, &RANDOM_WRITE),
-            Self::RandomRead => throughput::loads(bench, &RANDOM_READ),
-            Self::DepthOne => throughput::loads(bench, &DEPTH_ONE),
-            Self::Flush => throughput::loads(bench, &FLUSH),
-            Self::Sequential => throughput::loads(bench, &SEQUENTIAL),
+            Self::RandomWrite => throughput::loads(bench, Setting::NBD, &RANDOM_WRITE),
+            Self::RandomRead => throughput::loads(bench, Setting::NBD, &RANDOM_READ),
+            Self::DepthOne => throughput::loads(bench, Setting::NBD, &DEPTH_ONE),
+            Self::Flush => throughput::loads(bench, Setting::NBD, &FLUSH),
+            Self::Sequential => throughput::loads(bench, Setting::NBD, &SEQUENTIAL),
             Self::AfterSnapshot => throughput::after_snapshot(bench),
             Self::SnapshotBusy => latency::snapshot_busy(bench),
             Self::CreateClone => latency::create_and_clone(bench),
             Self::OpenAfterKill => latency::open_after_kill(bench),
             Self::Memory => latency::memory(bench),
+            Self::VhostRandom => throughput::loads(bench, Setting::VHOST_USER, &VHOST_RANDOM),
+            Self::VhostDepthOne => throughput::loads(bench, Setting::VHOST_USER, &VHOST_DEPTH_ONE),
+            Self::VhostSequential => {
+                throughput::loads(bench, Setting::VHOST_USER, &VHOST_SEQUENTIAL)
+            }
+            Self::VhostRam => throughput::loads(bench, Setting::VHOST_USER_RAM, &VHOST_RAM),
+            Self::Fuse => throughput::loads(bench, Setting::FUSE, &FUSE),
+            Self::Idle => idle::measure(bench),
         }
     }
 }

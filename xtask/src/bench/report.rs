@@ -1,4 +1,4 @@
-//! What was measured, as lines on the terminal, JSON, a table and a chart.
+//! What was measured, on the terminal, as JSON, as a table and as a chart.
 //!
 //! The JSON is the record: a later run of single rows replaces those and keeps the others, and
 //! the table and the chart are made from all of it.
@@ -19,6 +19,9 @@ use super::latency::quantile;
 const BEGIN: &str = "<!-- begin: written by cargo xtask bench -->";
 const END: &str = "<!-- end -->";
 
+/// The file that holds all that was measured.
+const RECORD: &str = "results.json";
+
 /// What a number counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Unit {
@@ -30,6 +33,8 @@ pub(crate) enum Unit {
     Milliseconds,
     /// MiB.
     Mebibytes,
+    /// Percent of one processor's time.
+    PercentOfCore,
 }
 
 impl Unit {
@@ -41,6 +46,7 @@ impl Unit {
             Self::Milliseconds if value < 10.0 => format!("{value:.3} ms"),
             Self::Milliseconds => format!("{value:.0} ms"),
             Self::Mebibytes => format!("{value:.1} MiB"),
+            Self::PercentOfCore => format!("{value:.2} %"),
         }
     }
 }
@@ -52,17 +58,35 @@ pub(crate) struct Column {
     pub(crate) label: String,
     /// Each round.
     pub(crate) values: Vec<f64>,
+    /// Microseconds of processor time that the server used for 4 KiB, each round; none where there
+    /// is no server, or nothing was moved.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) cpu_microseconds: Vec<f64>,
 }
 
 impl Column {
     /// Without figures yet.
     pub(crate) fn new(label: &str) -> Self {
-        Self { label: label.to_owned(), values: Vec::new() }
+        Self::of(label, Vec::new())
+    }
+
+    /// With these.
+    pub(crate) fn of(label: &str, values: Vec<f64>) -> Self {
+        Self { label: label.to_owned(), values, cpu_microseconds: Vec::new() }
     }
 
     fn median(&self) -> Option<f64> {
-        if self.values.is_empty() { None } else { Some(quantile(&self.values, 0.5)) }
+        median(&self.values)
     }
+}
+
+fn median(values: &[f64]) -> Option<f64> {
+    if values.is_empty() { None } else { Some(quantile(values, 0.5)) }
+}
+
+/// Processor time for 4 KiB.
+pub(crate) fn show_cpu(microseconds: f64) -> String {
+    format!("{microseconds:.1} µs")
 }
 
 /// What a line must reach.
@@ -74,10 +98,10 @@ pub(crate) enum Goal {
     AtMost { limit: f64 },
 }
 
-/// A line of the table. The first column is ours, if we were measured.
+/// One thing that was measured. The first column is ours, if we were.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Line {
-    /// What was measured.
+    /// What it was.
     pub(crate) measure: String,
     /// What the numbers count.
     pub(crate) unit: Unit,
@@ -103,7 +127,7 @@ impl Line {
         match goal {
             Goal::AtLeastTimes { factor, column } => {
                 let ratio = ours / self.value(column)?;
-                Some((format!("{ratio:.2}x {column}"), ratio >= *factor))
+                Some((format!("{ratio:.2}x"), ratio >= *factor))
             }
             Goal::AtMost { limit } => Some((self.unit.show(ours), ours <= *limit)),
         }
@@ -111,22 +135,25 @@ impl Line {
 
     fn goal_text(&self, goal: &Goal) -> String {
         match goal {
-            Goal::AtLeastTimes { factor, column } => format!("≥ {factor}x {column}"),
+            Goal::AtLeastTimes { factor, .. } => format!("≥ {factor}x"),
             Goal::AtMost { limit } => format!("≤ {}", self.unit.show(*limit)),
         }
     }
 
-    fn goals_text(&self) -> String {
-        self.goals.iter().map(|goal| self.goal_text(goal)).collect::<Vec<_>>().join(", ")
-    }
-
-    fn reached_text(&self) -> String {
-        let text = |goal: &Goal| match self.outcome(goal) {
+    fn outcome_text(&self, goal: &Goal) -> String {
+        match self.outcome(goal) {
             Some((said, true)) => format!("{said} **pass**"),
             Some((said, false)) => format!("{said} **miss**"),
             None => "not measured".to_owned(),
-        };
-        self.goals.iter().map(text).collect::<Vec<_>>().join(", ")
+        }
+    }
+
+    /// The goal that compares ours with a column, or is about ours alone.
+    fn goal_of(&self, label: &str) -> Option<&Goal> {
+        self.goals.iter().find(|goal| match goal {
+            Goal::AtLeastTimes { column, .. } => column == label,
+            Goal::AtMost { .. } => label == "ours",
+        })
     }
 }
 
@@ -137,33 +164,37 @@ struct Record {
     lines: Vec<Line>,
 }
 
-/// Prints one line.
+impl Record {
+    fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).context("read the earlier results")?;
+        serde_json::from_str(&text).context("decode the earlier results")
+    }
+}
+
+/// Prints one line, each column on a line of its own.
 pub(crate) fn say(line: &Line) {
-    let value = |column: &Column| {
-        let shown = column.median().map(|value| line.unit.show(value));
-        format!("{} {}", column.label, shown.unwrap_or_else(|| "-".to_owned()))
-    };
-    let columns: Vec<String> = line.columns.iter().map(value).collect();
-    console::say(&format!("{}: {}", line.measure, columns.join(", ")));
-    console::say(&format!("  must reach {}: {}", line.goals_text(), line.reached_text()));
+    console::say(&format!("{}:", line.measure));
+    for column in &line.columns {
+        let [value, cpu, goal, outcome] = cells(line, column);
+        let cpu = if cpu.is_empty() { cpu } else { format!(" ({cpu})") };
+        let goal = if goal.is_empty() { goal } else { format!(", ours must reach {goal}") };
+        let outcome = if outcome.is_empty() { outcome } else { format!(": {outcome}") };
+        console::say(&format!("  {}: {value}{cpu}{goal}{outcome}", column.label));
+    }
     if !line.note.is_empty() {
         console::say(&format!("  {}", line.note));
     }
 }
 
-/// Writes `results.json`, `table.md` and `chart.svg` into `directory`, keeping the lines of an
-/// earlier run that were not measured again.
+/// Writes lines into `results.json` in `directory`, keeping those of an earlier run that were not
+/// measured again.
 ///
 /// # Errors
-/// If the files cannot be written, or an earlier record is not ours.
-pub(crate) fn write(directory: &Path, lines: &[Line], scale: &Scale) -> Result<()> {
+/// If the file cannot be written, or an earlier record is not ours.
+pub(crate) fn record(directory: &Path, lines: &[Line], scale: &Scale) -> Result<()> {
     std::fs::create_dir_all(directory)?;
-    let path = directory.join("results.json");
-    let mut record = Record::default();
-    if path.exists() {
-        let text = std::fs::read_to_string(&path)?;
-        record = serde_json::from_str(&text).context("decode the earlier results")?;
-    }
+    let path = directory.join(RECORD);
+    let mut record = if path.exists() { Record::read(&path)? } else { Record::default() };
     record.machine = machine(scale);
     for line in lines {
         match record.lines.iter_mut().find(|earlier| earlier.measure == line.measure) {
@@ -172,6 +203,15 @@ pub(crate) fn write(directory: &Path, lines: &[Line], scale: &Scale) -> Result<(
         }
     }
     std::fs::write(&path, serde_json::to_string_pretty(&record)? + "\n")?;
+    Ok(())
+}
+
+/// Makes `table.md` and `chart.svg` of what is recorded in `directory`.
+///
+/// # Errors
+/// If there is no record, or they cannot be written.
+pub(crate) fn render(directory: &Path) -> Result<()> {
+    let record = Record::read(&directory.join(RECORD))?;
     std::fs::write(directory.join("table.md"), table(&record))?;
     std::fs::write(directory.join("chart.svg"), chart::draw(&record.lines))?;
     Ok(())
@@ -191,45 +231,36 @@ pub(crate) fn update_document(document: &Path, directory: &Path) -> Result<()> {
     Ok(())
 }
 
-/// One table per set of columns, and the machine.
+/// The table, a row for each column of each line, and the machine.
 fn table(record: &Record) -> String {
-    let mut text = String::new();
-    let mut waiting: Vec<&Line> = record.lines.iter().collect();
-    while let Some(first) = waiting.first().copied() {
-        let labels = labels(first);
-        let (group, rest): (Vec<&Line>, Vec<&Line>) =
-            waiting.into_iter().partition(|line| self::labels(line) == labels);
-        waiting = rest;
-        text += &format!("| measure | {} | must reach | reached |\n", labels.join(" | "));
-        text += &format!("|---|{}---|---|\n", "---:|".repeat(labels.len()));
-        for line in group {
-            text += &table_row(line);
+    let mut text = String::from(
+        "| measure | who | median | CPU for 4 KiB | ours must reach | reached |\n\
+         |---|---|---:|---:|---|---|\n",
+    );
+    for line in &record.lines {
+        let note = if line.note.is_empty() { String::new() } else { format!(" ({})", line.note) };
+        let mut measure = format!("{}{note}", line.measure);
+        for column in &line.columns {
+            let cells = cells(line, column).join(" | ");
+            text += &format!("| {measure} | {} | {cells} |\n", column.label);
+            measure.clear();
         }
-        text += "\n";
     }
+    text += "\n";
     for (name, value) in &record.machine {
         text += &format!("- {name}: {value}\n");
     }
     text
 }
 
-fn labels(line: &Line) -> Vec<&str> {
-    line.columns.iter().map(|column| column.label.as_str()).collect()
-}
-
-fn table_row(line: &Line) -> String {
-    let cell = |column: &Column| {
-        column.median().map_or_else(|| "–".to_owned(), |value| line.unit.show(value))
-    };
-    let cells: Vec<String> = line.columns.iter().map(cell).collect();
-    let note = if line.note.is_empty() { String::new() } else { format!(" ({})", line.note) };
-    format!(
-        "| {}{note} | {} | {} | {} |\n",
-        line.measure,
-        cells.join(" | "),
-        line.goals_text(),
-        line.reached_text()
-    )
+/// What is told of a column: its value, its processor time, what ours must reach and has reached.
+fn cells(line: &Line, column: &Column) -> [String; 4] {
+    let value = column.median().map_or_else(|| "–".to_owned(), |value| line.unit.show(value));
+    let cpu = median(&column.cpu_microseconds).map(show_cpu).unwrap_or_default();
+    let goal = line.goal_of(&column.label);
+    let text = goal.map(|goal| line.goal_text(goal)).unwrap_or_default();
+    let outcome = goal.map(|goal| line.outcome_text(goal)).unwrap_or_default();
+    [value, cpu, text, outcome]
 }
 
 /// What the figures depend on.
@@ -246,7 +277,7 @@ fn machine(scale: &Scale) -> Vec<(String, String)> {
         "{} GiB disks, medians of {} rounds of {} s",
         scale.disk_bytes >> 30,
         scale.rounds,
-        scale.runtime_seconds
+        scale.runtime.as_secs()
     );
     [
         ("measured", first_line("date", "-u +%Y-%m-%d")),
@@ -279,10 +310,7 @@ mod tests {
     use super::*;
 
     fn line(ours: &[f64], raw: &[f64]) -> Line {
-        let column = |label: &str, values: &[f64]| Column {
-            label: label.to_owned(),
-            values: values.to_vec(),
-        };
+        let column = |label: &str, values: &[f64]| Column::of(label, values.to_vec());
         Line {
             measure: "random write".to_owned(),
             unit: Unit::Iops,
@@ -314,10 +342,14 @@ mod tests {
 
     #[test]
     fn the_table_has_every_line_and_the_document_keeps_its_text() {
-        let record = Record { machine: Vec::new(), lines: vec![line(&[200.0], &[100.0])] };
-        let table = table(&record);
-        let row = "| random write | 200/s | 100/s | ≥ 1.5x raw | 2.00x raw **pass** |";
-        assert!(table.contains(row), "{table}");
+        let mut line = line(&[200.0], &[100.0]);
+        for column in &mut line.columns {
+            column.cpu_microseconds = vec![7.0];
+        }
+        let table = table(&Record { machine: Vec::new(), lines: vec![line] });
+        let row = "|  | raw | 100/s | 7.0 µs | ≥ 1.5x | 2.00x **pass** |";
+        let rows = format!("| random write | ours | 200/s | 7.0 µs |  |  |\n{row}\n");
+        assert!(table.contains(&rows), "{table}");
 
         let directory = std::env::temp_dir().join(format!("report-{}", std::process::id()));
         std::fs::create_dir_all(&directory).unwrap();

@@ -1,4 +1,4 @@
-//! A subject on its turn: its disk brought into the state that a load needs, and fio on it.
+//! A subject on its turn: its disk brought into the state that a load needs, and a client on it.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -13,18 +13,33 @@ use crate::nbd;
 use crate::qmp::Qmp;
 use crate::server::{self, EXPORT, Kind, Server};
 
-use super::Bench;
-use super::plan::{State, Subject};
+use super::access::Access;
+use super::client::Client;
+use super::plan::{Frontend, Medium, Setting, State, Subject};
+use super::{Bench, cpu};
 
 /// Longest that filling a disk may take.
 const FILL_LIMIT: Duration = Duration::from_secs(1800);
 
+/// Longest that a client takes to begin.
+const START_TIME: Duration = Duration::from_millis(500);
+
 /// Longest that ours leaves a completed write without a flush (design rule 16).
 const FLUSH_INTERVAL: Duration = Duration::from_secs(1);
+
+/// What a turn has shown.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Turn {
+    /// What the client measured.
+    pub(crate) figures: Figures,
+    /// Share of a processor that the server used meanwhile, if there is one.
+    pub(crate) server_share: Option<f64>,
+}
 
 /// A subject with a disk in some state. Its server runs only during a turn.
 pub(crate) struct Stage<'a> {
     bench: &'a Bench,
+    setting: Setting,
     subject: Subject,
     state: State,
     disk: Option<Disk>,
@@ -37,8 +52,8 @@ enum Disk {
 
 impl<'a> Stage<'a> {
     /// Nothing is made before the first turn.
-    pub(crate) fn new(bench: &'a Bench, subject: Subject, state: State) -> Self {
-        Self { bench, subject, state, disk: None }
+    pub(crate) fn new(bench: &'a Bench, setting: Setting, subject: Subject, state: State) -> Self {
+        Self { bench, setting, subject, state, disk: None }
     }
 
     /// Who is measured.
@@ -49,18 +64,33 @@ impl<'a> Stage<'a> {
     /// One turn: brings the disk into its state if it is not, and runs the load.
     ///
     /// # Errors
-    /// If the server or fio fails.
-    pub(crate) fn turn(&mut self, options: &str) -> Result<Figures> {
+    /// If the server or the client fails.
+    pub(crate) fn turn(&mut self, access: &Access) -> Result<Turn> {
+        let frontend = self.setting.frontend;
         let is_flushed = self.subject.is_flushed();
-        self.with_server(|bench, disk| match disk {
-            Disk::Served(server) if is_flushed => {
-                let mut client = nbd::Client::connect(&server.nbd_socket(), EXPORT)?;
-                let flush = || client.ask(nbd::Command::Flush, 0, 0).map(drop);
-                let target = Target::Nbd(server.uri());
-                let (figures, _) = bench.timed_beside(&target, options, FLUSH_INTERVAL, flush)?;
-                Ok(figures)
-            }
-            _ => bench.timed(&disk.target(), options),
+        let disk_bytes = self.disk_bytes();
+        self.with_server(|bench, disk| {
+            let server = match disk {
+                Disk::Bare(path) => {
+                    let client = Client::of_file(path, frontend);
+                    let figures = client.run(access, disk_bytes, bench)?;
+                    return Ok(Turn { figures, server_share: None });
+                }
+                Disk::Served(server) => server,
+            };
+            let client = Client::of(server, frontend, &bench.scratch)?;
+            let processes: Vec<u32> =
+                [server.process_id()?].into_iter().chain(client.process()).collect();
+            let load = || match is_flushed {
+                false => client.run(access, disk_bytes, bench),
+                true => bench.run_flushed(&client, access, disk_bytes, &server.nbd_socket()),
+            };
+            // Somewhat less than what is measured: fio takes a moment to begin.
+            let start = bench.scale.ramp + START_TIME;
+            let length = bench.scale.runtime.saturating_sub(2 * START_TIME);
+            let (figures, share) = cpu::share_during(&processes, start, length, load)?;
+            client.close()?;
+            Ok(Turn { figures, server_share: Some(share) })
         })
     }
 
@@ -118,21 +148,25 @@ impl<'a> Stage<'a> {
     /// Reads the whole disk once: a virtual machine's medium may have become slow for what nobody has
     /// touched for some minutes, and the turn of one subject is longer ago than that of another.
     fn touch(&self, disk: &Disk) -> Result<()> {
-        let bench = self.bench;
-        let read = "--rw=read --bs=1m --iodepth=8";
-        let job = fio::job(&disk.target(), bench.scale.disk_bytes, read, &bench.scratch);
+        if self.setting.medium == Medium::Ram {
+            return Ok(());
+        }
+        let read = Access::sequential_read(8).fio();
+        let job = fio::job(&disk.target(), self.disk_bytes(), &read, &self.bench.scratch);
         fio::measure(job, FILL_LIMIT).context("read the disk once").map(drop)
     }
 
     fn make(&self) -> Result<Disk> {
         let bench = self.bench;
         let directory = self.directory();
+        let disk_bytes = self.disk_bytes();
         let options = server::Options {
-            disk_bytes: bench.scale.disk_bytes,
+            disk_bytes,
             // Room for the disk, for what a snapshot keeps of it and for the blocks under way.
-            store_bytes: bench.scale.disk_bytes * 4,
+            store_bytes: disk_bytes * 4,
             preallocate: self.state != State::Fresh,
             cache_bytes: 256 << 20,
+            vhost_user: self.setting.frontend == Frontend::VhostUser,
         };
         let kind = match self.subject {
             Subject::File => None,
@@ -148,7 +182,7 @@ impl<'a> Stage<'a> {
             None => {
                 std::fs::create_dir_all(&directory)?;
                 let path = directory.join("bare.raw");
-                std::fs::File::create(&path)?.set_len(options.disk_bytes)?;
+                std::fs::File::create(&path)?.set_len(disk_bytes)?;
                 Disk::Bare(path)
             }
         };
@@ -159,7 +193,7 @@ impl<'a> Stage<'a> {
                 "--rw=write --bs=1m --iodepth=8 --end_fsync=1"
             }
         };
-        let job = fio::job(&disk.target(), options.disk_bytes, fill, &bench.scratch);
+        let job = fio::job(&disk.target(), disk_bytes, fill, &bench.scratch);
         fio::measure(job, FILL_LIMIT).context("fill the disk")?;
         if self.state == State::Snapshotted {
             snapshot(&disk)?;
@@ -176,13 +210,24 @@ impl<'a> Stage<'a> {
         Ok(())
     }
 
+    fn disk_bytes(&self) -> u64 {
+        match self.setting.medium {
+            Medium::File => self.bench.scale.disk_bytes,
+            Medium::Ram => self.bench.scale.ram_disk_bytes,
+        }
+    }
+
     fn directory(&self) -> PathBuf {
         let name = format!("{:?}-{:?}", self.subject, self.state).to_ascii_lowercase();
-        self.bench.data.join(name)
+        match self.setting.medium {
+            Medium::File => self.bench.data.join(name),
+            Medium::Ram => self.bench.ram.join(name),
+        }
     }
 }
 
 impl Disk {
+    /// Where fio fills and reads it, whichever client is measured.
     fn target(&self) -> Target {
         match self {
             Self::Served(server) => Target::Nbd(server.uri()),
@@ -192,45 +237,46 @@ impl Disk {
 }
 
 impl Bench {
-    /// Runs a load for the usual time.
-    ///
-    /// # Errors
-    /// If fio fails.
-    pub(crate) fn timed(&self, target: &Target, options: &str) -> Result<Figures> {
-        let (runtime, ramp) = (self.scale.runtime_seconds, self.scale.ramp_seconds);
-        let options = format!("{options} --time_based --runtime={runtime} --ramp_time={ramp}");
-        let job = fio::job(target, self.scale.disk_bytes, &options, &self.scratch);
-        fio::measure(job, Duration::from_secs(runtime + ramp + 60))
-    }
-
-    /// As [`Self::timed`], with `command` run at every tick meanwhile; also returns how long each
-    /// took, in milliseconds.
-    ///
-    /// # Errors
-    /// If fio fails, or `command` does.
-    pub(crate) fn timed_beside(
+    /// As [`Client::run`], with a flush each second, over a connection of its own.
+    fn run_flushed(
         &self,
-        target: &Target,
-        options: &str,
-        interval: Duration,
-        mut command: impl FnMut() -> Result<()>,
-    ) -> Result<(Figures, Vec<f64>)> {
-        std::thread::scope(|scope| {
-            let load = scope.spawn(move || self.timed(target, options));
-            let mut times = Vec::new();
-            let mut next = clock::now() + interval;
-            while !load.is_finished() {
-                clock::sleep(next.saturating_duration_since(clock::now()));
-                let start = clock::now();
-                command()?;
-                times.push(start.elapsed().as_secs_f64() * 1000.0);
-                // A late one does not make the following ones come faster.
-                next = (next + interval).max(clock::now());
-            }
-            let figures = load.join().map_err(|_| anyhow::anyhow!("the load panicked"))??;
-            Ok((figures, times))
-        })
+        client: &Client,
+        access: &Access,
+        disk_bytes: u64,
+        socket: &Path,
+    ) -> Result<Figures> {
+        let mut flusher = nbd::Client::connect(socket, EXPORT)?;
+        let flush = || flusher.ask(nbd::Command::Flush, 0, 0).map(drop);
+        let load = || client.run(access, disk_bytes, self);
+        timed_beside(load, FLUSH_INTERVAL, flush).map(|(figures, _)| figures)
     }
+}
+
+/// Runs `load`, with `command` run at every tick meanwhile; also returns how long each took, in
+/// milliseconds.
+///
+/// # Errors
+/// If either fails.
+pub(crate) fn timed_beside<T: Send>(
+    load: impl FnOnce() -> Result<T> + Send,
+    interval: Duration,
+    mut command: impl FnMut() -> Result<()>,
+) -> Result<(T, Vec<f64>)> {
+    std::thread::scope(|scope| {
+        let load = scope.spawn(load);
+        let mut times = Vec::new();
+        let mut next = clock::now() + interval;
+        while !load.is_finished() {
+            clock::sleep(next.saturating_duration_since(clock::now()));
+            let start = clock::now();
+            command()?;
+            times.push(start.elapsed().as_secs_f64() * 1000.0);
+            // A late one does not make the following ones come faster.
+            next = (next + interval).max(clock::now());
+        }
+        let done = load.join().map_err(|_| anyhow::anyhow!("the load panicked"))??;
+        Ok((done, times))
+    })
 }
 
 /// Takes a snapshot as each kind of server can.
