@@ -83,12 +83,16 @@ impl<T> InFlight<T> {
         self.count
     }
 
-    /// Says which task to wake.
+    /// Says which task to wake: now, if a request was woken since it was polled last, which one that
+    /// wakes itself is at once.
     pub fn register(&self, context: &Context<'_>) {
         let mut task = self.marks.task.lock().unwrap_or_else(PoisonError::into_inner);
         match &mut *task {
             Some(known) => known.clone_from(context.waker()),
             None => *task = Some(context.waker().clone()),
+        }
+        if self.marks.words.iter().any(|word| word.load(Ordering::Acquire) != 0) {
+            context.waker().wake_by_ref();
         }
     }
 
@@ -172,6 +176,28 @@ mod tests {
     fn pending() -> (OneshotSender<Outcome>, Pending) {
         let (sender, receiver) = oneshot();
         (sender, Box::pin(async move { receiver.await.unwrap() }))
+    }
+
+    #[test]
+    fn a_request_that_wakes_itself_before_the_task_is_known_is_polled_again() {
+        let mut in_flight = InFlight::new();
+        let mut polled = false;
+        let woken = std::future::poll_fn(move |context| {
+            if std::mem::replace(&mut polled, true) {
+                return Poll::Ready(Ok(Response::Done));
+            }
+            context.waker().wake_by_ref();
+            Poll::Pending
+        });
+        assert!(in_flight.start(Box::pin(woken), ()).is_none());
+        let count = Arc::new(Count(AtomicUsize::new(0)));
+        let waker = Waker::from(Arc::clone(&count));
+        in_flight.register(&Context::from_waker(&waker));
+        assert_eq!(count.0.load(Ordering::Relaxed), 1);
+        in_flight.poll_marked(|(), _| ());
+        assert_eq!(in_flight.count(), 0);
+        in_flight.register(&Context::from_waker(&waker));
+        assert_eq!(count.0.load(Ordering::Relaxed), 1, "nothing is marked any more");
     }
 
     #[test]
