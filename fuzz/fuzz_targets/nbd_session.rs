@@ -5,12 +5,14 @@
 //! fuzzer's choice, so that it gets behind the magic numbers without losing the nonsense.
 #![no_main]
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use base::{Buffer, ErrorKind};
-use disk::{Catalog, Disk, DiskError, Export, LocalBoxFuture, MemDisk, Request, Response};
+use disk::{Catalog, Disk, DiskError, Export, LocalBoxFuture};
+use fuzz::script::Script;
+use fuzz::slow::SlowDisk;
 use libfuzzer_sys::fuzz_target;
 use nbd::protocol::handshake::{ContextRequest, ExportRequest, encode_option, option};
 use nbd::protocol::request::Header;
@@ -30,45 +32,6 @@ impl Clock for SimClock {
 
     fn wall_ns(&self) -> u64 {
         self.0.get()
-    }
-}
-
-/// A disk in memory that takes its time.
-struct SlowDisk {
-    memory: Rc<MemDisk>,
-    runtime: Rc<RefCell<Option<Runtime>>>,
-}
-
-impl Disk for SlowDisk {
-    fn serial(&self) -> String {
-        self.memory.serial()
-    }
-
-    fn identity(&self) -> disk::Identity {
-        self.memory.identity()
-    }
-
-    fn size_bytes(&self) -> u64 {
-        self.memory.size_bytes()
-    }
-
-    fn read_only(&self) -> bool {
-        self.memory.read_only()
-    }
-
-    fn severed(&self) -> bool {
-        self.memory.severed()
-    }
-
-    fn submit(&self, request: Request) -> LocalBoxFuture<Result<Response, DiskError>> {
-        let memory = Rc::clone(&self.memory);
-        let runtime = self.runtime.borrow().clone().expect("set before the first connection");
-        Box::pin(async move {
-            for _ in 0..runtime.random_below(4) {
-                runtime.yield_now().await;
-            }
-            memory.submit(request).await
-        })
     }
 }
 
@@ -121,35 +84,20 @@ fn prefix(stage: u8) -> Vec<u8> {
     out
 }
 
-/// Takes bytes off the script; zeroes when it is exhausted.
-fn take<const COUNT: usize>(script: &mut &[u8]) -> [u8; COUNT] {
-    let mut taken = [0; COUNT];
-    let count = script.len().min(COUNT);
-    taken[..count].copy_from_slice(&script[..count]);
-    *script = &script[count..];
-    taken
-}
-
-fn take_some<'a>(script: &mut &'a [u8]) -> &'a [u8] {
-    let [length] = take(script);
-    let (taken, rest) = script.split_at(usize::from(length).min(script.len()));
-    *script = rest;
-    taken
-}
-
 /// The bytes that a script stands for.
-fn perform(mut script: &[u8], framing: Framing) -> Vec<u8> {
+fn perform(script: &[u8], framing: Framing) -> Vec<u8> {
+    let mut script = Script(script);
     let mut out = Vec::new();
-    while !script.is_empty() && out.len() < 1 << 22 {
-        let [step] = take(&mut script);
+    while !script.is_over() && out.len() < 1 << 22 {
+        let [step] = script.take();
         match step % 8 {
-            0 => out.extend_from_slice(take_some(&mut script)),
+            0 => out.extend_from_slice(script.bytes()),
             1 => {
-                let [number] = take(&mut script);
-                encode_option(u32::from(number), take_some(&mut script), &mut out);
+                let [number] = script.take();
+                encode_option(u32::from(number), script.bytes(), &mut out);
             }
             2 => {
-                let [number, infos] = take(&mut script);
+                let [number, infos] = script.take();
                 let name = ["d", "d@s", "", "x"][usize::from(infos % 4)];
                 let infos = (0..u16::from(infos / 4 % 8)).collect();
                 let mut data = Vec::new();
@@ -157,7 +105,7 @@ fn perform(mut script: &[u8], framing: Framing) -> Vec<u8> {
                 encode_option([option::INFO, option::GO][usize::from(number % 2)], &data, &mut out);
             }
             3 => {
-                let [number, queries] = take(&mut script);
+                let [number, queries] = script.take();
                 let all = [BASE_ALLOCATION, "base:", "x:y"];
                 let queries = all[..usize::from(queries % 4)].to_vec();
                 let mut data = Vec::new();
@@ -172,10 +120,10 @@ fn perform(mut script: &[u8], framing: Framing) -> Vec<u8> {
 }
 
 /// A request whose range is near the disk and whose payload is as long as it says, mostly.
-fn request(script: &mut &[u8], framing: Framing, out: &mut Vec<u8>) {
-    let [command, flags, cookie, short] = take(script);
-    let place = u32::from_be_bytes(take(script));
-    let size = u32::from_be_bytes(take(script));
+fn request(script: &mut Script<'_>, framing: Framing, out: &mut Vec<u8>) {
+    let [command, flags, cookie, short] = script.take();
+    let place = u32::from_be_bytes(script.take());
+    let size = u32::from_be_bytes(script.take());
     let lengths = [64, 5000, 1 << 18, 1 << 26];
     let header = Header {
         flags: u16::from(flags) & 0x7f,
@@ -199,11 +147,8 @@ fuzz_target!(|input: &[u8]| {
         clock: Rc::<SimClock>::clone(&clock),
         unpark: Arc::new(|| {}),
     });
-    let disk = SlowDisk {
-        memory: Rc::new(MemDisk::new(1 << 20)),
-        runtime: Rc::new(RefCell::new(Some(runtime.clone()))),
-    };
-    let server = Server::new(&runtime, Rc::new(TwoExports(Rc::new(disk))), Config::default());
+    let disk = SlowDisk::new(&runtime, 1 << 20);
+    let server = Server::new(&runtime, Rc::new(TwoExports(disk)), Config::default());
     let capacity = if shape & 0x80 != 0 { 1 << 20 } else { 1000 };
     let (client, theirs) = pair(capacity);
     runtime.spawn(server.serve(theirs, "fuzz".to_owned()));

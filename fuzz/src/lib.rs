@@ -4,3 +4,4 @@ pub mod image;
 pub mod ram;
 pub mod script;
 pub mod seal;
+pub mod slow;
