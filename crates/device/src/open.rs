@@ -136,6 +136,8 @@ pub(crate) struct Opened {
 /// How long a lock that somebody holds is waited for. The kernel releases the locks of a killed
 /// process only when its last I/O is done, which is just what we want, and takes a moment.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+/// How long that moment may be on a device that is slow or busy, where the kernel tells that it is one.
+const DEAD_LOCK_PATIENCE: Duration = Duration::from_secs(60);
 const LOCK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Opens what is at `path` and locks it as `options` say. Blocks while it waits for the lock.
@@ -159,10 +161,11 @@ pub(crate) fn open(path: &Path, options: OpenOptions) -> Result<Opened, OpenErro
     if !options.buffered {
         flags |= OFlags::DIRECT;
     }
-    let fd = patiently(|| rustix::fs::open(path, flags, Mode::empty())).map_err(|errno| {
-        let refused = errno == Errno::INVAL && !options.buffered;
-        fail(if refused { OpenCause::DirectRefused } else { errno.into() })
-    })?;
+    let fd =
+        patiently(|| rustix::fs::open(path, flags, Mode::empty()), || false).map_err(|errno| {
+            let refused = errno == Errno::INVAL && !options.buffered;
+            fail(if refused { OpenCause::DirectRefused } else { errno.into() })
+        })?;
     let opened = rustix::fs::fstat(&fd).map_err(|errno| fail(errno.into()))?;
     if FileType::from_raw_mode(opened.st_mode) != kind {
         return Err(fail(OpenCause::WrongKind));
@@ -243,15 +246,41 @@ fn lock(fd: &OwnedFd, access: Access) -> Result<(), OpenCause> {
         Access::ReadOnly => FlockOperation::NonBlockingLockShared,
         Access::Inspect => return Ok(()),
     };
-    Ok(patiently(|| rustix::fs::flock(fd, operation))?)
+    let id = rustix::fs::fstat(fd).map(|stat| (stat.st_dev, stat.st_ino))?;
+    let is_left = || std::fs::read_to_string("/proc/locks").is_ok_and(|locks| is_left(&locks, id));
+    Ok(patiently(|| rustix::fs::flock(fd, operation), is_left)?)
 }
 
-/// Repeats `attempt` for a while if somebody else is in the way.
-fn patiently<T>(mut attempt: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
+/// Whether a file is locked by nobody but processes that have ended: what they have asked the device
+/// for is still under way. Source: the kernel's fs/locks.c, `lock_get_status`.
+fn is_left(locks: &str, (device, inode): (Dev, u64)) -> bool {
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let file = format!("{major:02x}:{minor:02x}:{inode}");
+    let owner = |line: &str| {
+        let mut words = line.split_whitespace().skip(1);
+        let (kind, owner, locked) = (words.next()?, words.nth(2)?.to_owned(), words.next()?);
+        (kind == "FLOCK" && locked == file).then_some(owner)
+    };
+    let mut owners = locks.lines().filter_map(owner).peekable();
+    // Without a number it is a process that we cannot see: of another container, or machine.
+    let has_ended = |owner: String| {
+        owner.parse::<u32>().is_ok_and(|id| id > 0 && !Path::new("/proc").join(owner).exists())
+    };
+    owners.peek().is_some() && owners.all(has_ended)
+}
+
+/// Repeats `attempt` for a while if somebody else is in the way, and for longer while `is_left` says
+/// that it is nobody any more.
+fn patiently<T>(
+    mut attempt: impl FnMut() -> Result<T, Errno>,
+    is_left: impl Fn() -> bool,
+) -> Result<T, Errno> {
     let mut waited = Duration::ZERO;
     loop {
         match attempt() {
-            Err(Errno::BUSY | Errno::AGAIN) if waited < LOCK_PATIENCE => {
+            Err(Errno::BUSY | Errno::AGAIN)
+                if waited < LOCK_PATIENCE || waited < DEAD_LOCK_PATIENCE && is_left() =>
+            {
                 #[expect(clippy::disallowed_methods, reason = "before anything runs here")]
                 std::thread::sleep(LOCK_INTERVAL);
                 waited += LOCK_INTERVAL;

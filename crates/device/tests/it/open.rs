@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -54,6 +54,26 @@ fn a_second_process_is_refused() {
     assert!(!child("open::child_opens", &scratch.0).output().unwrap().status.success());
     drop(device);
     assert!(child("open::child_opens", &scratch.0).output().unwrap().status.success());
+}
+
+/// A killed daemon under much I/O left its lock behind for more than the second that the next one
+/// waited, which then refused to start.
+#[test]
+fn a_lock_that_a_dead_process_left_is_waited_for() {
+    let reactor = Reactor::start(EngineChoice::Auto).unwrap();
+    let scratch = Scratch::new();
+    drop(scratch.create(&reactor, 1 << 20));
+    // What flock(1) locks stays locked as long as we have the same open file.
+    let left = std::fs::File::open(&scratch.0).unwrap();
+    let stdin = Stdio::from(left.try_clone().unwrap());
+    assert!(Command::new("flock").args(["-n", "0"]).stdin(stdin).status().unwrap().success());
+    let path = scratch.0.clone();
+    let released = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(1500));
+        drop(left);
+    });
+    BlockFile::open(reactor.io(), &path, options(Access::Exclusive)).unwrap();
+    released.join().unwrap();
 }
 
 #[test]
