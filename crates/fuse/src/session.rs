@@ -40,8 +40,9 @@ const DATA_IN_FLIGHT_MAX: u64 = 32 << 20;
 /// Most tasks under way that ask for names and attributes.
 const TASKS_MAX: usize = 64;
 
-/// Bytes that are copied in one turn, or about as many, and what a request costs besides.
-const WORK_PER_TURN: u64 = 1 << 20;
+/// Bytes that are taken in one round, or about as many, and what a request costs besides: eight
+/// requests of 4 KiB, which the device works on while the next are read from the kernel.
+const WORK_PER_ROUND: u64 = 160 << 10;
 const WORK_PER_REQUEST: u64 = 16 << 10;
 
 /// How long the kernel may believe what it was told of names and attributes, in seconds: a disk that
@@ -90,8 +91,8 @@ enum Reply {
 enum Pause {
     /// There are none, or there is no room.
     Idle,
-    /// Others shall have their turn.
-    Turn,
+    /// The device shall begin with what was taken, and others shall have their turn.
+    Round,
 }
 
 impl Session {
@@ -127,7 +128,7 @@ impl Session {
             service.complete();
             match service.take() {
                 Err(end) => break end,
-                Ok(Pause::Turn) => self.runtime.yield_now().await,
+                Ok(Pause::Round) => self.runtime.next_round().await,
                 Ok(Pause::Idle) if self.leaving.get() && service.is_idle() => break End::Left,
                 Ok(Pause::Idle) => service.woken(true).await,
             }
@@ -272,8 +273,8 @@ impl<'a> Service<'a> {
     fn take(&mut self) -> Result<Pause, End> {
         let mut work = 0;
         while !self.session.leaving.get() && self.has_room() {
-            if work >= WORK_PER_TURN {
-                return Ok(Pause::Turn);
+            if work >= WORK_PER_ROUND {
+                return Ok(Pause::Round);
             }
             let length = match rustix::io::read(&self.session.kernel, &mut self.message) {
                 Ok(length) => length,

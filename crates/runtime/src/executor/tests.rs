@@ -106,6 +106,25 @@ fn the_end_of_a_turn_is_not_mistaken_for_another_wake() {
 }
 
 #[test]
+fn a_round_begins_when_the_driver_has_looked_at_the_device() {
+    let (runtime, _) = runtime(Order::Fifo, 0);
+    let rounds = Rc::new(Cell::new(0));
+    let (count, inner) = (Rc::clone(&rounds), runtime.clone());
+    drop(runtime.spawn(async move {
+        loop {
+            count.set(count.get() + 1);
+            inner.next_round().await;
+        }
+    }));
+    for round in 1..4 {
+        runtime.run_until_stalled();
+        assert_eq!(rounds.get(), round, "it waits, although nothing else is ready");
+        assert_eq!(runtime.next_deadline(), Some(Time(0)), "the driver does not sleep");
+        runtime.fire_timers();
+    }
+}
+
+#[test]
 fn timers_fire_in_order_and_only_when_due() {
     let (runtime, clock) = runtime(Order::Fifo, 0);
     let fired = Rc::new(RefCell::new(Vec::new()));

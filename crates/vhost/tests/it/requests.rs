@@ -290,6 +290,10 @@ fn a_guest_can_make_this_side_hold_so_much_and_no_more() {
             machine.submit(ring, slot, OUT, u64::from(slot) * 8, SLOT_BYTES as u32);
         }
         ring.kick();
+        // They are taken in rounds.
+        while bed.disk.waiting() < 30 {
+            bed.settle().await;
+        }
         bed.settle().await;
         // Each is two requests of the disk: 15 of 2 MiB and where they lie fit into 32 MiB.
         assert_eq!(bed.disk.waiting(), 30);
