@@ -13,6 +13,7 @@ mod memory;
 pub mod metrics;
 pub mod split;
 
+use std::io::IoSlice;
 use std::rc::Rc;
 
 use base::{BlockSlice, Buffer};
@@ -143,6 +144,30 @@ pub fn copy_segments(segments: &[ReadSegment], into: &mut [u8]) {
         }
         rest = later;
     }
+}
+
+/// The data of a read for system calls that take it in parts. There are no more parts than blocks in
+/// the request, or as many again if it has holes: less than one call takes.
+#[must_use]
+pub fn io_slices(segments: &[ReadSegment]) -> Vec<IoSlice<'_>> {
+    static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+    let mut parts = Vec::with_capacity(segments.len());
+    for segment in segments {
+        match segment {
+            ReadSegment::Bytes(slice, range) => {
+                parts.push(IoSlice::new(slice.bytes().get(range.clone()).unwrap_or_default()));
+            }
+            ReadSegment::Zeroes(length) => {
+                let mut rest = *length;
+                while rest > 0 {
+                    let part = ZEROES.get(..rest).unwrap_or(&ZEROES);
+                    parts.push(IoSlice::new(part));
+                    rest -= part.len();
+                }
+            }
+        }
+    }
+    parts
 }
 
 /// A run of bytes of one state.

@@ -186,24 +186,7 @@ impl Session {
 
     /// Sends the data of a read.
     fn send_data(&self, unique: u64, segments: &[ReadSegment]) {
-        static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
-        let mut parts = Vec::with_capacity(segments.len());
-        for segment in segments {
-            match segment {
-                ReadSegment::Bytes(slice, range) => {
-                    let bytes = slice.bytes().get(range.clone()).unwrap_or_default();
-                    parts.push(IoSlice::new(bytes));
-                }
-                ReadSegment::Zeroes(length) => {
-                    let mut rest = *length;
-                    while rest > 0 {
-                        let count = rest.min(ZEROES.len());
-                        parts.push(IoSlice::new(ZEROES.get(..count).unwrap_or(&ZEROES)));
-                        rest -= count;
-                    }
-                }
-            }
-        }
+        let parts = disk::io_slices(segments);
         self.metrics.read_bytes.add(parts.iter().map(|part| part.len() as u64).sum());
         self.send(unique, 0, &parts);
     }
