@@ -206,20 +206,22 @@ impl Client {
         self.ask(Method::GET, &format!("/v1/diff?from={from}&to={to}{after}"), NOTHING).await
     }
 
-    /// Attaches a disk to virtual machines. The socket is there on return.
+    /// Attaches a disk to virtual machines, or makes a block device of it. The socket or the device is
+    /// there on return.
     ///
     /// # Errors
-    /// `NotFound` (the disk, or the directory), `Exists`, `Busy`, `Invalid` (the path).
+    /// `NotFound` (the disk, or the directory), `Exists`, `Busy`, `Invalid` (the path), `Unsupported`
+    /// (there are no block devices).
     pub async fn attach(&self, request: &Attach) -> Result<Attachment, Error> {
         self.ask(Method::POST, "/v1/attachments", Some(request)).await
     }
 
-    /// Disconnects whoever is connected to a socket, and removes it.
+    /// Disconnects whoever is connected to a socket, and removes it, or a block device.
     ///
     /// # Errors
-    /// `NotFound`.
-    pub async fn detach(&self, vhost_user: &str) -> Result<Attachment, Error> {
-        let path = format!("/v1/attachments/{}", percent_encode(vhost_user));
+    /// `NotFound`; `Busy` if a block device is in use.
+    pub async fn detach(&self, path: &str) -> Result<Attachment, Error> {
+        let path = format!("/v1/attachments/{}", percent_encode(path));
         self.ask(Method::DELETE, &path, NOTHING).await
     }
 

@@ -6,7 +6,7 @@
 //! | `/v1/daemon` | GET | | [`DaemonStatus`] |
 //! | `/v1/stats` | GET | | [`Stats`] |
 //! | `/v1/upgrade` | POST | [`Upgrade`] | [`Upgrading`] |
-//! | `/v1/nbd`, `/v1/vhost-user`, `/v1/fuse` | GET | | [`FrontendMetrics`] |
+//! | `/v1/nbd`, `/v1/vhost-user`, `/v1/ublk`, `/v1/fuse` | GET | | [`FrontendMetrics`] |
 //! | `/v1/vdis?after=&max=` | GET | | [`VdiPage`] |
 //! | `/v1/vdis` | POST | [`CreateVdi`] | [`Vdi`] |
 //! | `/v1/vdis/{name}` | GET | | [`Vdi`] |

@@ -194,14 +194,19 @@ pub struct Upgrading {
     pub binary: String,
 }
 
-/// Attaches a disk or snapshot to virtual machines over vhost-user.
+/// Attaches a disk or snapshot to virtual machines over vhost-user, or to this machine as a block
+/// device: one of the two.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Attach {
     /// `NAME` or `NAME@SNAPSHOT`.
     pub disk: String,
     /// Where the socket is to be: an absolute path.
-    pub vhost_user: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost_user: Option<String>,
+    /// Whether it is to be a block device.
+    #[serde(default)]
+    pub ublk: bool,
 }
 
 /// A disk that is attached.
@@ -210,9 +215,19 @@ pub struct Attachment {
     /// `NAME` or `NAME@SNAPSHOT`.
     pub disk: String,
     /// Path of the socket, by which the attachment is known.
-    pub vhost_user: String,
-    /// Whether a virtual machine is connected to it.
+    pub vhost_user: Option<String>,
+    /// Path of the block device, by which the attachment is known.
+    pub ublk: Option<String>,
+    /// Whether a virtual machine is connected to it, or the kernel.
     pub connected: bool,
+}
+
+impl Attachment {
+    /// The path by which it is known.
+    #[must_use]
+    pub fn path(&self) -> &str {
+        self.vhost_user.as_deref().or(self.ublk.as_deref()).unwrap_or_default()
+    }
 }
 
 /// A mount that the daemon serves.

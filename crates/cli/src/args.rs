@@ -253,30 +253,36 @@ pub(crate) enum Command {
         force: bool,
     },
 
-    /// Serve a disk or snapshot to a virtual machine through shared memory (vhost-user-blk)
+    /// Attach a disk or snapshot to a virtual machine (vhost-user-blk), or to this one (ublk)
     ///
-    /// Creates a socket for one virtual machine: QEMU, Cloud Hypervisor or whatever else speaks
-    /// vhost-user-blk; docs/guides/qemu.md has command lines. The attachment stays until it is
+    /// With --vhost-user it creates a socket for one virtual machine, which gets at the disk through
+    /// shared memory: QEMU, Cloud Hypervisor or whatever else speaks vhost-user-blk;
+    /// docs/guides/qemu.md has command lines. With --ublk it makes a block device of this machine, and
+    /// prints its path; docs/guides/host.md shows what to do with it. The attachment stays until it is
     /// detached, also when the daemon is started anew.
     Attach {
         #[command(flatten)]
         target: Target,
         /// Where to create the socket; who may use it follows from the umask of the daemon
         #[arg(long, value_name = "PATH", value_hint = ValueHint::AnyPath)]
-        vhost_user: PathBuf,
+        #[arg(required_unless_present = "ublk", conflicts_with = "ublk")]
+        vhost_user: Option<PathBuf>,
+        /// Make a block device /dev/ublkbN; takes Linux 6.5 or newer, and root
+        #[arg(long)]
+        ublk: bool,
     },
 
-    /// End an attachment: the virtual machine is disconnected, and the socket removed
+    /// End an attachment: the virtual machine is disconnected, or the block device taken away
     ///
-    /// What the virtual machine has in flight is completed. Switch it off or unplug the disk
-    /// first: without its disk it waits.
+    /// What is in flight is completed. Switch the virtual machine off or unplug the disk first:
+    /// without its disk it waits. A block device that is in use is not taken away.
     Detach {
-        /// The socket
+        /// The socket or the block device
         #[arg(value_name = "PATH", value_hint = ValueHint::AnyPath)]
         path: PathBuf,
     },
 
-    /// List the disks that are attached to virtual machines
+    /// List the disks that are attached to virtual machines, or are block devices
     Attachments,
 
     /// Show all disks as files in a directory, and their snapshots in `.snapshots` there (FUSE)

@@ -88,8 +88,9 @@ async fn ask(context: Context, command: Command) -> Result<(), Error> {
             let target = transfer::Source { name: t.target.0, snapshot: t.target.1 };
             transfer::export(&context, target, &file, format, force).await
         }
-        Command::Attach { target: t, vhost_user } => {
-            attachments::attach(&context, t.target, &vhost_user).await
+        // Without a socket it is a block device.
+        Command::Attach { target: t, vhost_user, .. } => {
+            attachments::attach(&context, t.target, vhost_user.as_deref()).await
         }
         Command::Detach { path } => attachments::detach(&context, &path).await,
         Command::Attachments => attachments::list(&context).await,

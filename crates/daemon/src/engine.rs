@@ -22,10 +22,11 @@ use vdi::Store;
 use crate::attachments::Attachments;
 use crate::catalog::StoreCatalog;
 use crate::config::Plan;
+use crate::devices::Devices;
 use crate::directory::StoreDirectory;
 use crate::failure_mark::FailureMark;
 use crate::mounts::Mounts;
-use crate::{attachments, convert, open};
+use crate::{convert, open};
 
 /// Most calls under way on the engine thread; further ones wait.
 const CALLS_MAX: usize = 256;
@@ -39,6 +40,7 @@ thread_local! {
 pub(crate) struct Served {
     pub(crate) store: Store,
     pub(crate) attachments: Rc<Attachments>,
+    pub(crate) devices: Rc<Devices>,
     pub(crate) mounts: Rc<Mounts>,
     servers: Rc<listen::Servers>,
     stop: RefCell<Option<OneshotSender<()>>>,
@@ -188,7 +190,6 @@ async fn serve(
     let description = device.describe();
     let mark = FailureMark::beside(&plan.socket, &plan.store);
     let options = open::options(plan.cache_bytes, mark.is_set())?;
-    let state = attachments::State::beside(&plan.socket, &plan.store);
     let (store, report) = Store::open(device, runtime.clone(), &options)
         .await
         .map_err(|error| open::explain(&plan.store, &error))?;
@@ -207,12 +208,17 @@ async fn serve(
             return Err(error);
         }
     };
-    let attachments = Rc::new(Attachments::new(&runtime, &io, &catalog, &state, &plan.sockets));
+    let (socket, path) = (&plan.socket, &plan.store);
+    let attachments =
+        Rc::new(Attachments::new(&runtime, &io, &catalog, socket, path, &plan.sockets));
     attachments.restore();
+    let devices = Devices::new(&runtime, &io, &catalog, socket, path);
+    devices.restore();
     let (stop, stopped) = oneshot();
     let served = Served {
         store: store.clone(),
         attachments: Rc::clone(&attachments),
+        devices: Rc::clone(&devices),
         mounts: Rc::clone(&mounts),
         servers: Rc::clone(&servers),
         stop: Some(stop).into(),
@@ -240,9 +246,11 @@ async fn serve(
         let attachments = Rc::clone(&attachments);
         runtime.spawn(async move { attachments.end().await })
     };
+    let leaving_devices = runtime.spawn(async move { devices.end().await });
     let leaving = runtime.spawn(async move { mounts.leave(door).await });
     servers.shutdown(&runtime).await;
     ending.await;
+    leaving_devices.await;
     leaving.await;
     SERVED.set(None);
     match failure {

@@ -18,12 +18,15 @@ mod config;
 mod control;
 mod convert;
 mod current;
+#[cfg_attr(not(feature = "ublk"), path = "devices/absent.rs")]
+mod devices;
 mod directory;
 mod engine;
 mod failure_mark;
 mod mounts;
 pub mod offline;
 mod open;
+mod remembered;
 mod socket_file;
 mod sockets;
 mod supervisor;

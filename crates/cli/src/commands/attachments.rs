@@ -10,21 +10,22 @@ use crate::output::{self, Column};
 pub(super) async fn attach(
     context: &Context,
     (name, snapshot): (String, Option<String>),
-    path: &Path,
+    vhost_user: Option<&Path>,
 ) -> Result<(), Error> {
     let disk = match snapshot {
         Some(snapshot) => format!("{name}@{snapshot}"),
         None => name,
     };
-    let request = Attach { disk, vhost_user: absolute(path)? };
+    let vhost_user = vhost_user.map(absolute).transpose()?;
+    let request = Attach { disk, ublk: vhost_user.is_none(), vhost_user };
     let attachment = context.client.attach(&request).await?;
-    let text = format!("attached {} at {}", attachment.disk, attachment.vhost_user);
+    let text = format!("attached {} at {}", attachment.disk, attachment.path());
     context.print(&attachment, &text)
 }
 
 pub(super) async fn detach(context: &Context, path: &Path) -> Result<(), Error> {
     let attachment = context.client.detach(&absolute(path)?).await?;
-    let text = format!("detached {} from {}", attachment.disk, attachment.vhost_user);
+    let text = format!("detached {} from {}", attachment.disk, attachment.path());
     context.print(&attachment, &text)
 }
 
@@ -34,13 +35,15 @@ pub(super) async fn list(context: &Context) -> Result<(), Error> {
         return output::print_json(&attachments);
     }
     if attachments.is_empty() {
-        let hint = "no disk is attached; attach one with: parallax attach NAME --vhost-user PATH";
+        let hint = "no disk is attached; attach one with: parallax attach NAME --vhost-user PATH, or \
+                    parallax attach NAME --ublk";
         return output::print(hint);
     }
-    let columns = [Column::Left("DISK"), Column::Left("CONNECTED"), Column::Left("SOCKET")];
+    let columns = [Column::Left("DISK"), Column::Left("CONNECTED"), Column::Left("AT")];
     let row = |attachment: Attachment| {
         let connected = if attachment.connected { "yes" } else { "no" };
-        vec![attachment.disk, connected.to_owned(), attachment.vhost_user]
+        let at = attachment.path().to_owned();
+        vec![attachment.disk, connected.to_owned(), at]
     };
     output::print(&output::table(&columns, attachments.into_iter().map(row).collect()))
 }

@@ -37,7 +37,10 @@ fn disks_and_snapshots_are_attached_and_detached() {
     assert_eq!(features(&place, "old.sock") & READ_ONLY, READ_ONLY);
 
     let connected = UnixStream::connect(place.path("vm.sock")).unwrap();
-    let attached = |disk: &str, socket: &str, connected| json!({ "disk": disk, "vhost_user": place.text(socket), "connected": connected });
+    let attached = |disk: &str, socket: &str, connected| {
+        let vhost_user = place.text(socket);
+        json!({ "disk": disk, "vhost_user": vhost_user, "ublk": null, "connected": connected })
+    };
     let expected = json!([attached("a@s", "old.sock", false), attached("a", "vm.sock", true)]);
     let deadline = Instant::now_after(Duration::from_secs(10));
     while place.json(&["attachments"]) != expected {
@@ -77,6 +80,36 @@ fn what_cannot_be_attached_is_told_at_once() {
     let said = place.fails(1, &["attach", "a", "--vhost-user", "vm.sock"]);
     assert!(said.contains("parallax detach"), "{said}");
     assert_eq!(place.json(&["attachments"]).as_array().unwrap().len(), 1);
+}
+
+/// Where the kernel has block devices `cargo xtask e2e ublk` looks at them.
+#[test]
+fn a_kernel_without_block_devices_is_told_of() {
+    if std::path::Path::new("/dev/ublk-control").exists() {
+        return;
+    }
+    let place = Place::with_store("256M");
+    let _served = place.serve(&[]);
+    place.ok(&["create", "a", "--size", "1M"]);
+    let said = place.fails(1, &["attach", "a", "--ublk"]);
+    assert!(said.contains("Linux 6.5") && said.contains("modprobe ublk_drv"), "{said}");
+    let said = place.fails(1, &["attach", "a", "--ublk", "--json"]);
+    assert!(said.contains(r#""kind":"unsupported""#), "{said}");
+    place.fails(2, &["attach", "b", "--ublk"]);
+    place.fails(1, &["attach", "a"]);
+    place.fails(1, &["attach", "a", "--ublk", "--vhost-user", "vm.sock"]);
+    place.fails(2, &["detach", "/dev/ublkb0"]);
+    assert_eq!(place.json(&["attachments"]), json!([]));
+    let (status, metrics) = request(&place, "GET", "/v1/ublk", "");
+    assert_eq!((status, &metrics["ublk_devices_total"]), (200, &json!(0)), "{metrics}");
+    assert_eq!(remembered(&place), 0, "nothing is left behind");
+}
+
+/// How many block devices the next daemon would look for.
+fn remembered(place: &Place) -> usize {
+    let text = std::fs::read_to_string(place.path("control.ublk.json")).unwrap();
+    let file: serde_json::Value = serde_json::from_str(&text).unwrap();
+    file["attachments"].as_array().unwrap().len()
 }
 
 #[test]

@@ -49,6 +49,13 @@ fn every_failure_has_one_shape() {
         ("POST", "/v1/vdis/a/rollback", r#"{"snapshot":"x"}"#, 404, "not_found"),
         ("POST", "/v1/attachments", r#"{"disk":"a","vhost_user":"relative"}"#, 400, "invalid"),
         ("POST", "/v1/attachments", r#"{"disk":"a"}"#, 400, "invalid"),
+        (
+            "POST",
+            "/v1/attachments",
+            r#"{"disk":"a","vhost_user":"/x","ublk":true}"#,
+            400,
+            "invalid",
+        ),
         ("DELETE", "/v1/attachments/%2Frun%2Fnothing", "", 404, "not_found"),
     ] {
         let (got, error) = request(&place, method, path, body);

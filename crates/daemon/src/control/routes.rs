@@ -1,5 +1,7 @@
 //! One function per route: take the request apart, call the engine, put the answer together.
 
+use std::time::Duration;
+
 use api::{
     Attach, Attachment, ChangeVdi, CreateVdi, DIFF_EXTENTS_MAX, DaemonStatus, DiffPage, Error,
     FrontendMetrics, Kind, Mounted, PAGE_MAX, Removed, Rollback, Snapshot, SnapshotPage, Space,
@@ -17,7 +19,10 @@ use super::extract::{Body, Failure, Parameters, Segments};
 use crate::convert;
 use crate::current::Current;
 use crate::engine::{Served, refused};
-use crate::upgrade;
+use crate::{devices, upgrade};
+
+/// How long a block device may take to be opened before it is taken away.
+const LOOK_MAX: Duration = Duration::from_secs(5);
 
 type Answer<T> = Result<Json<T>, Failure>;
 
@@ -28,6 +33,7 @@ pub(super) fn router(current: Current) -> Router {
         .route("/upgrade", post(upgrade))
         .route("/nbd", get(nbd))
         .route("/vhost-user", get(vhost_user))
+        .route("/ublk", get(ublk))
         .route("/fuse", get(fuse))
         .route("/vdis", get(list).post(create))
         .route("/vdis/{name}", get(info).patch(change).delete(remove))
@@ -77,6 +83,11 @@ async fn nbd(State(current): State<Current>) -> Answer<FrontendMetrics> {
 
 async fn vhost_user(State(current): State<Current>) -> Answer<FrontendMetrics> {
     let answer = async |served: &Served| Ok(served.attachments.metrics());
+    Ok(Json(current.call(answer).await?))
+}
+
+async fn ublk(State(current): State<Current>) -> Answer<FrontendMetrics> {
+    let answer = async |served: &Served| Ok(served.devices.metrics());
     Ok(Json(current.call(answer).await?))
 }
 
@@ -149,6 +160,7 @@ async fn change(
             (Some(new_name), None) => {
                 store.rename(&name, &new_name).await?;
                 served.attachments.rename(&name, &new_name);
+                served.devices.rename(&name, &new_name);
                 store.info(&new_name).await
             }
             (None, Some(size_bytes)) => resize(store, &name, size_bytes, request.shrink).await,
@@ -289,7 +301,12 @@ async fn diff(
 }
 
 async fn attachments(State(current): State<Current>) -> Answer<Vec<Attachment>> {
-    let answer = async |served: &Served| Ok(served.attachments.list());
+    let answer = async |served: &Served| {
+        let mut attachments = served.attachments.list();
+        attachments.extend(served.devices.list());
+        attachments.sort_by(|one, other| one.path().cmp(other.path()));
+        Ok(attachments)
+    };
     Ok(Json(current.call(answer).await?))
 }
 
@@ -298,9 +315,16 @@ async fn attach(
     Body(request): Body<Attach>,
 ) -> Result<(StatusCode, Json<Attachment>), Failure> {
     let answer = async move |served: &Served| {
-        // Whatever is wrong with the disk is told now, not when a virtual machine connects.
-        served.store.open_disk(&Target::parse(&request.disk)).await?;
-        Ok(served.attachments.attach(request))
+        let Attach { disk, vhost_user, ublk } = request;
+        match (vhost_user, ublk) {
+            (Some(path), false) => {
+                // Whatever is wrong with the disk is told now, not when a virtual machine connects.
+                served.store.open_disk(&Target::parse(&disk)).await?;
+                Ok(served.attachments.attach(disk, &path))
+            }
+            (None, true) => Ok(served.devices.attach(disk).await),
+            _ => Err(exactly_one("vhost_user", "ublk")),
+        }
     };
     Ok((StatusCode::CREATED, Json(current.call(answer).await??)))
 }
@@ -309,7 +333,18 @@ async fn detach(
     State(current): State<Current>,
     Segments(path): Segments<String>,
 ) -> Answer<Attachment> {
-    let answer = async move |served: &Served| Ok(served.attachments.detach(&path).await);
+    let device = path.clone();
+    let looked_at = tokio::task::spawn_blocking(move || devices::check_unused(&device));
+    match tokio::time::timeout(LOOK_MAX, looked_at).await {
+        Ok(looked_at) => looked_at.unwrap_or(Ok(()))?,
+        Err(_) => return Err(devices::in_use(&path).into()),
+    }
+    let answer = async move |served: &Served| {
+        Ok(match served.devices.detach(&path).await {
+            Some(outcome) => outcome,
+            None => served.attachments.detach(&path).await,
+        })
+    };
     Ok(Json(current.call(answer).await??))
 }
 

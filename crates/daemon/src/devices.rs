@@ -1,0 +1,285 @@
+//! Disks that are block devices of this machine (ublk), by number: `/dev/ublkbN`.
+//!
+//! They outlive the daemon: the kernel keeps them, and whoever uses them waits. The next daemon of the
+//! same store takes over what it finds remembered (`remembered.rs`). A number is remembered before the
+//! kernel is asked for it, and forgotten after the device is gone, so no device is left to nobody.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::io;
+use std::path::Path;
+use std::rc::Rc;
+use std::time::Duration;
+
+use api::{Attachment, Error, Kind};
+use runtime::Runtime;
+use runtime::reactor::Io;
+use serde::{Deserialize, Serialize};
+use ublk::Taken;
+
+use crate::remembered::Remembered;
+
+/// How long requests in flight may take to be completed when the daemon stops; the next one does again
+/// what takes longer.
+const DRAIN_MAX: Duration = Duration::from_secs(1);
+
+/// Numbers that are tried for a new device.
+const NUMBERS_MAX: u32 = 4096;
+
+/// What a path begins with, before the number.
+const PREFIX: &str = "/dev/ublkb";
+
+/// A device as it is remembered.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Listed {
+    /// `NAME` or `NAME@SNAPSHOT`.
+    disk: String,
+    /// Its number.
+    number: u32,
+    /// Digest of the identity of the disk that it was made of.
+    identity: u64,
+}
+
+struct Device {
+    listed: Listed,
+    /// Whether it is being made, taken over or taken away.
+    busy: bool,
+}
+
+/// What is attached, by number.
+pub(crate) struct Devices {
+    runtime: Runtime,
+    catalog: Rc<dyn disk::Catalog>,
+    server: ublk::Server,
+    remembered: Remembered<Listed>,
+    attached: RefCell<BTreeMap<u32, Device>>,
+}
+
+impl Devices {
+    pub(crate) fn new(
+        runtime: &Runtime,
+        io: &Io,
+        catalog: &Rc<dyn disk::Catalog>,
+        socket: &Path,
+        store: &Path,
+    ) -> Rc<Self> {
+        let config = ublk::Config { drain_timeout: DRAIN_MAX };
+        Rc::new(Self {
+            runtime: runtime.clone(),
+            catalog: Rc::clone(catalog),
+            server: ublk::Server::new(runtime, io, config),
+            remembered: Remembered::beside(socket, store, "ublk"),
+            attached: RefCell::default(),
+        })
+    }
+
+    /// Takes over what the last daemon has left, by and by.
+    pub(crate) fn restore(self: &Rc<Self>) {
+        let mut attached = self.attached.borrow_mut();
+        for listed in self.remembered.read() {
+            let number = listed.number;
+            attached.insert(number, Device { listed, busy: true });
+            drop(self.runtime.spawn(Rc::clone(self).take_over(number)));
+        }
+    }
+
+    async fn take_over(self: Rc<Self>, number: u32) {
+        let Some(Listed { disk, identity, .. }) = self.listed(number) else { return };
+        let opened = self.catalog.open(&disk).await;
+        let now = opened.as_ref().ok().map(|disk| disk.identity().digest());
+        match self.server.take_over(number, identity, opened).await {
+            Ok(Taken::Whole) => tracing::info!(disk, number, "a block device is served again"),
+            Ok(Taken::Anew) => {
+                tracing::info!(disk, number, "a block device was made anew");
+                self.change(number, |device| {
+                    device.listed.identity = now.unwrap_or(identity);
+                });
+                self.remember();
+                relieve(number);
+            }
+            Ok(Taken::Replaced) => tracing::warn!(
+                disk,
+                "the disk was rolled back or replaced, or its device failed: whoever uses \
+                 {PREFIX}{number} gets errors until it is detached"
+            ),
+            Err(error @ (ublk::Error::Foreign(_) | ublk::Error::Disk(_))) => {
+                tracing::warn!(disk, number, "not attached again: {error}");
+                self.attached.borrow_mut().remove(&number);
+                return self.remember();
+            }
+            // The next daemon may have more luck.
+            Err(error) => tracing::warn!(disk, number, "not attached again: {}", full(&error)),
+        }
+        self.change(number, |device| device.busy = false);
+    }
+
+    /// Makes a block device of a disk.
+    pub(crate) async fn attach(&self, disk: String) -> Result<Attachment, Error> {
+        let opened = self.catalog.open(&disk).await;
+        let opened = opened.map_err(|error| Error::new(error.kind, error.to_string()))?;
+        let identity = opened.identity().digest();
+        for number in 0..NUMBERS_MAX {
+            if self.attached.borrow().contains_key(&number) {
+                continue;
+            }
+            let listed = Listed { disk: disk.clone(), number, identity };
+            self.attached.borrow_mut().insert(number, Device { listed, busy: true });
+            self.remember();
+            match self.server.add(number, Rc::clone(&opened)).await {
+                Ok(()) => {
+                    self.change(number, |device| device.busy = false);
+                    relieve(number);
+                    return self.find(number);
+                }
+                Err(ublk::Error::Exists(_)) => self.forget(number),
+                // The next daemon sees what has become of it.
+                Err(error @ ublk::Error::Leaving) => return Err(refusal(&error)),
+                Err(error) => {
+                    self.forget(number);
+                    return Err(refusal(&error));
+                }
+            }
+        }
+        let message = format!("{PREFIX}0 to {PREFIX}{} are there already", NUMBERS_MAX - 1);
+        Err(Error::new(Kind::Busy, message))
+    }
+
+    /// Takes a block device away; `None` if the path is none of them.
+    pub(crate) async fn detach(&self, path: &str) -> Option<Result<Attachment, Error>> {
+        let number = number(path)?;
+        let was = self.find(number).ok()?;
+        let identity = self.listed(number)?.identity;
+        let busy = self.change(number, |device| std::mem::replace(&mut device.busy, true));
+        if busy == Some(true) {
+            let message = format!("{path} is being attached or detached");
+            return Some(Err(Error::new(Kind::Busy, message)));
+        }
+        match self.server.remove(number, identity).await {
+            Ok(()) | Err(ublk::Error::Foreign(_)) => {
+                self.forget(number);
+                Some(Ok(was))
+            }
+            Err(error) => {
+                self.change(number, |device| device.busy = false);
+                Some(Err(refusal(&error)))
+            }
+        }
+    }
+
+    /// What is attached, in order of number.
+    pub(crate) fn list(&self) -> Vec<Attachment> {
+        let attached = self.attached.borrow();
+        attached.values().map(|device| self.describe(&device.listed)).collect()
+    }
+
+    /// What the server has counted, by name.
+    pub(crate) fn metrics(&self) -> api::FrontendMetrics {
+        let values = self.server.metrics().values();
+        values.into_iter().map(|(name, value, _)| (name.to_owned(), value)).collect()
+    }
+
+    /// A VDI has another name: devices of it, and of its snapshots, are those of the same VDI as before.
+    pub(crate) fn rename(&self, from: &str, to: &str) {
+        for device in self.attached.borrow_mut().values_mut() {
+            if let Some(name) = crate::attachments::renamed(&device.listed.disk, from, to) {
+                device.listed.disk = name;
+            }
+        }
+        self.remember();
+    }
+
+    /// Leaves all to the next daemon, and keeps in mind what they were.
+    pub(crate) async fn end(&self) {
+        self.server.leave().await;
+    }
+
+    fn listed(&self, number: u32) -> Option<Listed> {
+        self.attached.borrow().get(&number).map(|device| device.listed.clone())
+    }
+
+    fn change<T>(&self, number: u32, change: impl FnOnce(&mut Device) -> T) -> Option<T> {
+        self.attached.borrow_mut().get_mut(&number).map(change)
+    }
+
+    fn find(&self, number: u32) -> Result<Attachment, Error> {
+        let listed = self.listed(number);
+        let listed = listed.ok_or_else(|| Error::new(Kind::NotFound, "it was detached"))?;
+        Ok(self.describe(&listed))
+    }
+
+    fn describe(&self, listed: &Listed) -> Attachment {
+        Attachment {
+            disk: listed.disk.clone(),
+            vhost_user: None,
+            ublk: Some(format!("{PREFIX}{}", listed.number)),
+            connected: self.server.serves(listed.number),
+        }
+    }
+
+    fn forget(&self, number: u32) {
+        self.attached.borrow_mut().remove(&number);
+        self.remember();
+    }
+
+    fn remember(&self) {
+        let attached = self.attached.borrow();
+        self.remembered.write(attached.values().map(|device| device.listed.clone()).collect());
+    }
+}
+
+/// Sees to it that nobody uses a block device of ours that is to be taken away. Blocks as long as the
+/// device does.
+pub(crate) fn check_unused(path: &str) -> Result<(), Error> {
+    use rustix::fs::{Mode, OFlags};
+    if number(path).is_none() {
+        return Ok(());
+    }
+    // Mounted file systems, partitions in use, device-mapper and swap have claimed it.
+    let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    match rustix::fs::open(path, flags, Mode::empty()) {
+        Err(rustix::io::Errno::BUSY) => Err(in_use(path)),
+        // Whatever is wrong with it is seen when it is taken away.
+        _ => Ok(()),
+    }
+}
+
+/// The refusal of a device that is in use, or that does not answer.
+pub(crate) fn in_use(path: &str) -> Error {
+    Error::new(Kind::Busy, format!("{path} is in use: unmount what is on it first"))
+}
+
+fn number(path: &str) -> Option<u32> {
+    path.strip_prefix(PREFIX)?.parse().ok()
+}
+
+/// Keeps one slot in each queue of a new device free. The kernel notices at once that a daemon was killed
+/// only if it has not given it a request for every slot (`ublk_timeout` in Linux 6.12), and else after
+/// 30 s. On a thread, because the kernel waits for what is under way.
+fn relieve(number: u32) {
+    let keep_one_free = move || {
+        let file = format!("/sys/block/ublkb{number}/queue/nr_requests");
+        let slots: u32 =
+            std::fs::read_to_string(&file)?.trim().parse().map_err(io::Error::other)?;
+        std::fs::write(&file, slots.saturating_sub(1).to_string())
+    };
+    let relieve = move || {
+        if let Err(error) = keep_one_free() {
+            tracing::debug!(number, %error, "cannot bound the requests of a block device");
+        }
+    };
+    let thread = std::thread::Builder::new().name("parallax-ublk".to_owned());
+    if let Err(error) = thread.spawn(relieve) {
+        tracing::debug!(%error, "cannot start a thread");
+    }
+}
+
+fn refusal(error: &ublk::Error) -> Error {
+    Error::new(error.kind(), full(error))
+}
+
+fn full(error: &ublk::Error) -> String {
+    match std::error::Error::source(error) {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
+    }
+}
