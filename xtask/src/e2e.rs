@@ -17,6 +17,7 @@ mod migration;
 mod mounted;
 mod quickstart;
 mod tools;
+mod ublk;
 
 use std::path::{Path, PathBuf};
 
@@ -40,7 +41,7 @@ struct Scenario {
     run: fn(&mut Bed) -> Result<()>,
 }
 
-const SCENARIOS: [Scenario; 13] = [
+const SCENARIOS: [Scenario; 14] = [
     Scenario { name: "quickstart", quick: true, guests: false, run: quickstart::run },
     Scenario { name: "tools", quick: true, guests: false, run: tools::run },
     Scenario { name: "fio", quick: true, guests: false, run: fio_matrix::run },
@@ -53,6 +54,7 @@ const SCENARIOS: [Scenario; 13] = [
     Scenario { name: "guest-btrfs", quick: false, guests: true, run: filesystems::btrfs },
     Scenario { name: "guest-vhost", quick: false, guests: true, run: filesystems::vhost_user },
     Scenario { name: "guest-migration", quick: false, guests: true, run: migration::run },
+    Scenario { name: "ublk", quick: false, guests: true, run: ublk::run },
     Scenario { name: "clones", quick: false, guests: true, run: clones::run },
 ];
 
@@ -202,6 +204,11 @@ impl Bed {
 
     fn server_with(&self, options: &Options) -> Result<Server> {
         Server::create(&self.kind, options, &self.data, &self.scratch)
+    }
+
+    /// An example program of ours, built now.
+    fn example(&self, package: &str, name: &str) -> Result<PathBuf> {
+        Workspace::find()?.release_example(package, name)
     }
 
     /// How often to do what a scenario does again and again.

@@ -47,6 +47,20 @@ impl Workspace {
         Ok(self.target.join("release").join(name))
     }
 
+    /// Builds an example of `package` with optimisation; returns its path.
+    ///
+    /// # Errors
+    /// If it does not compile.
+    pub(crate) fn release_example(&self, package: &str, name: &str) -> Result<PathBuf> {
+        self.cargo()
+            .words("build --release --package")
+            .arg(package)
+            .words("--example")
+            .arg(name)
+            .show()?;
+        Ok(self.target.join("release/examples").join(name))
+    }
+
     /// Our command: built now, or `given`, for a release that was built elsewhere.
     ///
     /// # Errors

@@ -26,6 +26,8 @@ pub(crate) enum Disk {
     Nbd(PathBuf, String),
     /// The socket of a vhost-user-blk server.
     VhostUser(PathBuf),
+    /// A file, which is written past the page cache.
+    File(PathBuf),
 }
 
 /// What a guest is started with.
@@ -118,6 +120,14 @@ impl Disk {
                 ))
                 .arg("-device")
                 .arg(format!("vhost-user-blk-pci,chardev=c{index},num-queues=2")),
+            Self::File(path) => run
+                .arg("-blockdev")
+                .arg(format!(
+                    "driver=file,node-name=n{index},filename={},cache.direct=on,discard=unmap",
+                    path.display()
+                ))
+                .arg("-device")
+                .arg(format!("virtio-blk-pci,drive=n{index},num-queues=2")),
         }
     }
 }

@@ -44,7 +44,15 @@ impl Initramfs {
     /// # Errors
     /// If it is not there.
     pub(crate) fn program(&mut self, path: &Path) -> Result<()> {
-        self.copy(path)?;
+        self.program_as(path, path)
+    }
+
+    /// Adds a program of this machine at another place, and the libraries that it needs.
+    ///
+    /// # Errors
+    /// If it is not there.
+    pub(crate) fn program_as(&mut self, path: &Path, inside: &Path) -> Result<()> {
+        self.copy_as(path, inside)?;
         // A static program has nothing that ldd could list, and says so with an error.
         let listed = Run::new("ldd").arg(path).output()?;
         for word in listed.stdout.split_whitespace().filter(|word| word.starts_with('/')) {
@@ -84,12 +92,16 @@ impl Initramfs {
     }
 
     fn copy(&mut self, path: &Path) -> Result<()> {
-        if self.present.contains(path) {
+        self.copy_as(path, path)
+    }
+
+    fn copy_as(&mut self, path: &Path, inside: &Path) -> Result<()> {
+        if self.present.contains(inside) {
             return Ok(());
         }
         let bytes = std::fs::read(path).with_context(|| format!("read {}", path.display()))?;
         let mode = std::fs::metadata(path)?.permissions().mode();
-        self.entry(path, if mode & 0o111 == 0 { FILE } else { PROGRAM }, &bytes)
+        self.entry(inside, if mode & 0o111 == 0 { FILE } else { PROGRAM }, &bytes)
     }
 
     fn directory(&mut self, path: &Path) -> Result<()> {
