@@ -182,11 +182,7 @@ impl Story<'_> {
             ensure!(took < OUTAGE_LIMIT, "outage {outage} took {took:?}");
             longest = longest.max(took);
         }
-        let early = complete_lines(&guest.said()).any(|line| line.starts_with("FIO "));
-        ensure!(!early, "fio was done before the last outage");
-        guest.wait_for("finishing fio", CHECK_LIMIT, |line| line == "END")?;
-        let said = guest.wait(BOOT_LIMIT)?;
-        ensure!(complete_lines(&said).any(|line| line == "FIO 0"), "fio complains:\n{said}");
+        let said = end_of_fio(guest, "outage", CHECK_LIMIT)?;
         let waits = complete_lines(&said).filter_map(|line| line.strip_prefix("LONGEST "));
         console::say(&format!(
             "  {upgrades} upgrades and {} kills, the longest took {longest:.1?}; the guest's longest \
@@ -309,6 +305,17 @@ impl Story<'_> {
     fn pause(&mut self, most_milliseconds: u64) {
         clock::sleep(Duration::from_millis(self.random.below(most_milliseconds)));
     }
+}
+
+/// Waits until the fio of a verifying guest, which must still run after the last of what was done to
+/// it, has ended well; returns all that the guest said.
+pub(super) fn end_of_fio(mut guest: Guest, last: &str, limit: Duration) -> Result<String> {
+    let early = complete_lines(&guest.said()).any(|line| line.starts_with("FIO "));
+    ensure!(!early, "fio was done before the last {last}");
+    guest.wait_for("finishing fio", limit, |line| line == "END")?;
+    let said = guest.wait(BOOT_LIMIT)?;
+    ensure!(complete_lines(&said).any(|line| line == "FIO 0"), "fio complains:\n{said}");
+    Ok(said)
 }
 
 /// Adds what a filling guest said to what must be there.

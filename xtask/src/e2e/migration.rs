@@ -17,6 +17,7 @@ use crate::control::Control;
 use crate::server::{EXPORT, Server};
 
 use super::Bed;
+use super::filesystems::end_of_fio;
 use super::guest::{Disk, Machine, Moved, complete_lines};
 use super::initramfs::Initramfs;
 use super::kernel::Kernel;
@@ -89,11 +90,7 @@ impl Journey<'_> {
             longest.down_ms = longest.down_ms.max(moved.down_ms);
             guest = there;
         }
-        let early = complete_lines(&guest.said()).any(|line| line.starts_with("FIO "));
-        ensure!(!early, "fio was done before the last move");
-        guest.wait_for("finishing fio", LIMIT, |line| line == "END")?;
-        let said = guest.wait(LIMIT)?;
-        ensure!(complete_lines(&said).any(|line| line == "FIO 0"), "fio complains:\n{said}");
+        let said = end_of_fio(guest, "move", LIMIT)?;
         let read = complete_lines(&said).find(|line| line.starts_with("CACHE"));
         ensure!(read.is_some_and(|line| line.starts_with("CACHE ")), "memory is old:\n{said}");
         console::say(&format!(
