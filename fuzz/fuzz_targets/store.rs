@@ -162,7 +162,7 @@ async fn use_it(ram: Ram, runtime: Runtime) {
             if let Ok(snapshot) = image::disk(&store, &handle).await {
                 let _ = look(&*snapshot).await;
             }
-            let _ = store.diff(&Target::parse(name), &Target::parse(&handle)).await;
+            let _ = store.diff(&Target::parse(name), &Target::parse(&handle), 0, 1024).await;
         }
         for lba in [0, 5, 300, 65_536] {
             let _ = image::write(&disk, lba, 55).await;
