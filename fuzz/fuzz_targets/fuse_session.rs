@@ -15,7 +15,7 @@ use fuzz::script::Script;
 use fuzz::slow::SlowDisk;
 use libfuzzer_sys::fuzz_target;
 use runtime::Runtime;
-use runtime::reactor::{EngineChoice, Io, Reactor};
+use runtime::reactor::Io;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send};
 
@@ -221,12 +221,6 @@ async fn play(runtime: Runtime, io: Io, input: Vec<u8>) {
 }
 
 fuzz_target!(|input: &[u8]| {
-    thread_local! {
-        static REACTOR: Reactor = Reactor::start(EngineChoice::Auto).expect("an engine");
-    }
     let input = input.to_vec();
-    REACTOR.with(|reactor| {
-        let (runtime, io) = (reactor.runtime().clone(), reactor.io().clone());
-        reactor.run(play(runtime, io, input)).expect("the engine runs");
-    });
+    fuzz::reactor::run(|runtime, io| play(runtime, io, input));
 });

@@ -16,7 +16,7 @@ use disk::{Catalog, Disk, DiskError, Export, LocalBoxFuture};
 use fuzz::script::Script;
 use fuzz::slow::SlowDisk;
 use libfuzzer_sys::fuzz_target;
-use runtime::reactor::{Address, Channel, EngineChoice, Io, Listener, Reactor};
+use runtime::reactor::{Address, Channel, Io, Listener};
 use runtime::{JoinHandle, Runtime};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -247,12 +247,6 @@ async fn play(runtime: Runtime, io: Io, input: Vec<u8>) {
 }
 
 fuzz_target!(|input: &[u8]| {
-    thread_local! {
-        static REACTOR: Reactor = Reactor::start(EngineChoice::Auto).expect("an engine");
-    }
     let input = input.to_vec();
-    REACTOR.with(|reactor| {
-        let (runtime, io) = (reactor.runtime().clone(), reactor.io().clone());
-        reactor.run(play(runtime, io, input)).expect("the engine runs");
-    });
+    fuzz::reactor::run(|runtime, io| play(runtime, io, input));
 });

@@ -2,6 +2,7 @@
 
 pub mod image;
 pub mod ram;
+pub mod reactor;
 pub mod script;
 pub mod seal;
 pub mod slow;
