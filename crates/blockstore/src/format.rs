@@ -32,9 +32,9 @@ pub struct Options {
     pub boot_id: [u8; 16],
 }
 
-/// Blocks at the start and at the end of the device that must be zero for it to look unused: where
-/// partition tables, file systems, volume managers and RAID put their labels.
-const LOOKS_USED_BLOCKS: usize = REQUEST_BLOCKS_MAX;
+/// Blocks at the start and at the end of a device where partition tables, file systems, volume
+/// managers and RAID put their labels: they must be zero for it to look unused.
+const LABEL_BLOCKS: u64 = REQUEST_BLOCKS_MAX as u64;
 
 /// Blocks between two words about progress: 64 MiB.
 const ZERO_BLOCKS_AT_ONCE: u64 = 16_384;
@@ -46,17 +46,19 @@ const ZERO_BLOCKS_AT_ONCE: u64 = 16_384;
 /// `Busy` if the device looks used and `force` is not set; `Invalid` for impossible sizes;
 /// device errors.
 pub async fn format(device: &Device, runtime: &Runtime, options: &Options) -> Result<(), Error> {
-    let (extent_blocks, ring_blocks) =
-        geometry::choose_sizes(device.block_count(), options.extent_bytes, options.log_bytes)?;
-    if !options.force {
-        refuse_used(device, runtime).await?;
-    }
+    check(device, runtime, options).await?;
+    let (extent_blocks, ring_blocks) = sizes(device, options)?;
     let zero = BlockSlice::whole(Rc::new(Buffer::zeroed(1)));
+    let [primary, secondary] = SUPERBLOCK_COPIES;
     // One after the other, the primary last: of a format that is cut short here the old store is
     // left, or a primary that is torn and no secondary.
-    for at in SUPERBLOCK_COPIES.into_iter().rev() {
+    for at in [secondary, primary] {
         device.write(at, vec![zero.clone()]).await?;
         device.flush().await?;
+    }
+    // A label that stays would have others take the device for theirs.
+    for (at, count) in labels(device) {
+        zero_blocks(device, at, count).await?;
     }
 
     let superblock = Superblock {
@@ -87,7 +89,6 @@ pub async fn format(device: &Device, runtime: &Runtime, options: &Options) -> Re
     let block = BlockSlice::whole(Rc::new(slot.encode(&checksums, at)));
     device.write(at, vec![block]).await?;
     device.flush().await?;
-    let [primary, secondary] = SUPERBLOCK_COPIES;
     superblock::write(device, &superblock, &[secondary, primary]).await
 }
 
@@ -96,16 +97,8 @@ pub async fn format(device: &Device, runtime: &Runtime, options: &Options) -> Re
 /// `progress` is told how many blocks of how many are done. Durable on return.
 ///
 /// # Errors
-/// As [`format()`]; a device that is refused is as it was.
-pub async fn zero(
-    device: &Device,
-    runtime: &Runtime,
-    force: bool,
-    progress: &dyn Fn(u64, u64),
-) -> Result<(), Error> {
-    if !force {
-        refuse_used(device, runtime).await?;
-    }
+/// If the device fails.
+pub async fn zero(device: &Device, progress: &dyn Fn(u64, u64)) -> Result<(), Error> {
     let count = device.block_count();
     let mut done = 0;
     while done < count {
@@ -142,19 +135,38 @@ fn empty_slot(log_start: Pba, wall_ns: u64, boot_id: [u8; 16]) -> HostSlot {
     }
 }
 
-async fn refuse_used(device: &Device, runtime: &Runtime) -> Result<(), Error> {
-    let [_, secondary] = SUPERBLOCK_COPIES;
-    let last = device.block_count().saturating_sub(LOOKS_USED_BLOCKS as u64);
-    for (at, count) in
-        [(Pba::new(0), LOOKS_USED_BLOCKS), (secondary, 1), (Pba::new(last), LOOKS_USED_BLOCKS)]
-    {
+/// Where labels stand: runs of at most [`REQUEST_BLOCKS_MAX`] blocks.
+fn labels(device: &Device) -> [(Pba, u64); 3] {
+    let [start, secondary] = SUPERBLOCK_COPIES;
+    let end = Pba::new(device.block_count().saturating_sub(LABEL_BLOCKS));
+    [(start, LABEL_BLOCKS), (secondary, 1), (end, LABEL_BLOCKS)]
+}
+
+fn sizes(device: &Device, options: &Options) -> Result<(u64, u64), Error> {
+    geometry::choose_sizes(device.block_count(), options.extent_bytes, options.log_bytes)
+}
+
+/// Whether [`format()`] would go on: sizes, and unless they are forced, devices with a store, a
+/// partition table or a file system on them.
+///
+/// # Errors
+/// `Busy`, with what was found; `Invalid` for impossible sizes; device errors.
+pub async fn check(device: &Device, runtime: &Runtime, options: &Options) -> Result<(), Error> {
+    sizes(device, options)?;
+    if options.force { Ok(()) } else { check_unused(device, runtime).await }
+}
+
+async fn check_unused(device: &Device, runtime: &Runtime) -> Result<(), Error> {
+    let used = |found| Err(Error::refused(ErrorKind::Busy, found));
+    if superblock::read(device, runtime, false).await.is_ok() {
+        return used("it holds a Parallax store");
+    }
+    for (at, count) in labels(device) {
+        let count = usize::try_from(count).unwrap_or(0);
         let buffer = device.read(at, count, runtime.buffers().take(count)).await?;
         let mut blocks = buffer.blocks().iter().take(count);
         if blocks.any(|block| block.0.iter().any(|&byte| byte != 0)) {
-            return Err(Error::refused(
-                ErrorKind::Busy,
-                "the device is not empty; format --force destroys what is on it",
-            ));
+            return used("something is written where labels stand");
         }
     }
     Ok(())

@@ -3,8 +3,10 @@
 
 mod check;
 mod dump;
+mod used;
 
 use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use api::{Error, Kind};
@@ -120,16 +122,19 @@ fn run(
     };
     let runtime = reactor.runtime().clone();
     let zero = format.preallocate == Preallocate::Full;
+    let shown = path.to_owned();
     let make = async move {
-        if zero {
-            Store::zero(&device, &runtime, options.force, &progress).await?;
+        let failed = |error| explain(&shown, &error);
+        Store::check_format(&device, &runtime, &options).await.map_err(failed)?;
+        if !options.force {
+            refuse_data(&shown)?;
         }
-        Store::format(&device, &runtime, &options).await
+        if zero {
+            Store::zero(&device, &progress).await.map_err(failed)?;
+        }
+        Store::format(&device, &runtime, &options).await.map_err(failed)
     };
-    reactor
-        .run(make)
-        .map_err(|e| Error::system("go on with the I/O engine", &e))?
-        .map_err(|error| explain(path, &error))?;
+    reactor.run(make).map_err(|e| Error::system("go on with the I/O engine", &e))??;
     // Last, so that a file that is refused takes no more space than before.
     if format.preallocate == Preallocate::Falloc && path.is_file() {
         preallocate(path)?;
@@ -137,17 +142,39 @@ fn run(
     Ok(formatted)
 }
 
-fn explain(path: &Path, error: &vdi::Error) -> Error {
-    let shown = path.display();
-    let error = engine_error(error);
-    if error.kind == Kind::Busy {
-        // Nobody holds it, or it could not have been opened; there is something on it.
-        return Error::new(
-            Kind::Exists,
-            format!("{shown} is not empty; if everything on it may be lost, add --force"),
-        );
+/// The engine looks where devices have their labels; of a file it is known where it has data.
+fn refuse_data(path: &Path) -> Result<(), Error> {
+    if !path.is_file() {
+        return Ok(());
     }
-    Error::new(error.kind, format!("cannot format {shown}: {error}"))
+    let look = used::data_in(path);
+    match look.map_err(|e| Error::system(&format!("look for data in {}", path.display()), &e))? {
+        used::Data::None => Ok(()),
+        used::Data::At(at) => Err(refuse_used(path, &format!("it has data at byte {at}"))),
+        used::Data::TooMany => {
+            Err(refuse_used(path, "it has too many pieces of data to look at them all"))
+        }
+    }
+}
+
+fn refuse_used(path: &Path, found: &str) -> Error {
+    let shown = path.display();
+    let found = match used::signature(path) {
+        Some(signature) => format!("{found} ({signature}, says blkid)"),
+        None => found.to_owned(),
+    };
+    let message =
+        format!("{shown} is not empty: {found}; if everything on it may be lost, add --force");
+    Error::new(Kind::Exists, message)
+}
+
+fn explain(path: &Path, error: &vdi::Error) -> Error {
+    let error = engine_error(error);
+    match error.kind {
+        // Nobody holds it, or it could not have been opened; there is something on it.
+        Kind::Busy => refuse_used(path, &error.message),
+        kind => Error::new(kind, format!("cannot format {}: {error}", path.display())),
+    }
 }
 
 /// Creates or grows the file, if a size is given.
@@ -184,7 +211,8 @@ fn prepare(path: &Path, format: &Format) -> Result<Before, Error> {
             Ok(Before::Shorter(found.len()))
         }
         None => {
-            let file = File::options().write(true).create_new(true).open(path);
+            // What virtual machines write is nobody else's to read.
+            let file = File::options().write(true).create_new(true).mode(0o600).open(path);
             let file = file.map_err(|e| Error::system(&format!("create {shown}"), &e))?;
             file.set_len(size).map_err(|error| {
                 // The error that is on its way tells more than one from here could.

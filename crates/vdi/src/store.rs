@@ -29,7 +29,8 @@ impl Store {
     /// Writes an empty store to `device`. Durable on return.
     ///
     /// # Errors
-    /// `Busy` if the device looks used and `force` is not set; `Invalid` for impossible sizes.
+    /// `Busy` with what was found if the device looks used and `force` is not set; `Invalid` for
+    /// impossible sizes.
     pub async fn format(
         device: &Device,
         runtime: &Runtime,
@@ -39,19 +40,27 @@ impl Store {
         Ok(blockstore::format::format(device, runtime, &options).await?)
     }
 
+    /// Whether [`Self::format`] would go on, for who has something to do before.
+    ///
+    /// # Errors
+    /// As [`Self::format`].
+    pub async fn check_format(
+        device: &Device,
+        runtime: &Runtime,
+        options: &FormatOptions,
+    ) -> Result<(), Error> {
+        let options = recovery::format_options(options);
+        Ok(blockstore::format::check(device, runtime, &options).await?)
+    }
+
     /// Writes zeroes over the whole of `device`, before it is formatted: then no block of a file is
     /// written for the first time when guests wait. `progress` is told how many blocks of how many
     /// are done. Durable on return.
     ///
     /// # Errors
-    /// As [`Self::format`].
-    pub async fn zero(
-        device: &Device,
-        runtime: &Runtime,
-        force: bool,
-        progress: &dyn Fn(u64, u64),
-    ) -> Result<(), Error> {
-        Ok(blockstore::format::zero(device, runtime, force, progress).await?)
+    /// If the device fails.
+    pub async fn zero(device: &Device, progress: &dyn Fn(u64, u64)) -> Result<(), Error> {
+        Ok(blockstore::format::zero(device, progress).await?)
     }
 
     /// Opens a store: recovers it if it was not closed cleanly, and starts its background tasks
