@@ -46,7 +46,8 @@ pub fn coverage(root: &RootRef) -> u64 {
 pub enum Leaf {
     /// The leaf node that covers the block.
     Node(Node),
-    /// Nothing is mapped in the aligned range of so many blocks around the block.
+    /// Nothing is mapped from the block on, up to the end of the aligned range of so many blocks
+    /// that it lies in.
     Uniform(EntryState, u64),
 }
 
@@ -71,6 +72,9 @@ impl Leaf {
     }
 }
 
+/// The range that what a tree does not cover lies in: it has no end.
+const UNCOVERED: u64 = 1 << 63;
+
 /// A step of a descent.
 enum Step {
     /// Load this node, which is at this level.
@@ -80,7 +84,7 @@ enum Step {
 
 fn first_step(root: &RootRef, index: u64) -> Step {
     if index >= coverage(root) {
-        return Step::Done(Leaf::Uniform(EntryState::Unmapped, span(root.height)));
+        return Step::Done(Leaf::Uniform(EntryState::Unmapped, UNCOVERED));
     }
     step(root.entry, root.height)
 }

@@ -3,6 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::rc::Rc;
+use std::time::Duration;
 
 use base::{BLOCK_SIZE_U64, BirthLabel, BlockSlice, Epoch, ErrorKind, HostId, Lsn, Pba, VdiId};
 use blockstore::allocator::{Allocator, Run, Space};
@@ -25,6 +26,10 @@ use crate::release::Releases;
 use crate::reserve::Reserve;
 use crate::vdi::{Snapshot, Vdi};
 use crate::{Error, Stats};
+
+/// A store that is full says so to the log again when so much time has passed: what is discarded
+/// and written again may fill it a thousand times a second.
+const FULL_TOLD_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The parts of an open store.
 pub(crate) struct Engine {
@@ -71,6 +76,8 @@ pub(crate) struct Engine {
     pub(crate) changed_nodes: Cell<u64>,
     /// Set when even forced checkpoints freed nothing; cleared when something is dropped or freed.
     pub(crate) full: Cell<bool>,
+    /// When the log was told so.
+    pub(crate) full_told: Cell<Option<runtime::Time>>,
     pub(crate) branch_serial: Cell<u64>,
     pub(crate) stats: RefCell<Stats>,
     /// One change of names and snapshots at a time.
@@ -344,11 +351,21 @@ impl Engine {
         if gives_up() {
             return Err(severed());
         }
-        self.full.set(true);
+        self.note_full();
         Err(Error::refused(
             ErrorKind::NoSpace,
-            "the store is full: discard, delete VDIs or snapshots, or grow it",
+            "the store is full: discard, or delete VDIs or snapshots",
         ))
+    }
+
+    /// There is no free block. The log is told, now and then.
+    fn note_full(&self) {
+        self.full.set(true);
+        let now = self.runtime.now();
+        if self.full_told.get().is_none_or(|told| now.since(told) >= FULL_TOLD_INTERVAL) {
+            self.full_told.set(Some(now));
+            tracing::warn!("the store is full: writes that need space are refused");
+        }
     }
 
     /// Free data blocks, if there are some and room for the nodes that name them.

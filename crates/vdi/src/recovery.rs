@@ -290,6 +290,7 @@ fn build(
         unflushed: Cell::new(0),
         changed_nodes: Cell::new(0),
         full: Cell::new(false),
+        full_told: Cell::new(None),
         branch_serial: Cell::new(0),
         stats: RefCell::default(),
         management: Semaphore::new(1),

@@ -105,11 +105,34 @@ fn with_json_errors_are_json() {
 #[test]
 fn a_full_store_is_5() {
     let place = Place::with_store("256M");
-    let _served = place.serve(&[]);
+    let served = place.serve(&[]);
     crate::place::noise_file(&place.path("large"), 300 << 20);
     let said = place.fails(5, &["import", "large", "big"]);
-    assert!(said.contains("No space left"), "{said}");
+    assert!(said.contains("the store is full") && said.contains("No space left"), "{said}");
     assert_eq!(place.ok(&["ls", "--json"]), "[]", "the incomplete disk is gone");
+    served.signal(rustix::process::Signal::TERM);
+    let (_, log) = served.wait();
+    assert_eq!(log.matches("the store is full").count(), 1, "{log}");
+}
+
+/// What is too short for the second copy of a superblock was called damaged.
+#[test]
+fn a_small_file_is_no_store() {
+    let place = Place::new();
+    crate::place::noise_file(&place.path("small"), 777_000);
+    for command in ["serve", "check"] {
+        let said = place.fails(2, &[command, "small"]);
+        assert!(said.contains("there is no store on small"), "{said}");
+    }
+}
+
+#[test]
+fn an_unknown_engine_is_refused() {
+    let place = Place::with_store("256M");
+    let mut command = place.command(&["check", "store"]);
+    let outcome = crate::place::Outcome::of(command.env("PARALLAX_IO_ENGINE", "uring"));
+    assert_eq!(outcome.code, Some(1), "{outcome:?}");
+    assert!(outcome.stderr.contains("none of auto, io_uring, threads"), "{outcome:?}");
 }
 
 #[test]

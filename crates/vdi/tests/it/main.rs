@@ -27,7 +27,7 @@ mod walks;
 use std::rc::Rc;
 
 use base::{BLOCK_SIZE, Buffer, ErrorKind, SnapshotNumber};
-use disk::{Disk, ExtentState, Request, Response, copy_segments};
+use disk::{Disk, Extent, ExtentState, Request, Response, copy_segments};
 use parallax_vdi::{Error, FormatOptions, OpenOptions, OpenReport, Reuse, Store, Target, VdiDiff};
 use ram::{Ram, run};
 use runtime::Runtime;
@@ -314,6 +314,24 @@ fn discards_make_holes_and_free_their_blocks() {
         store.checkpoint().await.unwrap();
         let freed = store.stats().free_bytes - used;
         assert!(freed >= (15 << 20), "{freed} bytes came back");
+    });
+}
+
+/// A disk that has hardly been written told 1 GiB of its holes at a time.
+#[test]
+fn what_was_never_written_is_one_hole() {
+    with_store(|_, store| async move {
+        store.create("web01", 20 << 40).await.unwrap();
+        let disk = disk(&store, "web01").await;
+        write(&disk, 0, &[1; 4096]).await;
+        store.checkpoint().await.unwrap();
+        let request =
+            Request::BlockStatus { offset: 4096, length: (20 << 40) - 4096, extents_max: 9 };
+        let Ok(Response::Extents(extents)) = disk.submit(request).await else { panic!() };
+        let [Extent { length, state: ExtentState::Hole }] = extents[..] else {
+            panic!("{extents:?}")
+        };
+        assert_eq!(length, (20 << 40) - 4096);
     });
 }
 
