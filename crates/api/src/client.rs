@@ -109,7 +109,7 @@ impl Client {
     /// Deletes a VDI with all its snapshots. Durable on return.
     ///
     /// # Errors
-    /// `NotFound`.
+    /// `NotFound`; `Busy` if it or a snapshot of it is attached.
     pub async fn remove(&self, name: &str) -> Result<Removed, Error> {
         self.ask(Method::DELETE, &vdi_path(name), NOTHING).await
     }

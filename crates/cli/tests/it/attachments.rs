@@ -143,11 +143,31 @@ fn attachments_outlive_the_daemon() {
     // A disk that is gone does not keep the others from being attached.
     place.ok(&["create", "c", "--size", "1M"]);
     place.ok(&["attach", "c", "--vhost-user", "three.sock"]);
-    place.ok(&["rm", "b"]);
     served.stop();
+    let state = place.path("control.attachments.json");
+    let text = std::fs::read_to_string(&state).unwrap();
+    std::fs::write(&state, text.replace(r#""b""#, r#""gone""#)).unwrap();
     let _served = place.serve(&[]);
     features(&place, "three.sock");
     let mut gone = UnixStream::connect(place.path("one.sock")).unwrap();
     gone.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     assert_eq!(gone.read(&mut [0]).unwrap_or(0), 0, "refused");
+}
+
+/// A disk went away under its virtual machine, and stayed in the list.
+#[test]
+fn what_is_attached_is_not_deleted() {
+    let place = Place::with_store("256M");
+    let _served = place.serve(&[]);
+    place.ok(&["create", "a", "--size", "1M"]);
+    place.ok(&["snapshot", "a", "--label", "s"]);
+    place.ok(&["snapshot", "a"]);
+    place.ok(&["attach", "a@s", "--vhost-user", "vm.sock"]);
+    for target in ["a", "a@s", "a@1"] {
+        let said = place.fails(3, &["rm", target]);
+        assert!(said.contains("parallax detach") && said.contains("vm.sock"), "{said}");
+    }
+    place.ok(&["rm", "a@2"]);
+    place.ok(&["detach", "vm.sock"]);
+    place.ok(&["rm", "a"]);
 }

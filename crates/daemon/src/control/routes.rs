@@ -197,10 +197,38 @@ async fn remove(
 ) -> Answer<Removed> {
     let answer = async move |served: &Served| {
         let snapshots = served.store.info(&name).await?.snapshot_count;
-        served.store.remove(&Target { vdi: name.clone(), snapshot: None }).await?;
+        let target = Target { vdi: name.clone(), snapshot: None };
+        refuse_attached(served, &target).await?;
+        served.store.remove(&target).await?;
         Ok(Removed { removed: name, snapshots })
     };
     Ok(Json(current.call(answer).await?))
+}
+
+/// What is attached is not deleted: a virtual machine, or a file system of this machine, counts on it.
+/// Clients that come and go are disconnected instead.
+async fn refuse_attached(served: &Served, target: &Target) -> Result<(), vdi::Error> {
+    for attachment in all_attachments(served) {
+        let disk = Target::parse(&attachment.disk);
+        if disk.vdi == target.vdi && holds(served, &disk, target).await? {
+            let (disk, path) = (&attachment.disk, attachment.path());
+            return Err(refused(
+                ErrorKind::Busy,
+                format!("{disk} is attached at {path}: first parallax detach {path}"),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Whether deleting `target` takes `attached` away, which is of the same VDI. A snapshot has a number and
+/// may have a label.
+async fn holds(served: &Served, attached: &Target, target: &Target) -> Result<bool, vdi::Error> {
+    let Some(snapshot) = &target.snapshot else { return Ok(true) };
+    let Some(attached) = &attached.snapshot else { return Ok(false) };
+    let deleted = served.store.snapshot_info(&target.vdi, snapshot).await?.number;
+    let attached = served.store.snapshot_info(&target.vdi, attached).await;
+    Ok(attached.is_ok_and(|attached| attached.number == deleted))
 }
 
 async fn space(State(current): State<Current>, Segments(vdi): Segments<String>) -> Answer<Space> {
@@ -275,6 +303,7 @@ async fn remove_snapshot(
 ) -> Answer<Removed> {
     let answer = async move |served: &Served| {
         let target = Target { vdi, snapshot: Some(snapshot) };
+        refuse_attached(served, &target).await?;
         served.store.remove(&target).await?;
         Ok(Removed { removed: target.to_string(), snapshots: 0 })
     };
@@ -301,13 +330,16 @@ async fn diff(
 }
 
 async fn attachments(State(current): State<Current>) -> Answer<Vec<Attachment>> {
-    let answer = async |served: &Served| {
-        let mut attachments = served.attachments.list();
-        attachments.extend(served.devices.list());
-        attachments.sort_by(|one, other| one.path().cmp(other.path()));
-        Ok(attachments)
-    };
+    let answer = async |served: &Served| Ok(all_attachments(served));
     Ok(Json(current.call(answer).await?))
+}
+
+/// Sockets and block devices, in order of path.
+fn all_attachments(served: &Served) -> Vec<Attachment> {
+    let mut attachments = served.attachments.list();
+    attachments.extend(served.devices.list());
+    attachments.sort_by(|one, other| one.path().cmp(other.path()));
+    attachments
 }
 
 async fn attach(
