@@ -115,6 +115,9 @@ enum Unusable {
 }
 
 async fn read_copy(device: &Device, runtime: &Runtime, at: Pba) -> Result<Superblock, Unusable> {
+    if at.get() >= device.block_count() {
+        return Err(Unusable::Contents(DecodeError::Magic));
+    }
     let read = device.read(at, 1, runtime.buffers().take(1)).await;
     let buffer = read.map_err(Unusable::Read)?;
     let decoded = buffer

@@ -180,9 +180,9 @@ pub(crate) enum Command {
     Resize {
         #[command(flatten)]
         name: Name,
-        /// New logical size, such as 40G
-        #[arg(value_name = "SIZE", value_parser = size())]
-        size: u64,
+        /// New logical size, such as 40G, or +10G for so much more
+        #[arg(value_name = "[+]SIZE", value_parser = new_size())]
+        size: NewSize,
         /// Allow a smaller size: contents beyond it are lost, and clients are disconnected
         #[arg(long)]
         shrink: bool,
@@ -191,8 +191,9 @@ pub(crate) enum Command {
     /// Delete a disk with all its snapshots, or one snapshot
     ///
     /// Clones are not affected, whatever they were cloned from. Clients of what is deleted are
-    /// disconnected. Its space counts as free when garbage has been collected: by itself while less
-    /// than half of the store is free, and before a write is refused for lack of space.
+    /// disconnected; what is attached has to be detached first. Its space counts as free when
+    /// garbage has been collected: by itself while less than half of the store is free, and before
+    /// a write is refused for lack of space.
     #[command(visible_alias = "remove")]
     Rm {
         #[command(flatten)]
@@ -519,9 +520,27 @@ pub(crate) enum LogLevel {
 }
 
 fn size() -> ValueParser {
-    ValueParser::new(|text: &str| {
-        let bytes = base::size::parse_bytes(text)?;
-        if bytes == 0 { Err("a size must be more than 0".to_owned()) } else { Ok(bytes) }
+    ValueParser::new(parse_size)
+}
+
+fn parse_size(text: &str) -> Result<u64, String> {
+    let bytes = base::size::parse_bytes(text)?;
+    if bytes == 0 { Err("a size must be more than 0".to_owned()) } else { Ok(bytes) }
+}
+
+/// What a disk is to be resized to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NewSize {
+    /// This many bytes.
+    Bytes(u64),
+    /// So many more than it has.
+    More(u64),
+}
+
+fn new_size() -> ValueParser {
+    ValueParser::new(|text: &str| match text.strip_prefix('+') {
+        Some(more) => parse_size(more).map(NewSize::More),
+        None => parse_size(text).map(NewSize::Bytes),
     })
 }
 

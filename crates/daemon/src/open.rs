@@ -12,7 +12,8 @@ use vdi::{OpenOptions, Reuse};
 
 /// A reactor on this thread, with the I/O engine that PARALLAX_IO_ENGINE names, if it does.
 pub(crate) fn reactor() -> Result<Reactor, Error> {
-    Reactor::start(EngineChoice::from_environment())
+    EngineChoice::from_environment()
+        .and_then(Reactor::start)
         .map_err(|e| Error::system("start the I/O engine", &e))
 }
 

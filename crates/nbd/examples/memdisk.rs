@@ -42,7 +42,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         Some(directory) => Security::Required(TlsServer::load(Path::new(directory), clients)?),
         None => Security::Plaintext,
     };
-    let reactor = Reactor::start(EngineChoice::from_environment())?;
+    let reactor = Reactor::start(EngineChoice::from_environment()?)?;
     let runtime = reactor.runtime().clone();
     let config = Config { security, ..Config::default() };
     let server = Server::new(&runtime, Rc::new(One { name: "mem".to_owned(), disk }), config);

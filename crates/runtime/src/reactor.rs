@@ -61,17 +61,19 @@ pub enum EngineChoice {
 }
 
 impl EngineChoice {
-    /// What PARALLAX_IO_ENGINE says: `io_uring`, `threads`, else `Auto`.
-    #[must_use]
-    pub fn from_environment() -> Self {
+    /// What PARALLAX_IO_ENGINE says: `io_uring`, `threads`, or `auto`, which is also what nothing says.
+    ///
+    /// # Errors
+    /// `InvalidInput` for anything else.
+    pub fn from_environment() -> std::io::Result<Self> {
         match std::env::var("PARALLAX_IO_ENGINE").as_deref() {
-            Ok("io_uring") => Self::IoUring,
-            Ok("threads") => Self::ThreadPool,
-            Ok("auto") | Err(std::env::VarError::NotPresent) => Self::Auto,
-            _ => {
-                tracing::warn!("PARALLAX_IO_ENGINE is none of auto, io_uring, threads: using auto");
-                Self::Auto
-            }
+            Ok("io_uring") => Ok(Self::IoUring),
+            Ok("threads") => Ok(Self::ThreadPool),
+            Ok("auto") | Err(std::env::VarError::NotPresent) => Ok(Self::Auto),
+            _ => Err(std::io::Error::new(
+                std::io::ErrorKind::InvalidInput,
+                "PARALLAX_IO_ENGINE is none of auto, io_uring, threads",
+            )),
         }
     }
 }

@@ -24,7 +24,7 @@ use ublk::{Config, Server};
 const NUMBER: u32 = 0;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let reactor = Reactor::start(EngineChoice::from_environment())?;
+    let reactor = Reactor::start(EngineChoice::from_environment()?)?;
     let server = Server::new(reactor.runtime(), reactor.io(), Config::default());
     reactor.run(async move {
         for read_only in [false, true] {

@@ -96,7 +96,14 @@ async fn check_source(context: &Context, file: &Path, name: &str) -> Result<(), 
     ))
 }
 
-async fn undo_import(context: &Context, name: &str, error: Error) -> Error {
+async fn undo_import(context: &Context, name: &str, mut error: Error) -> Error {
+    if error.kind == Kind::NoSpace {
+        // To qemu-img it is some device that is full.
+        error.message = format!(
+            "the store is full: delete disks or snapshots; `parallax ls --space` shows what they \
+             take ({error})"
+        );
+    }
     let message = match context.client.remove(name).await {
         Ok(_) => format!("cannot import into {name}: {error}"),
         Err(undo) => format!(

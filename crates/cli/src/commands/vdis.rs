@@ -4,6 +4,7 @@ use api::{ChangeVdi, CreateVdi, Error, Kind, Snapshot, Space, Vdi};
 use serde::Serialize;
 
 use super::Context;
+use crate::args::NewSize;
 use crate::output::{self, Column, bytes, count, time};
 
 /// What a list says that is empty.
@@ -167,9 +168,13 @@ pub(super) async fn rename(context: &Context, name: &str, new: String) -> Result
 pub(super) async fn resize(
     context: &Context,
     name: &str,
-    size: u64,
+    size: NewSize,
     shrink: bool,
 ) -> Result<(), Error> {
+    let size = match size {
+        NewSize::Bytes(bytes) => bytes,
+        NewSize::More(bytes) => context.client.vdi(name).await?.size_bytes.saturating_add(bytes),
+    };
     let request = ChangeVdi { size_bytes: Some(size), shrink, ..ChangeVdi::default() };
     let vdi = context.client.change(name, &request).await?;
     context.print(&vdi, &format!("{name} now has {}", bytes(vdi.size_bytes)))

@@ -49,6 +49,7 @@ fn shrinking_takes_a_second_word() {
     let place = Place::with_store("1G");
     let _served = place.serve(&[]);
     place.ok(&["create", "a", "--size", "1G"]);
+    assert_eq!(place.ok(&["resize", "a", "+512M"]), "a now has 1.5 GiB");
     assert_eq!(place.ok(&["resize", "a", "2G"]), "a now has 2 GiB");
     let refused = place.fails(1, &["resize", "a", "2M"]);
     assert!(refused.contains("--shrink"), "{refused}");

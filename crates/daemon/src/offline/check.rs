@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use api::Error;
+use base::ErrorKind;
 
 use crate::{convert, open};
 
@@ -58,8 +59,22 @@ pub fn check(
     reactor.runtime().kill();
     let report = outcome
         .map_err(|e| Error::system("go on with the I/O engine", &e))?
-        .map_err(|error| open::explain(path, &error))?;
+        .map_err(|error| explain(path, &error))?;
     Ok(convert::check_report(report))
+}
+
+/// What cannot be checked has nothing left that leads to the rest.
+fn explain(path: &Path, error: &vdi::Error) -> Error {
+    match error.kind() {
+        ErrorKind::Corrupt => Error::new(
+            error.kind(),
+            format!(
+                "nothing is left on {} that leads to its contents: {error}; only a copy of it helps",
+                path.display()
+            ),
+        ),
+        _ => open::explain(path, error),
+    }
 }
 
 const fn stage(stage: vdi::check::CheckStage) -> &'static str {
