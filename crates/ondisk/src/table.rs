@@ -218,7 +218,7 @@ pub struct VdiRecord {
     pub snapshot_count: u64,
     /// Head of the history chain; empty until history is kept.
     pub history: RootRef,
-    /// How often it was rolled back.
+    /// How often it was rolled back or shrunk.
     pub rollbacks: u64,
 }
 

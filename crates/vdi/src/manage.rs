@@ -470,6 +470,10 @@ impl Engine {
     pub(crate) fn apply_resize(&self, vdi: &Vdi, block_count: u64, lsn: Lsn) {
         let old = vdi.block_count.replace(block_count);
         self.touch(vdi);
+        if block_count < old {
+            // Whoever has cached what is cut off must not go on when the VDI grows again.
+            vdi.rollbacks.set(vdi.rollbacks.get().saturating_add(1));
+        }
         if block_count < old && !base::mutant::active("shrink_leaves_data") {
             let branch = Rc::clone(&vdi.branch.borrow());
             let generation = branch.active();

@@ -30,7 +30,7 @@ pub(crate) struct Vdi {
     pub(crate) ranges: RangeLocks,
     /// Handles opened under an older number are severed.
     pub(crate) incarnation: Cell<u64>,
-    /// How often it was rolled back.
+    /// How often it was rolled back or shrunk: its users know another state of it.
     pub(crate) rollbacks: Cell<u64>,
     pub(crate) deleted: Cell<bool>,
     /// How many wait until nothing is on its way, to delete it, roll it back or shrink it.

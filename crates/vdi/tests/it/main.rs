@@ -251,6 +251,8 @@ fn a_disk_is_the_same_one_until_it_is_rolled_back_or_replaced() {
         store.snapshot("web01", Some("first")).await.unwrap();
         store.resize("web01", 2 << 20).await.unwrap();
         assert_eq!(identity(&store, "web01").await, created);
+        store.resize("web01", 1 << 20).await.unwrap();
+        let shrunk = identity(&store, "web01").await;
         store.rollback("web01", "first").await.unwrap();
         let rolled_back = identity(&store, "web01").await;
         store.checkpoint().await.unwrap();
@@ -260,13 +262,13 @@ fn a_disk_is_the_same_one_until_it_is_rolled_back_or_replaced() {
         store.clone_vdi(&Target::parse("web01@first"), "clone").await.unwrap();
         let (snapshot, clone) =
             (identity(&store, "web01@first").await, identity(&store, "clone").await);
-        let all = [created, rolled_back, again, snapshot, clone];
+        let all = [created, shrunk, rolled_back, again, snapshot, clone];
         for (index, one) in all.iter().enumerate() {
             assert!(!all[..index].contains(one), "{all:?}");
         }
         all
     });
-    let [created, _, again, snapshot, clone] = before;
+    let [created, _, _, again, snapshot, clone] = before;
     for clean in [false, true] {
         reopened(&ram, move |_, store, report| async move {
             assert_eq!(report.clean, clean);
