@@ -191,6 +191,12 @@ impl Shelves {
 }
 
 impl BufferPool {
+    /// Blocks of the buffer that [`Self::take`] gives for so many.
+    #[must_use]
+    pub fn size_of(block_count: usize) -> usize {
+        SHELF_BLOCKS.into_iter().find(|&size| size >= block_count).unwrap_or(block_count)
+    }
+
     /// A buffer of at least `block_count` blocks with arbitrary (initialised) contents.
     /// `block_count()` of the result may be larger: sizes are rounded up to 1, 4, 16, 64 or 256.
     #[must_use]
@@ -202,14 +208,9 @@ impl BufferPool {
         {
             return Buffer { blocks, registration: Some(index), home };
         }
-        let shelf = SHELF_BLOCKS.iter().position(|&size| size >= block_count);
-        let (size, recycled) = match shelf {
-            Some(index) => (
-                SHELF_BLOCKS.get(index).copied().unwrap_or(block_count),
-                shelves.by_size.get_mut(index).and_then(Vec::pop),
-            ),
-            None => (block_count, None),
-        };
+        let size = Self::size_of(block_count);
+        let shelf = SHELF_BLOCKS.iter().position(|&it| it == size);
+        let recycled = shelf.and_then(|shelf| shelves.by_size.get_mut(shelf)).and_then(Vec::pop);
         let blocks = recycled.unwrap_or_else(|| zeroed_blocks(size));
         Buffer { blocks, registration: None, home }
     }

@@ -6,12 +6,8 @@ use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::task::{Context, Waker};
 
-use crate::block::REQUEST_BYTES_MAX;
-
-/// Most bytes in flight. More makes no disk faster, and the largest request must fit, with what it
-/// holds besides its data.
-const BYTES_MAX: u64 = 32 << 20;
-const _: () = assert!(BYTES_MAX >= REQUEST_BYTES_MAX + (64 << 10));
+/// Most bytes in flight: more makes no disk faster. A request that holds more has it all.
+pub(crate) const BYTES_MAX: u64 = 32 << 20;
 
 /// What is in flight.
 #[derive(Debug, Default)]
@@ -95,13 +91,13 @@ mod tests {
     #[test]
     fn the_largest_request_fits_once() {
         let budget = Budget::default();
-        assert!(budget.take(0, REQUEST_BYTES_MAX));
-        assert!(!budget.take(0, REQUEST_BYTES_MAX));
+        assert!(budget.take(0, BYTES_MAX));
+        assert!(!budget.take(0, BYTES_MAX));
         let woken = Arc::new(Woken::default());
         budget.wait(0, &Context::from_waker(&Arc::clone(&woken).into()));
-        budget.give(REQUEST_BYTES_MAX);
+        budget.give(BYTES_MAX);
         assert_eq!(woken.0.load(Ordering::Relaxed), 1, "whoever waited was woken");
-        assert!(budget.take(0, REQUEST_BYTES_MAX));
+        assert!(budget.take(0, BYTES_MAX));
         assert!(!budget.take(0, u64::MAX));
     }
 

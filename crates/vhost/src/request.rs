@@ -7,7 +7,7 @@
 //!
 //! Where one buffer ends and the next begins means nothing (VIRTIO_F_VERSION_1).
 
-use base::{BLOCK_SIZE, BLOCK_SIZE_U64};
+use base::{BLOCK_SIZE, BLOCK_SIZE_U64, BufferPool};
 use disk::in_flight::{Outcome, Pending};
 use disk::{Disk, Request, Response, split};
 use runtime::Runtime;
@@ -17,8 +17,13 @@ use crate::block::{
     HEADER_BYTES, Header, Operation, RANGE_BYTES, RANGE_SECTORS_MAX, RANGES_MAX, REQUEST_BYTES_MAX,
     Range, SECTOR_BYTES, SERIAL_BYTES, status,
 };
+use crate::budget;
 use crate::memory::{Memory, Span, Spans};
 use crate::queue::{Broken, Chain};
+
+/// What a range that is discarded or zeroed holds while it is under way: a task, a lock, a record, and
+/// a buffer for each end that is no whole block.
+const RANGE_FOOTPRINT: u64 = 16 << 10;
 
 /// A request of a guest that can be answered.
 #[derive(Clone, Debug)]
@@ -74,11 +79,27 @@ impl Ask {
         }
     }
 
-    /// Bytes that it makes this process hold while it is under way: buffers are whole blocks, and
-    /// where the guest's lie is remembered.
+    /// Bytes that it makes this process hold while it is under way: its buffers, where the guest's lie
+    /// is remembered, and what the disk remembers of each of the ranges that it zeroes.
     pub(crate) fn footprint(&self) -> u64 {
-        let spans = self.brought.0.len() + self.wanted.0.len();
-        self.data_bytes().next_multiple_of(BLOCK_SIZE_U64) + (spans * size_of::<Span>()) as u64
+        let spans = (self.brought.0.len() + self.wanted.0.len()) * size_of::<Span>();
+        let held = match self.operation {
+            Some(Operation::Discard | Operation::WriteZeroes) => {
+                (self.brought.bytes() / RANGE_BYTES as u64).min(RANGES_MAX.into()) * RANGE_FOOTPRINT
+            }
+            _ => {
+                let (offset, bytes) = (self.sector.wrapping_mul(SECTOR_BYTES), self.data_bytes());
+                let aligned = (offset | bytes).is_multiple_of(BLOCK_SIZE_U64);
+                let length = usize::try_from(bytes.min(REQUEST_BYTES_MAX)).unwrap_or(0);
+                let blocks = |(_, length): (u64, usize)| {
+                    BufferPool::size_of(length.div_ceil(BLOCK_SIZE) + usize::from(!aligned))
+                };
+                let blocks: usize = split::pieces(offset, length).map(blocks).sum();
+                // One that is not aligned is completed in a second one.
+                (blocks * if aligned { BLOCK_SIZE } else { 2 * BLOCK_SIZE }) as u64
+            }
+        };
+        (held + spans as u64).min(budget::BYTES_MAX)
     }
 
     /// Whether no device of ours takes it, however much room there is.
@@ -220,5 +241,37 @@ impl Ask {
     pub(crate) fn finish(&self, status: u8, memory: &Memory) -> Result<u32, Broken> {
         memory.write(self.status, &[status])?;
         Ok(u32::try_from(self.wanted.bytes() + 1).unwrap_or(u32::MAX))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ask(operation: Operation, sector: u64, bytes: u64) -> Ask {
+        let bytes = u32::try_from(bytes).unwrap();
+        let brought = Spans(vec![Span { address: GuestAddress(0), bytes }]);
+        let wanted = Spans::default();
+        let status = GuestAddress(0);
+        Ask { head: 0, operation: Some(operation), sector, brought, wanted, status }
+    }
+
+    /// Sizes of the pool's buffers were not counted, nor what ranges take: a guest could have the daemon
+    /// hold eight times of what it was allowed, and half a million tasks.
+    #[test]
+    fn a_request_is_charged_what_it_holds() {
+        let span = size_of::<Span>() as u64;
+        let write = |sector, bytes| ask(Operation::Write, sector, bytes).footprint() - span;
+        assert_eq!(write(0, 4096), 4096);
+        assert_eq!(write(1, 4096), 2 * 4 * 4096, "two blocks, and again to complete them");
+        assert_eq!(write(0, 17 * 4096), 64 * 4096);
+        assert_eq!(write(0, 65 * 4096), 1 << 20);
+        assert_eq!(write(0, 3 << 20), 3 << 20);
+        let largest = ask(Operation::Write, 1, REQUEST_BYTES_MAX).footprint();
+        assert_eq!(largest, budget::BYTES_MAX, "it has its turn when nothing else is under way");
+        let discard = |ranges: u64| ask(Operation::Discard, 0, ranges * 16).footprint() - span;
+        assert_eq!(discard(1), RANGE_FOOTPRINT);
+        assert_eq!(discard(16), 16 * RANGE_FOOTPRINT);
+        assert_eq!(discard(1 << 20), 16 * RANGE_FOOTPRINT, "it is refused");
     }
 }

@@ -41,6 +41,8 @@ const SIZE_PERIOD: Duration = Duration::from_secs(1);
 pub(crate) struct Session {
     io: Io,
     channel: Channel,
+    /// Where the monitor is asked for something.
+    requests: RefCell<Option<Rc<Channel>>>,
     device: Rc<Device>,
     rings: Vec<Rc<Ring>>,
     protocol_features: Cell<u64>,
@@ -79,7 +81,9 @@ impl Session {
             replaced: Cell::new(false),
         });
         let rings = (0..RINGS_MAX).map(|index| Ring::new(&device, index)).collect();
-        Self { io: io.clone(), channel, device, rings, protocol_features: Cell::new(0) }
+        let protocol_features = Cell::new(0);
+        let requests = RefCell::default();
+        Self { io: io.clone(), channel, requests, device, rings, protocol_features }
     }
 
     /// Serves the monitor until one of the two ends the connection, and tells why it ended. Then
@@ -324,9 +328,12 @@ impl Session {
         Ok(())
     }
 
-    /// Tells the monitor when the disk has another size, for as long as the connection lasts.
+    /// Tells the monitor when the disk has another size, for as long as the connection lasts, or until
+    /// the monitor wants to be told elsewhere.
     fn announce_sizes(&self, file: OwnedFd) -> Result<(), End> {
-        let channel = Channel::adopt(&self.io, file)?;
+        let channel = Rc::new(Channel::adopt(&self.io, file)?);
+        let current = Rc::downgrade(&channel);
+        *self.requests.borrow_mut() = Some(channel);
         let device = Rc::downgrade(&self.device);
         let runtime = self.device.runtime.clone();
         let mut known = self.device.disk.size_bytes();
@@ -335,8 +342,12 @@ impl Session {
                 runtime.sleep(SIZE_PERIOD).await;
                 let Some(device) = device.upgrade() else { return };
                 let size = device.disk.size_bytes();
+                let ending = device.ending.get();
+                // It is not to stay for a monitor that does not read.
+                drop(device);
+                let Some(channel) = current.upgrade() else { return };
                 let changed = std::mem::replace(&mut known, size) != size;
-                if device.ending.get()
+                if ending
                     || changed && channel.send(&protocol::config_changed(), &[]).await.is_err()
                 {
                     return;
