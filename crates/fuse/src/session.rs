@@ -409,18 +409,17 @@ impl<'a> Service<'a> {
     fn allocate(&mut self, unique: u64, file: (Node, u64), offset: u64, length: u64, mode: u32) {
         const PUNCH: u32 = allocate::PUNCH_HOLE | allocate::KEEP_SIZE;
         const ZERO: u32 = allocate::ZERO_RANGE | allocate::KEEP_SIZE;
-        // Without KEEP_SIZE it may not end behind the file, which never grows.
-        let within = || {
-            let size = self.session.view.files.at_hand(file.0).map(|disk| disk.size_bytes());
-            size.is_some_and(|size| offset.saturating_add(length) <= size)
-        };
-        let known = matches!(mode, PUNCH | ZERO) || mode == allocate::ZERO_RANGE && within();
-        if !known {
+        if !matches!(mode, PUNCH | ZERO | allocate::ZERO_RANGE) {
             return self.session.refuse(unique, Errno::OPNOTSUPP);
         }
         self.session.metrics.discards.add(1);
         self.start(unique, file, Reply::Nothing, 0, move |disk| {
-            let length = length.min(disk.size_bytes().saturating_sub(offset));
+            let room = disk.size_bytes().saturating_sub(offset);
+            // Without KEEP_SIZE the file would have to grow, which it never does.
+            if mode == allocate::ZERO_RANGE && length > room {
+                return Err(DiskError::new(ErrorKind::Unsupported, "a disk does not grow so"));
+            }
+            let length = length.min(room);
             let offset = if length == 0 { 0 } else { offset };
             Ok(match mode {
                 PUNCH => disk::Request::Discard { offset, length, fua: false },
