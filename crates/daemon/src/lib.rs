@@ -153,15 +153,24 @@ impl Daemon {
                 let Some(binary) = binary else {
                     return tokio::select! {
                         outcome = end => outcome,
-                        () = signals.another() => Err(Error::new(
-                            Kind::Io,
-                            "stopped by a second signal before the store was closed; the next \
-                             start recovers it",
-                        )),
+                        () = signals.another() => Err(stopped_before_the_end()),
                     };
                 };
-                end.await?;
-                if signals.have_come().await {
+                let mut end = std::pin::pin!(end);
+                let stops = tokio::select! {
+                    outcome = &mut end => {
+                        outcome?;
+                        signals.have_come().await
+                    }
+                    () = signals.any() => {
+                        tokio::select! {
+                            outcome = &mut end => outcome?,
+                            () = signals.another() => return Err(stopped_before_the_end()),
+                        }
+                        true
+                    }
+                };
+                if stops {
                     tracing::info!("stopping instead");
                     return Ok(());
                 }
@@ -176,6 +185,12 @@ impl Daemon {
         runtime.shutdown_background();
         outcome
     }
+}
+
+fn stopped_before_the_end() -> Error {
+    let message =
+        "stopped by a second signal before the store was closed; the next start recovers it";
+    Error::new(Kind::Io, message)
 }
 
 /// Ends the control plane and the engine.

@@ -77,7 +77,11 @@ pub(crate) async fn restart(
     current: &Current,
     signals: &mut Signals,
 ) -> Result<Engine, Error> {
-    match start_again(plan).await {
+    let started = tokio::select! {
+        () = signals.any() => return Err(refusal),
+        started = start_again(plan) => started,
+    };
+    match started {
         Ok((engine, started)) => {
             let status = status(plan, &started);
             let upgrade_refused = Some(refusal.message);
