@@ -256,6 +256,12 @@ impl Queue {
         Ok(self.available_index(memory)? != self.next_available)
     }
 
+    /// Whether the guest has put something into the ring that was not taken yet; also if it cannot be
+    /// read, of which taking tells.
+    pub(crate) fn has_news(&self, memory: &Memory) -> bool {
+        self.available_index(memory).map_or(true, |index| index != self.next_available)
+    }
+
     /// Gives up what is in flight: the queue is broken, and another one may take its place.
     pub(crate) fn forget(&self) {
         if let Some(tracker) = &self.tracker {

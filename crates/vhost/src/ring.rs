@@ -21,7 +21,7 @@ use std::task::{Context, Poll};
 
 use disk::Disk;
 use disk::in_flight::{InFlight, REQUESTS_MAX};
-use runtime::reactor::Event;
+use runtime::reactor::{Event, Io, Lookout, Watch};
 use runtime::sync::Signal;
 use runtime::{LocalBoxFuture, Runtime};
 
@@ -38,6 +38,7 @@ use crate::request::{Ask, Started};
 /// What the rings of a device share.
 pub(crate) struct Device {
     pub(crate) runtime: Runtime,
+    pub(crate) io: Io,
     pub(crate) disk: Rc<dyn Disk>,
     pub(crate) metrics: Rc<Metrics>,
     pub(crate) memory: RefCell<Rc<Memory>>,
@@ -199,10 +200,11 @@ impl Ring {
                 let mut service = Service::new(&self, queue);
                 let outcome = service.serve().await;
                 service.finish().await;
+                let queue = service.queue.borrow();
                 if outcome.is_err() {
-                    service.queue.forget();
+                    queue.forget();
                 }
-                self.setup.borrow_mut().base = service.queue.next_available();
+                self.setup.borrow_mut().base = queue.next_available();
                 outcome
             }
             Err(broken) => Err(broken),
@@ -232,7 +234,9 @@ struct Ticket {
 /// What the task of a running ring works with.
 struct Service<'a> {
     ring: &'a Rc<Ring>,
-    queue: Queue,
+    queue: Rc<RefCell<Queue>>,
+    /// Sees what the guest puts into the ring while the thread is awake.
+    watch: Watch,
     in_flight: InFlight<Ticket>,
     /// Requests that were taken and found no room.
     waiting: VecDeque<Ask>,
@@ -248,16 +252,21 @@ const WORK_PER_REQUEST: u64 = 16 << 10;
 /// Why no more requests are taken for now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Pause {
-    /// There are none: the guest will kick, or something else happens.
-    Idle,
+    /// There are none: the ring is watched, and the guest will kick if the thread sleeps.
+    Empty,
+    /// There is no room for one, or none is to be taken: something else has to happen.
+    Full,
     /// The device shall begin with what was taken, and others shall have their turn.
     Round,
 }
 
 impl<'a> Service<'a> {
     fn new(ring: &'a Rc<Ring>, queue: Queue) -> Self {
+        let queue = Rc::new(RefCell::new(queue));
+        let doorbell = Doorbell { device: Rc::clone(&ring.device), queue: Rc::clone(&queue) };
+        let watch = Watch::new(&ring.device.io, Rc::new(doorbell));
         let (in_flight, waiting) = (InFlight::new(), VecDeque::new());
-        Self { ring, queue, in_flight, waiting, kick: None }
+        Self { ring, queue, watch, in_flight, waiting, kick: None }
     }
 
     /// Serves the guest until the ring is to stop and everything taken is finished, or until it
@@ -274,14 +283,15 @@ impl<'a> Service<'a> {
             }
             match pause {
                 Pause::Round => self.ring.device.runtime.next_round().await,
-                Pause::Idle => self.woken().await,
+                Pause::Empty => self.woken(true).await,
+                Pause::Full => self.woken(false).await,
             }
         }
     }
 
     /// Whether everything that was taken is finished.
     fn is_idle(&self) -> bool {
-        self.in_flight.count() == 0 && self.waiting.is_empty() && !self.queue.has_undone()
+        self.in_flight.count() == 0 && self.waiting.is_empty() && !self.queue.borrow().has_undone()
     }
 
     /// Waits for what is in flight, and forgets how it ended.
@@ -313,7 +323,7 @@ impl<'a> Service<'a> {
             device.budget.give(charge);
             if !abandoned && outcome.is_ok() {
                 let status = ask.answer(answer, &memory);
-                outcome = finish(device, queue, &ask, status, &memory);
+                outcome = finish(device, &mut queue.borrow_mut(), &ask, status, &memory);
             }
         });
         outcome
@@ -323,33 +333,33 @@ impl<'a> Service<'a> {
     /// from their turn, whatever it asks for, and however often.
     fn take(&mut self) -> Result<Pause, Broken> {
         if self.ring.phase.get() == Phase::Abandoned {
-            return Ok(Pause::Idle);
+            return Ok(Pause::Full);
         }
         let memory = self.ring.device.memory();
-        self.queue.refuse_kicks(&memory)?;
+        self.queue.borrow_mut().refuse_kicks(&memory)?;
         let mut work = 0;
-        for _ in 0..self.queue.size() {
+        let size = self.queue.borrow().size();
+        for _ in 0..size {
             if work >= WORK_PER_ROUND {
                 return Ok(Pause::Round);
             }
             if self.in_flight.count() >= REQUESTS_MAX {
-                return Ok(Pause::Idle);
+                return Ok(Pause::Full);
             }
             let ask = match self.next(&memory)? {
                 Some(ask) => ask,
-                None if !self.ring.takes_requests() => return Ok(Pause::Idle),
-                None if self.queue.want_kicks(&memory)? => continue,
-                None => return Ok(Pause::Idle),
+                None if !self.ring.takes_requests() => return Ok(Pause::Full),
+                None => return Ok(Pause::Empty),
             };
             let charge = ask.footprint();
             work += WORK_PER_REQUEST + charge;
             if ask.is_too_large() {
-                finish(&self.ring.device, &mut self.queue, &ask, status::IOERR, &memory)?;
+                self.finish_now(&ask, status::IOERR, &memory)?;
             } else if self.ring.device.budget.take(self.ring.index, charge) {
                 self.start(ask, charge, &memory)?;
             } else {
                 self.waiting.push_front(ask);
-                return Ok(Pause::Idle);
+                return Ok(Pause::Full);
             }
         }
         Ok(Pause::Round)
@@ -360,10 +370,11 @@ impl<'a> Service<'a> {
         if let Some(ask) = self.waiting.pop_front() {
             return Ok(Some(ask));
         }
-        if !self.ring.takes_requests() && !self.queue.has_undone() {
+        let mut queue = self.queue.borrow_mut();
+        if !self.ring.takes_requests() && !queue.has_undone() {
             return Ok(None);
         }
-        match self.queue.take(memory)? {
+        match queue.take(memory)? {
             Some(chain) => Ask::new(chain, memory).map(Some),
             None => Ok(None),
         }
@@ -373,7 +384,7 @@ impl<'a> Service<'a> {
         let device = &self.ring.device;
         if device.replaced.get() {
             device.budget.give(charge);
-            return finish(device, &mut self.queue, &ask, status::IOERR, memory);
+            return self.finish_now(&ask, status::IOERR, memory);
         }
         device.metrics.count(ask.operation);
         let durable = !device.uses(feature::FLUSH);
@@ -381,21 +392,25 @@ impl<'a> Service<'a> {
             Started::Pending(pending) => {
                 let done = self.in_flight.start(pending, Ticket { ask, charge });
                 let Some((Ticket { ask, charge }, answer)) = done else { return Ok(()) };
-                device.budget.give(charge);
+                self.ring.device.budget.give(charge);
                 let status = ask.answer(answer, memory);
-                finish(device, &mut self.queue, &ask, status, memory)
+                self.finish_now(&ask, status, memory)
             }
             Started::Done(status) => {
                 device.budget.give(charge);
-                finish(device, &mut self.queue, &ask, status, memory)
+                self.finish_now(&ask, status, memory)
             }
         }
+    }
+
+    fn finish_now(&self, ask: &Ask, status: u8, memory: &Memory) -> Result<(), Broken> {
+        finish(&self.ring.device, &mut self.queue.borrow_mut(), ask, status, memory)
     }
 
     /// Interrupts the guest if it wants that for what was put into the used ring.
     fn interrupt(&mut self) -> Result<(), Broken> {
         if self.ring.phase.get() != Phase::Abandoned
-            && self.queue.should_interrupt(&self.ring.device.memory())?
+            && self.queue.borrow_mut().should_interrupt(&self.ring.device.memory())?
             && let Some(call) = &self.ring.setup.borrow().call
         {
             self.ring.device.metrics.interrupts.add(1);
@@ -404,9 +419,9 @@ impl<'a> Service<'a> {
         Ok(())
     }
 
-    /// Waits until there is a reason to look again: a kick, a completion, room, a change. Which one
-    /// does not matter, everything is looked at.
-    async fn woken(&mut self) {
+    /// Waits until there is a reason to look again: a request, if there is room for one, a kick, a
+    /// completion, room, a change. Which one does not matter, everything is looked at.
+    async fn woken(&mut self, watches: bool) {
         let starved = !self.waiting.is_empty();
         let mut changed = Box::pin(self.ring.changed.changed());
         let mut woken = false;
@@ -415,6 +430,9 @@ impl<'a> Service<'a> {
                 return Poll::Ready(());
             }
             self.in_flight.register(context);
+            if watches {
+                self.watch.arm(context.waker());
+            }
             if starved {
                 self.ring.device.budget.wait(self.ring.index, context);
             }
@@ -424,6 +442,7 @@ impl<'a> Service<'a> {
             }
         })
         .await;
+        self.watch.disarm();
     }
 
     /// Listens to the ring's kicks, those of another eventfd once there is one.
@@ -455,6 +474,23 @@ impl<'a> Service<'a> {
                 Poll::Ready(())
             }
         }
+    }
+}
+
+/// Where the guest puts requests, as the reactor sees it.
+struct Doorbell {
+    device: Rc<Device>,
+    queue: Rc<RefCell<Queue>>,
+}
+
+impl Lookout for Doorbell {
+    fn has_news(&self) -> bool {
+        self.queue.borrow().has_news(&self.device.memory())
+    }
+
+    fn announce(&self) -> bool {
+        // If it cannot be asked to, taking tells why.
+        self.queue.borrow_mut().want_kicks(&self.device.memory()).unwrap_or(true)
     }
 }
 

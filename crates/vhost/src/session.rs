@@ -70,6 +70,7 @@ impl Session {
     ) -> Self {
         let device = Rc::new(Device {
             runtime: runtime.clone(),
+            io: io.clone(),
             disk,
             metrics: Rc::clone(metrics),
             memory: RefCell::default(),

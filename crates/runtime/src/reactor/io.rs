@@ -12,6 +12,7 @@ use base::BufferPool;
 
 use super::EngineChoice;
 use super::event::Line;
+use super::lookout::Lookouts;
 use super::ring::Ring;
 use super::threads::Threads;
 use super::unpark::{RemoteHandle, Unparker};
@@ -36,6 +37,7 @@ struct Inner {
     /// Why io_uring is not used, if it was tried.
     refusal: Option<io::Error>,
     unparker: Arc<Unparker>,
+    lookouts: Lookouts,
     /// Memory for `turn`, empty in between.
     completed: Cell<Vec<Completed>>,
     /// Whether the reactor is gone: works are dropped then.
@@ -58,6 +60,7 @@ impl Io {
             engine: RefCell::new(engine),
             refusal,
             unparker: Arc::clone(unparker),
+            lookouts: Lookouts::default(),
             completed: Cell::default(),
             closed: Cell::new(false),
         })))
@@ -102,6 +105,10 @@ impl Io {
     #[must_use]
     pub fn remote(&self) -> RemoteHandle {
         RemoteHandle(Arc::clone(&self.0.unparker))
+    }
+
+    pub(super) fn lookouts(&self) -> &Lookouts {
+        &self.0.lookouts
     }
 
     pub(super) fn descriptor(&self, fd: OwnedFd) -> Rc<Descriptor> {
@@ -159,10 +166,12 @@ impl Io {
     /// If the kernel refuses to go on.
     pub(super) fn turn(&self, timeout: Option<Duration>) -> io::Result<()> {
         let mut completed = self.0.completed.take();
+        let lookouts = &self.0.lookouts;
         let outcome = match &mut *self.0.engine.borrow_mut() {
-            Engine::Ring(ring) => ring.turn(timeout, &mut completed),
-            Engine::Threads(threads) => threads.turn(timeout, &mut completed),
+            Engine::Ring(ring) => ring.turn(timeout, lookouts, &mut completed),
+            Engine::Threads(threads) => threads.turn(timeout, lookouts, &mut completed),
         };
+        lookouts.wake();
         // Wakes from here on are on this thread, and need no system call.
         self.0.unparker.did_park();
         // The engine is not borrowed any more: whoever gets a result may submit again.

@@ -25,6 +25,7 @@ use io_uring::{IoUring, Probe, opcode};
 
 use super::clock::SystemClock;
 use super::io::Descriptor;
+use super::lookout::Lookouts;
 use super::pool::Pool;
 use super::unpark::Unparker;
 use super::work::{Completed, FileAction, IN_FLIGHT_MAX, Interest, Table, Work};
@@ -152,14 +153,15 @@ impl Ring {
         !self.done.is_empty() || self.pool.as_ref().is_some_and(Pool::has_finished)
     }
 
-    /// Submits what is queued, waits until something is done, at most `timeout`, and moves it to
-    /// `completed`.
+    /// Submits what is queued, waits until something is done or there are news, at most `timeout`, and
+    /// moves what is done to `completed`.
     ///
     /// # Errors
     /// If the kernel refuses to go on with this ring.
     pub(super) fn turn(
         &mut self,
         timeout: Option<Duration>,
+        lookouts: &Lookouts,
         completed: &mut Vec<Completed>,
     ) -> io::Result<()> {
         if !self.unpark_armed {
@@ -167,7 +169,7 @@ impl Ring {
             let entry = opcode::PollAdd::new(eventfd, poll_mask(Interest::Readable)).build();
             self.unpark_armed = self.push(&entry.user_data(UNPARK));
         }
-        self.enter(timeout)?;
+        self.enter(timeout, lookouts)?;
         self.reap(completed);
         while self.table.has_room()
             && let Some(work) = self.backlog.pop_front()
@@ -212,7 +214,7 @@ impl Ring {
                 }
             }
             let timeout = if to_cancel.is_empty() { None } else { Some(Duration::ZERO) };
-            if self.enter(timeout).is_err() {
+            if self.enter(timeout, &Lookouts::default()).is_err() {
                 // The kernel may still use that memory: leave it to it.
                 std::mem::forget(std::mem::take(&mut self.table));
                 break;
@@ -263,17 +265,20 @@ impl Ring {
         unsafe { queue.push(entry) }.is_ok()
     }
 
-    /// Submits what is queued, and waits until something is done, at most `timeout`.
-    fn enter(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+    /// Submits what is queued, and waits until something is done or there are news, at most `timeout`.
+    fn enter(&mut self, timeout: Option<Duration>, lookouts: &Lookouts) -> io::Result<()> {
         if timeout == Some(Duration::ZERO) {
             return resume(self.ring.submit());
         }
         let started = SystemClock.now();
         if let Some(window) = self.window.get() {
             let window = timeout.map_or(window, |timeout| window.min(timeout));
-            if self.look(started.after(window))? {
+            if self.look(started.after(window), lookouts)? {
                 return Ok(());
             }
+        }
+        if lookouts.announce() {
+            return resume(self.ring.submit());
         }
         let fell_asleep = SystemClock.now();
         let outcome = match timeout {
@@ -288,11 +293,11 @@ impl Ring {
         resume(outcome)
     }
 
-    /// Submits what is queued and looks for completions until `deadline`. Whether there are any.
-    fn look(&mut self, deadline: Time) -> io::Result<bool> {
+    /// Submits what is queued and looks for completions and news until `deadline`. Whether there are any.
+    fn look(&mut self, deadline: Time, lookouts: &Lookouts) -> io::Result<bool> {
         resume(self.ring.submit())?;
         loop {
-            if !self.ring.completion().is_empty() {
+            if !self.ring.completion().is_empty() || lookouts.have_news() {
                 return Ok(true);
             }
             if self.ring.submission().taskrun() {

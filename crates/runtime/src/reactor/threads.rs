@@ -11,6 +11,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, sendmsg};
 
 use super::io::Descriptor;
+use super::lookout::Lookouts;
 use super::pool::Pool;
 use super::unpark::Unparker;
 use super::work::{Completed, Interest, ONE, Work};
@@ -58,8 +59,11 @@ impl Threads {
     pub(super) fn turn(
         &mut self,
         timeout: Option<Duration>,
+        lookouts: &Lookouts,
         completed: &mut Vec<Completed>,
     ) -> io::Result<()> {
+        let sleeps = timeout != Some(Duration::ZERO) && !lookouts.announce();
+        let timeout = if sleeps { timeout } else { Some(Duration::ZERO) };
         if !self.waiting.is_empty() || timeout != Some(Duration::ZERO) {
             self.poll(timeout)?;
         }

@@ -8,6 +8,7 @@
 
 mod channels;
 mod events;
+mod lookouts;
 mod reactor;
 mod sockets;
 
