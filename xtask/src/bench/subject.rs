@@ -20,6 +20,8 @@ use super::{Bench, cpu};
 
 /// Longest that filling a disk may take.
 const FILL_LIMIT: Duration = Duration::from_secs(1800);
+/// Files of a subject that hold a disk are not smaller.
+const LARGE_BYTES: u64 = 1 << 20;
 
 /// Longest that a client takes to begin.
 const START_TIME: Duration = Duration::from_millis(500);
@@ -126,10 +128,10 @@ impl<'a> Stage<'a> {
         let reusable = matches!(self.state, State::Filled | State::RandomFilled);
         let mut disk = match self.disk.take().filter(|_| reusable) {
             Some(mut disk) => {
+                self.touch()?;
                 if let Disk::Served(server) = &mut disk {
                     server.start()?;
                 }
-                self.touch(&disk)?;
                 disk
             }
             None => self.make().context("prepare the disk")?,
@@ -145,15 +147,25 @@ impl<'a> Stage<'a> {
         Ok(result)
     }
 
-    /// Reads the whole disk once: a virtual machine's medium may have become slow for what nobody has
-    /// touched for some minutes, and the turn of one subject is longer ago than that of another.
-    fn touch(&self, disk: &Disk) -> Result<()> {
+    /// Reads all that the subject has on the medium once, free space of a store too, which is where the
+    /// next writes go: a virtual machine's medium may have become slow for what nobody has touched for
+    /// some minutes, and the turn of one subject is longer ago than that of another.
+    fn touch(&self) -> Result<()> {
         if self.setting.medium == Medium::Ram {
             return Ok(());
         }
         let read = Access::sequential_read(8).fio();
-        let job = fio::job(&disk.target(), self.disk_bytes(), &read, &self.bench.scratch);
-        fio::measure(job, FILL_LIMIT).context("read the disk once").map(drop)
+        for entry in std::fs::read_dir(self.directory())? {
+            let entry = entry?;
+            let found = entry.metadata()?;
+            // Others are logs and sockets.
+            if found.is_file() && found.len() >= LARGE_BYTES {
+                let target = Disk::Bare(entry.path()).target();
+                let job = fio::job(&target, found.len(), &read, &self.bench.scratch);
+                fio::measure(job, FILL_LIMIT).context("read the files once")?;
+            }
+        }
+        Ok(())
     }
 
     fn make(&self) -> Result<Disk> {
