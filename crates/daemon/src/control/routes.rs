@@ -214,7 +214,7 @@ async fn refuse_attached(served: &Served, target: &Target) -> Result<(), vdi::Er
             let (disk, path) = (&attachment.disk, attachment.path());
             return Err(refused(
                 ErrorKind::Busy,
-                format!("{disk} is attached at {path}: first parallax detach {path}"),
+                format!("{disk} is attached at {path}; first detach it: parallax detach {path}"),
             ));
         }
     }
