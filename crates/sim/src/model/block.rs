@@ -14,6 +14,7 @@
 //! the best one, since more versions only add constraints; so the question is whether a small graph
 //! has a cycle.
 
+use std::collections::BTreeSet;
 use std::rc::Rc;
 
 use base::BLOCK_SIZE;
@@ -65,7 +66,7 @@ pub struct BlockModel {
     base: Segments,
     versions: Vec<Version>,
     /// Pairs of versions whose order a reader learned.
-    learned: Vec<(Serial, Serial)>,
+    learned: BTreeSet<(Serial, Serial)>,
 }
 
 /// A range of bytes that were not legal.
@@ -92,7 +93,11 @@ impl BlockModel {
     /// A block that reads as zeroes.
     #[must_use]
     pub fn zero() -> Self {
-        Self { base: Segments::uniform(Tag::ZERO), versions: Vec::new(), learned: Vec::new() }
+        Self::certain(Segments::uniform(Tag::ZERO))
+    }
+
+    fn certain(base: Segments) -> Self {
+        Self { base, versions: Vec::new(), learned: BTreeSet::new() }
     }
 
     /// Adds a change that is being asked for.
@@ -207,12 +212,12 @@ impl BlockModel {
             }
             start = end;
         }
-        *self = Self { base, versions: Vec::new(), learned: Vec::new() };
+        *self = Self::certain(base);
     }
 
     /// Makes `content` the certain content.
     pub fn set(&mut self, content: Segments) {
-        *self = Self { base: content, versions: Vec::new(), learned: Vec::new() };
+        *self = Self::certain(content);
     }
 
     /// The block as it is now, for good: a copy in a snapshot or a clone, or the block itself after
@@ -365,9 +370,11 @@ struct Range {
     covering: Vec<usize>,
 }
 
-/// Most choices of writers that are tried before bytes are let pass as undecided: only zeroes
-/// can be explained in more than one way, so this is never reached by real runs.
-const COMBINATIONS_MAX: usize = 20_000;
+/// Most steps of a search before bytes are let pass as undecided: a choice of a writer is one, and to
+/// see whether a choice for each range can be is one for each pair of versions. Only zeroes can be
+/// explained in more than one way, so hardly any run gets there. One did when choices alone were counted,
+/// and took minutes for a block of some hundred versions.
+const STEPS_MAX: usize = 2_000_000;
 
 impl<'a> Question<'a> {
     fn new(block: &'a BlockModel, ops: &'a Ops, floor: Floor) -> Self {
@@ -418,7 +425,7 @@ impl<'a> Question<'a> {
         self.agree(&mut ranges);
         let unique = ranges.iter().all(|range| range.choices.len() == 1);
         let mut chosen = vec![None; ranges.len()];
-        let mut budget = COMBINATIONS_MAX;
+        let mut budget = STEPS_MAX;
         let happened = match self.search(&ranges, 0, &mut chosen, &mut budget) {
             Some(happened) => happened,
             None if budget == 0 => Vec::new(),
@@ -513,6 +520,7 @@ impl<'a> Question<'a> {
         budget: &mut usize,
     ) -> Option<Vec<usize>> {
         let Some(range) = ranges.get(at) else {
+            *budget = budget.saturating_sub(self.fates.len() * self.fates.len());
             return self.consistent(ranges, chosen);
         };
         for &choice in &range.choices {
