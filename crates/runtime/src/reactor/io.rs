@@ -171,9 +171,9 @@ impl Io {
             Engine::Ring(ring) => ring.turn(timeout, lookouts, &mut completed),
             Engine::Threads(threads) => threads.turn(timeout, lookouts, &mut completed),
         };
-        lookouts.wake();
         // Wakes from here on are on this thread, and need no system call.
         self.0.unparker.did_park();
+        lookouts.wake();
         // The engine is not borrowed any more: whoever gets a result may submit again.
         for Completed { work, result } in completed.drain(..) {
             self.deliver(work, result);
