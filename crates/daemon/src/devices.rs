@@ -8,7 +8,6 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -257,16 +256,13 @@ fn number(path: &str) -> Option<u32> {
 
 /// Keeps one slot in each queue of a new device free. The kernel notices at once that a daemon was killed
 /// only if it has not given it a request for every slot (`ublk_timeout` in Linux 6.12), and else after
-/// 30 s. In a process of its own, because the kernel waits for what is under way: should the daemon be
-/// killed meanwhile, a thread of it would keep the store's lock, and nobody could finish what it waits for.
+/// 30 s. On a thread, because the kernel waits for what is under way.
 fn relieve(number: u32) {
     let keep_one_free = move || {
         let file = format!("/sys/block/ublkb{number}/queue/nr_requests");
         let slots: u32 =
             std::fs::read_to_string(&file)?.trim().parse().map_err(io::Error::other)?;
-        let script = format!("echo {} > {file}", slots.saturating_sub(1));
-        let ended = Command::new("/bin/sh").args(["-c", &script]).stdin(Stdio::null()).status()?;
-        if ended.success() { Ok(()) } else { Err(io::Error::other("the kernel refuses it")) }
+        std::fs::write(&file, slots.saturating_sub(1).to_string())
     };
     let relieve = move || {
         if let Err(error) = keep_one_free() {
