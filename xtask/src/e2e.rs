@@ -6,10 +6,12 @@
 
 mod clones;
 mod crash;
+mod debian;
 mod filesystems;
 mod fio_matrix;
 mod full;
 mod guest;
+mod guides;
 mod initramfs;
 mod kernel;
 mod ledger;
@@ -41,7 +43,7 @@ struct Scenario {
     run: fn(&mut Bed) -> Result<()>,
 }
 
-const SCENARIOS: [Scenario; 14] = [
+const SCENARIOS: [Scenario; 19] = [
     Scenario { name: "quickstart", quick: true, guests: false, run: quickstart::run },
     Scenario { name: "tools", quick: true, guests: false, run: tools::run },
     Scenario { name: "fio", quick: true, guests: false, run: fio_matrix::run },
@@ -56,6 +58,16 @@ const SCENARIOS: [Scenario; 14] = [
     Scenario { name: "guest-migration", quick: false, guests: true, run: migration::run },
     Scenario { name: "ublk", quick: false, guests: true, run: ublk::run },
     Scenario { name: "clones", quick: false, guests: true, run: clones::run },
+    Scenario { name: "guide-host", quick: true, guests: false, run: guides::host },
+    Scenario { name: "guide-qemu", quick: false, guests: true, run: guides::qemu },
+    Scenario { name: "guide-libvirt", quick: false, guests: true, run: guides::libvirt },
+    Scenario {
+        name: "guide-cloud-hypervisor",
+        quick: false,
+        guests: true,
+        run: guides::cloud_hypervisor,
+    },
+    Scenario { name: "guide-firecracker", quick: false, guests: true, run: guides::firecracker },
 ];
 
 /// How much is done.

@@ -1,8 +1,8 @@
 //! The Debian packages that the tasks need, installed only where they are missing.
 //!
 //! Each is looked for by a file that it brings, so a machine that has it from elsewhere is left
-//! alone and nothing is asked of the network. QEMU 10 comes from bookworm-backports on Debian 12
-//! (7.2, which Debian 12 has itself, lacks what the guests use) and from the main suite later.
+//! alone and nothing is asked of the network. QEMU 10 and libvirt 11 come from bookworm-backports on
+//! Debian 12 (what it has itself, 7.2 and 9.0, lacks what the guests use) and from the main suite later.
 
 use std::path::Path;
 
@@ -37,7 +37,7 @@ const fn guest(name: &'static str, file: &'static str) -> Package {
     Package { name, file, guests_only: true }
 }
 
-const PACKAGES: [Package; 13] = [
+const PACKAGES: [Package; 17] = [
     gate("fio", "/usr/bin/fio"),
     gate("libnbd-bin", "/usr/bin/nbdcopy"),
     gate("python3-libnbd", "/usr/lib/python3/dist-packages/nbd.py"),
@@ -51,6 +51,13 @@ const PACKAGES: [Package; 13] = [
     guest("kmod", "/sbin/depmod"),
     guest("xz-utils", "/usr/bin/xz"),
     guest("mmdebstrap", "/usr/bin/mmdebstrap"),
+    guest("extlinux", "/usr/bin/extlinux"),
+    guest("libvirt-daemon", "/usr/sbin/libvirtd"),
+    guest(
+        "libvirt-daemon-driver-qemu",
+        "/usr/lib/x86_64-linux-gnu/libvirt/connection-driver/libvirt_driver_qemu.so",
+    ),
+    guest("libvirt-clients", "/usr/bin/virsh"),
 ];
 
 /// Where a Debian 12 machine learns of the backports suite.
@@ -77,24 +84,25 @@ pub(crate) fn ensure(purpose: Use) -> Result<()> {
     })
 }
 
-/// Installs packages, QEMU's from the backports suite where the release has one that is needed.
+/// Installs packages, QEMU's and libvirt's from the backports suite where the release has one that is
+/// needed.
 fn install(names: &[&str]) -> Result<()> {
     if !Path::new("/usr/bin/apt-get").exists() {
         bail!("there is no apt-get on this machine");
     }
     add_backports()?;
     apt().words("update -q").read()?;
-    let (qemu, other): (Vec<&str>, Vec<&str>) =
-        names.iter().partition(|name| name.starts_with("qemu-"));
+    let (newer, other): (Vec<&str>, Vec<&str>) =
+        names.iter().partition(|name| name.starts_with("qemu-") || name.starts_with("libvirt-"));
     if !other.is_empty() {
         apt().words("install -q -y --no-install-recommends").args(other).read()?;
     }
-    if !qemu.is_empty() {
+    if !newer.is_empty() {
         let mut run = apt().words("install -q -y --no-install-recommends");
         if is_bookworm()? {
             run = run.words("-t bookworm-backports");
         }
-        run.args(qemu).read()?;
+        run.args(newer).read()?;
     }
     Ok(())
 }

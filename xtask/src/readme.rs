@@ -30,24 +30,42 @@ pub(crate) fn read(workspace: &Workspace) -> Result<String> {
     std::fs::read_to_string(workspace.root.join("README.md")).context("read README.md")
 }
 
-/// The commands in the `sh` blocks of a document, in order, without comments.
-pub(crate) fn commands(document: &str) -> Vec<String> {
-    let mut inside = false;
-    let mut commands = Vec::new();
+/// A block of code in a document.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Block {
+    /// What it is marked as, such as `sh`.
+    pub(crate) language: String,
+    /// Its lines.
+    pub(crate) text: String,
+}
+
+/// The blocks of code in a document, in order.
+pub(crate) fn blocks(document: &str) -> Vec<Block> {
+    let mut open: Option<Block> = None;
+    let mut blocks = Vec::new();
     for line in document.lines() {
-        match line.trim() {
-            "```sh" => inside = true,
-            "```" => inside = false,
-            text if inside => {
-                let command = text.split(" #").next().unwrap_or_default().trim();
-                if !command.is_empty() && !command.starts_with('#') {
-                    commands.push(command.to_owned());
-                }
+        match (line.trim().strip_prefix("```"), &mut open) {
+            (Some(_), Some(_)) => blocks.extend(open.take()),
+            (Some(language), None) => {
+                open = Some(Block { language: language.to_owned(), text: String::new() });
             }
-            _ => {}
+            (None, Some(block)) => {
+                block.text.push_str(line);
+                block.text.push('\n');
+            }
+            (None, None) => {}
         }
     }
-    commands
+    blocks
+}
+
+/// The commands in the `sh` blocks of a document, one on a line, in order, without comments.
+pub(crate) fn commands(document: &str) -> Vec<String> {
+    let blocks = blocks(document).into_iter().filter(|block| block.language == "sh");
+    let text: String = blocks.map(|block| block.text).collect();
+    let command = |line: &str| line.split(" #").next().unwrap_or_default().trim().to_owned();
+    let is_command = |line: &String| !line.is_empty() && !line.starts_with('#');
+    text.lines().map(command).filter(is_command).collect()
 }
 
 fn findings(readme: &str) -> Vec<String> {
@@ -77,6 +95,15 @@ mod tests {
         let text = "`ls`\n```sh\n# first\nparallax ls   # lists\n\ncargo xtask test\n```\n\
                     ```console\n$ rm -rf /\n```\n";
         assert_eq!(commands(text), ["parallax ls", "cargo xtask test"]);
+    }
+
+    #[test]
+    fn blocks_keep_their_lines() {
+        let text = "a\n```xml\n<a>\n  <b/>\n</a>\n```\n`c`\n```sh\nls \\\n    -l\n```\n";
+        let block =
+            |language: &str, text: &str| Block { language: language.into(), text: text.into() };
+        let expected = [block("xml", "<a>\n  <b/>\n</a>\n"), block("sh", "ls \\\n    -l\n")];
+        assert_eq!(blocks(text), expected);
     }
 
     #[test]

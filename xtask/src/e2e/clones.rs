@@ -3,47 +3,37 @@
 //! Each clone leaves a mark on its own disk. Afterwards every clone must have its mark and no
 //! other, and the disk that they were cloned from must still be what was imported.
 
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 
-use crate::console;
 use crate::control::Control;
-use crate::packages;
 use crate::process::Run;
 use crate::server::{EXPORT, Server};
 
 use super::Bed;
+use super::debian::{BOOT_LIMIT, Debian, ROOT_BYTES};
 use super::guest::{Disk, Guest, Machine};
-use super::initramfs::Initramfs;
-use super::kernel::Kernel;
 
 const CLONES: usize = 10;
 /// Guests that run side by side: emulation takes a core each.
 const TOGETHER: usize = 2;
-const ROOT_BYTES: u64 = 1 << 30;
-/// systemd needs some twenty seconds when it is emulated.
-const BOOT_LIMIT: Duration = Duration::from_secs(300);
 
 /// Runs the scenario. The peer cannot clone: against it, its one disk is booted.
 ///
 /// # Errors
 /// If something cannot be prepared.
 pub(crate) fn run(bed: &mut Bed) -> Result<()> {
-    let kernel = Kernel::ensure(&bed.cache)?;
-    let root = root_file_system(&bed.cache).context("make a Debian root file system")?;
+    let debian = Debian::ensure(&bed.cache)?;
     let initramfs = bed.data.join("initramfs");
-    let mut made = Initramfs::new(include_str!("../../assets/clone-init.sh"))?;
-    made.modules(&kernel, &["virtio_blk", "virtio_pci", "crc32c_generic", "ext4"])?;
-    made.write(&initramfs)?;
+    debian.initramfs(include_str!("../../assets/clone-story.sh"), &initramfs)?;
 
     let mut server = bed.server(ROOT_BYTES)?;
     let scratch = bed.scratch.clone();
     let data = bed.data.clone();
     let boot = |server: &Server, export: &str, number: usize| {
         let machine = Machine {
-            kernel: &kernel,
+            kernel: &debian.kernel,
             initramfs: &initramfs,
             append: format!("plx.clone={number}"),
             disks: vec![Disk::Nbd(server.nbd_socket(), export.to_owned())],
@@ -54,7 +44,7 @@ pub(crate) fn run(bed: &mut Bed) -> Result<()> {
     };
     let Some(binary) = bed.parallax().map(ToOwned::to_owned) else {
         bed.check("copy Debian in and boot it", || {
-            Run::new("nbdcopy").arg(&root).arg(server.uri()).read()?;
+            Run::new("nbdcopy").arg(&debian.root).arg(server.uri()).read()?;
             wait_until_up(boot(&server, EXPORT, 1)?, 1)
         });
         server.stop()?;
@@ -62,7 +52,7 @@ pub(crate) fn run(bed: &mut Bed) -> Result<()> {
     };
 
     bed.check("import Debian", || {
-        parallax(&binary, &server, "import").arg(&root).arg("golden").read().map(drop)
+        parallax(&binary, &server, "import").arg(&debian.root).arg("golden").read().map(drop)
     });
     bed.check("clone it ten times", || {
         let mut control = Control::connect(&server.control_socket())?;
@@ -94,7 +84,12 @@ pub(crate) fn run(bed: &mut Bed) -> Result<()> {
     });
     bed.check("the disk that was cloned is what was imported", || {
         let uri = server.uri_of("golden");
-        Run::new("qemu-img").words("compare -f raw -F raw").arg(&root).arg(uri).read().map(drop)
+        Run::new("qemu-img")
+            .words("compare -f raw -F raw")
+            .arg(&debian.root)
+            .arg(uri)
+            .read()
+            .map(drop)
     });
     server.stop()?;
     Ok(())
@@ -117,41 +112,4 @@ fn check_marks(image: &Path, number: usize) -> Result<()> {
         listed.split_whitespace().filter(|word| word.starts_with("clone-mark-")).collect();
     ensure!(marks == [format!("clone-mark-{number}")], "clone {number} has the marks {marks:?}");
     Ok(())
-}
-
-/// A minimal Debian with systemd in an ext4 file system; made once.
-fn root_file_system(cache: &Path) -> Result<PathBuf> {
-    let path = cache.join("debian.raw");
-    if path.exists() {
-        return Ok(path);
-    }
-    console::say("building a Debian root file system");
-    let directory = cache.join("debian");
-    if directory.exists() {
-        std::fs::remove_dir_all(&directory)?;
-    }
-    let limit = Duration::from_secs(1200);
-    Run::new("mmdebstrap")
-        .words("--variant=minbase --mode=root --include=systemd-sysv,udev --format=directory")
-        .arg(packages::release()?)
-        .arg(&directory)
-        .arg(packages::mirror()?)
-        .limit(limit)
-        .read()?;
-    let units = directory.join("etc/systemd/system");
-    let report = include_str!("../../assets/clone-report.service");
-    std::fs::write(units.join("clone-report.service"), report)?;
-    let wants = units.join("multi-user.target.wants");
-    std::fs::create_dir_all(&wants)?;
-    std::os::unix::fs::symlink("../clone-report.service", wants.join("clone-report.service"))?;
-    std::fs::write(directory.join("etc/fstab"), "/dev/vda / ext4 defaults 0 0\n")?;
-    std::fs::write(directory.join("etc/hostname"), "clone\n")?;
-
-    let unfinished = cache.join("debian.unfinished");
-    std::fs::File::create(&unfinished)?.set_len(ROOT_BYTES)?;
-    let run = Run::new("/sbin/mkfs.ext4").words("-q -F -d").arg(&directory).arg(&unfinished);
-    run.limit(limit).read()?;
-    std::fs::rename(&unfinished, &path)?;
-    std::fs::remove_dir_all(&directory)?;
-    Ok(path)
 }

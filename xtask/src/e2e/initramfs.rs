@@ -81,6 +81,14 @@ impl Initramfs {
         self.entry(Path::new("/modules"), FILE, list.as_bytes())
     }
 
+    /// Adds a file.
+    ///
+    /// # Errors
+    /// If it is too large for an archive.
+    pub(crate) fn file(&mut self, path: &Path, bytes: &[u8]) -> Result<()> {
+        self.entry(path, FILE, bytes)
+    }
+
     /// Writes the archive to `path`.
     ///
     /// # Errors
