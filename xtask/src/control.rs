@@ -59,6 +59,15 @@ impl Control {
         handle.map(str::to_owned).context("a snapshot without a handle")
     }
 
+    /// Gives a VDI another size.
+    ///
+    /// # Errors
+    /// As the daemon says.
+    pub(crate) fn resize(&mut self, name: &str, size_bytes: u64) -> Result<()> {
+        let body = json!({ "size_bytes": size_bytes });
+        self.ask("PATCH", &format!("/v1/vdis/{name}"), Some(&body)).map(drop)
+    }
+
     /// Attaches a VDI over vhost-user.
     ///
     /// # Errors

@@ -9,6 +9,7 @@ mod crash;
 mod debian;
 mod filesystems;
 mod fio_matrix;
+mod forks;
 mod full;
 mod guest;
 mod guides;
@@ -43,7 +44,7 @@ struct Scenario {
     run: fn(&mut Bed) -> Result<()>,
 }
 
-const SCENARIOS: [Scenario; 19] = [
+const SCENARIOS: [Scenario; 20] = [
     Scenario { name: "quickstart", quick: true, guests: false, run: quickstart::run },
     Scenario { name: "tools", quick: true, guests: false, run: tools::run },
     Scenario { name: "fio", quick: true, guests: false, run: fio_matrix::run },
@@ -58,6 +59,7 @@ const SCENARIOS: [Scenario; 19] = [
     Scenario { name: "guest-migration", quick: false, guests: true, run: migration::run },
     Scenario { name: "ublk", quick: false, guests: true, run: ublk::run },
     Scenario { name: "clones", quick: false, guests: true, run: clones::run },
+    Scenario { name: "forks", quick: false, guests: true, run: forks::run },
     Scenario { name: "guide-host", quick: true, guests: false, run: guides::host },
     Scenario { name: "guide-qemu", quick: false, guests: true, run: guides::qemu },
     Scenario { name: "guide-libvirt", quick: false, guests: true, run: guides::libvirt },

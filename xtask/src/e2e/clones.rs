@@ -13,7 +13,7 @@ use crate::server::{EXPORT, Server};
 
 use super::Bed;
 use super::debian::{BOOT_LIMIT, Debian, ROOT_BYTES};
-use super::guest::{Disk, Guest, Machine};
+use super::guest::{COMMON, Disk, Guest, Machine};
 
 const CLONES: usize = 10;
 /// Guests that run side by side: emulation takes a core each.
@@ -37,6 +37,7 @@ pub(crate) fn run(bed: &mut Bed) -> Result<()> {
             initramfs: &initramfs,
             append: format!("plx.clone={number}"),
             disks: vec![Disk::Nbd(server.nbd_socket(), export.to_owned())],
+            size: COMMON,
             serial: scratch.join(format!("clone{number}.log")),
             incoming: None,
         };

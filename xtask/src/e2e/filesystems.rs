@@ -5,7 +5,6 @@
 //! checker must find nothing. The same holds for a clone of every snapshot that was taken on the
 //! way, with the files that were acknowledged before the snapshot was asked for.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
@@ -18,7 +17,7 @@ use crate::random::Random;
 use crate::server::{EXPORT, Server};
 
 use super::Bed;
-use super::guest::{Disk, Guest, Machine, complete_lines};
+use super::guest::{COMMON, Disk, Files, Guest, Machine, complete_lines, files, numbered};
 use super::initramfs::Initramfs;
 use super::kernel::Kernel;
 
@@ -83,9 +82,6 @@ pub(crate) fn vhost_user(bed: &mut Bed) -> Result<()> {
     }
     run(bed, &EXT4, Way::VhostUser)
 }
-
-/// Files by number, with their sums.
-type Files = BTreeMap<u64, String>;
 
 /// One file system's story.
 struct Story<'a> {
@@ -242,18 +238,13 @@ impl Story<'_> {
     }
 
     /// A guest mounts the disk and lists what is on it; then the file system is checked.
-    fn check(&self, export: &str, files: &Files) -> Result<()> {
-        ensure!(!files.is_empty(), "nothing to look for: the guest acknowledged nothing");
+    fn check(&self, export: &str, wanted: &Files) -> Result<()> {
+        ensure!(!wanted.is_empty(), "nothing to look for: the guest acknowledged nothing");
         let mut guest = self.machine("plx.mode=check plx.new=0 plx.from=0", export)?.start()?;
         guest.wait_for("finishing its check", CHECK_LIMIT, |line| line == "END")?;
         let said = guest.wait(BOOT_LIMIT)?;
-        let mut found = Files::new();
-        for line in complete_lines(&said) {
-            if let Some((number, sum)) = numbered(line, "GOT ") {
-                found.insert(number, sum);
-            }
-        }
-        for (number, sum) in files {
+        let found = files(&said, "GOT ");
+        for (number, sum) in wanted {
             let there = found.get(number);
             ensure!(there.is_some(), "file {number} was acknowledged and is lost");
             ensure!(there == Some(sum), "file {number} holds something else: {there:?}");
@@ -268,6 +259,7 @@ impl Story<'_> {
             initramfs: self.initramfs,
             append: format!("{append} plx.fs={}", self.file_system.name),
             disks: vec![self.disk(export)?],
+            size: COMMON,
             serial: self.scratch.join("serial.log"),
             incoming: None,
         })
@@ -330,12 +322,6 @@ fn read_fill(said: &str, files: &mut Files, last: &mut u64) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// The number and the sum in a line such as `GOT 17 d41d8c…`.
-fn numbered(line: &str, verb: &str) -> Option<(u64, String)> {
-    let (number, sum) = line.strip_prefix(verb)?.split_once(' ')?;
-    Some((number.parse().ok()?, sum.to_owned()))
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! A virtual machine under QEMU's own emulation: slow, but it runs where nothing else does.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -40,6 +41,8 @@ pub(crate) struct Machine<'a> {
     pub(crate) append: String,
     /// Its disks.
     pub(crate) disks: Vec<Disk>,
+    /// What else it has.
+    pub(crate) size: Size,
     /// Where its serial line is written to. QEMU's log and its monitor's socket stand beside it.
     pub(crate) serial: PathBuf,
     /// The socket at which it waits for another guest's memory, to go on as that one.
@@ -53,6 +56,18 @@ pub(crate) struct Moved {
     /// Milliseconds in which the guest stood still.
     pub(crate) down_ms: u64,
 }
+
+/// How large a guest is.
+#[derive(Clone, Copy)]
+pub(crate) struct Size {
+    /// Virtual processors, and queues of each disk.
+    pub(crate) processors: u32,
+    /// Memory.
+    pub(crate) memory_mib: u32,
+}
+
+/// What most guests are fine with.
+pub(crate) const COMMON: Size = Size { processors: 2, memory_mib: 512 };
 
 /// A running guest; gone when dropped.
 pub(crate) struct Guest {
@@ -71,8 +86,10 @@ impl Machine<'_> {
         }
         let append =
             format!("console=ttyS0 quiet panic=-1 mitigations=off nokaslr {}", self.append);
+        let Size { processors, memory_mib } = self.size;
         let mut run = Run::new("qemu-system-x86_64")
-            .words("-M q35 -accel tcg,thread=multi -cpu max -smp 2 -m 512")
+            .words("-M q35 -accel tcg,thread=multi -cpu max")
+            .words(&format!("-smp {processors} -m {memory_mib}"))
             .words("-nodefaults -display none -no-reboot -kernel")
             .arg(&self.kernel.image)
             .arg("-initrd")
@@ -88,12 +105,11 @@ impl Machine<'_> {
         }
         if self.disks.iter().any(|disk| matches!(disk, Disk::VhostUser(_))) {
             // The server maps the guest's memory.
-            run = run
-                .words("-object memory-backend-memfd,id=mem,size=512M,share=on")
-                .words("-numa node,memdev=mem");
+            let memory = format!("memory-backend-memfd,id=mem,size={memory_mib}M,share=on");
+            run = run.arg("-object").arg(memory).words("-numa node,memdev=mem");
         }
         for (index, disk) in self.disks.iter().enumerate() {
-            run = disk.add_to(run, index);
+            run = disk.add_to(run, index, processors);
         }
         let log = self.serial.with_extension("qemu.log");
         Ok(Guest { running: run.background(&log)?, serial: self.serial.clone() })
@@ -101,7 +117,7 @@ impl Machine<'_> {
 }
 
 impl Disk {
-    fn add_to(&self, run: Run, index: usize) -> Run {
+    fn add_to(&self, run: Run, index: usize, queues: u32) -> Run {
         match self {
             Self::Nbd(socket, export) => run
                 .arg("-blockdev")
@@ -111,7 +127,7 @@ impl Disk {
                     socket.display()
                 ))
                 .arg("-device")
-                .arg(format!("virtio-blk-pci,drive=n{index},num-queues=2")),
+                .arg(format!("virtio-blk-pci,drive=n{index},num-queues={queues}")),
             Self::VhostUser(socket) => run
                 .arg("-chardev")
                 .arg(format!(
@@ -119,7 +135,7 @@ impl Disk {
                     socket.display()
                 ))
                 .arg("-device")
-                .arg(format!("vhost-user-blk-pci,chardev=c{index},num-queues=2")),
+                .arg(format!("vhost-user-blk-pci,chardev=c{index},num-queues={queues}")),
             Self::File(path) => run
                 .arg("-blockdev")
                 .arg(format!(
@@ -127,7 +143,7 @@ impl Disk {
                     path.display()
                 ))
                 .arg("-device")
-                .arg(format!("virtio-blk-pci,drive=n{index},num-queues=2")),
+                .arg(format!("virtio-blk-pci,drive=n{index},num-queues={queues}")),
         }
     }
 }
@@ -207,6 +223,11 @@ impl Guest {
         bail!("the guest {how} instead of {what}:\n{}", tail(&self.said()))
     }
 
+    /// Whether it has not ended yet.
+    pub(crate) fn is_alive(&mut self) -> bool {
+        self.running.is_alive()
+    }
+
     /// Pulls the plug.
     ///
     /// # Errors
@@ -232,4 +253,18 @@ impl Guest {
 pub(crate) fn complete_lines(said: &str) -> impl Iterator<Item = &str> {
     let end = said.rfind('\n').map_or(0, |end| end + 1);
     said.get(..end).unwrap_or_default().lines()
+}
+
+/// Files by number, with their sums.
+pub(crate) type Files = BTreeMap<u64, String>;
+
+/// The files that a guest names in lines such as `GOT 17 d41d8c…`.
+pub(crate) fn files(said: &str, verb: &str) -> Files {
+    complete_lines(said).filter_map(|line| numbered(line, verb)).collect()
+}
+
+/// The number and the sum in such a line; `verb` ends with a space.
+pub(crate) fn numbered(line: &str, verb: &str) -> Option<(u64, String)> {
+    let (number, sum) = line.strip_prefix(verb)?.split_once(' ')?;
+    Some((number.parse().ok()?, sum.to_owned()))
 }

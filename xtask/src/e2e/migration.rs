@@ -18,7 +18,7 @@ use crate::server::{EXPORT, Server};
 
 use super::Bed;
 use super::filesystems::end_of_fio;
-use super::guest::{Disk, Machine, Moved, complete_lines};
+use super::guest::{COMMON, Disk, Machine, Moved, complete_lines};
 use super::initramfs::Initramfs;
 use super::kernel::Kernel;
 
@@ -112,6 +112,7 @@ impl Journey<'_> {
             ),
             disks: vec![Disk::VhostUser(self.socket(number % 2))],
             serial: self.scratch.join(format!("guest{number}.log")),
+            size: COMMON,
             incoming: incoming.map(Path::to_owned),
         }
     }

@@ -10,7 +10,7 @@ use crate::console;
 use crate::process::Run;
 
 use super::Bed;
-use super::guest::{Disk, Guest, Machine, complete_lines};
+use super::guest::{COMMON, Disk, Guest, Machine, complete_lines};
 use super::initramfs::Initramfs;
 use super::kernel::Kernel;
 
@@ -56,6 +56,7 @@ pub(crate) fn run(bed: &mut Bed) -> Result<()> {
         initramfs: &initramfs,
         append: format!("plx.seed={} plx.outages={outages}", bed.random.below(1 << 31)),
         disks: vec![Disk::File(store)],
+        size: COMMON,
         serial: bed.scratch.join("serial.log"),
         incoming: None,
     };
