@@ -15,6 +15,7 @@ done
 while read -r module; do
     case $module in
     *ublk*) late=$module ;;
+    *nbd*) ;;
     *) insmod "$module" || echo "INSMOD $module failed" ;;
     esac
 done < /modules
@@ -260,6 +261,19 @@ killed_while_attaching() {
     echo "NOTE $whole of $tries were attached all the same"
 }
 
+# What depmod's tables would lead to.
+modprobe() {
+    lsmod | grep -q "^$1 " || insmod "$(grep "/$1\." /modules)"
+}
+
+# The parts of docs/guides/host.md that this machine has what it takes for.
+the_guide_word_for_word() {
+    mkdir -p /srv
+    # Not before `&&`, where the shell would go on after an error.
+    (set -ex; . /guide.sh)
+    [ $? = 0 ] && ! grep /srv /proc/mounts && [ "$(parallax attachments --json)" = "[]" ]
+}
+
 the_kernel_complains_of_nothing() {
     ! dmesg | grep -E -A 20 'WARNING|BUG:|Call Trace|blocked for more than'
 }
@@ -267,6 +281,7 @@ the_kernel_complains_of_nothing() {
 echo BOOTED
 check kernel_without_ublk
 check suite_of_all_frontends
+check the_guide_word_for_word
 check what_the_device_is_like
 check fio_on_the_bare_device
 check ext4_while_the_daemon_is_killed

@@ -37,7 +37,7 @@ const fn guest(name: &'static str, file: &'static str) -> Package {
     Package { name, file, guests_only: true }
 }
 
-const PACKAGES: [Package; 17] = [
+const PACKAGES: [Package; 18] = [
     gate("fio", "/usr/bin/fio"),
     gate("libnbd-bin", "/usr/bin/nbdcopy"),
     gate("python3-libnbd", "/usr/lib/python3/dist-packages/nbd.py"),
@@ -49,6 +49,7 @@ const PACKAGES: [Package; 17] = [
     guest("btrfs-progs", "/bin/btrfs"),
     guest("busybox-static", "/bin/busybox"),
     guest("kmod", "/sbin/depmod"),
+    guest("nbd-client", "/sbin/nbd-client"),
     guest("xz-utils", "/usr/bin/xz"),
     guest("mmdebstrap", "/usr/bin/mmdebstrap"),
     guest("extlinux", "/usr/bin/extlinux"),

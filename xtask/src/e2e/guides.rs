@@ -50,9 +50,23 @@ END";
 pub(crate) fn host(bed: &mut Bed) -> Result<()> {
     let Some(mut sandbox) = sandbox(bed, &[])? else { return Ok(()) };
     sandbox.serve("exec parallax serve store")?;
-    let has_ublk = Run::new("modprobe").words("ublk_drv").read().is_ok();
-    let left_out = |block: &Block| !has_ublk && block.text.contains("ublk");
-    follow_without(bed, "host.md", &mut sandbox, left_out, |_, _| Ok(false))
+    follow_without(bed, "host.md", &mut sandbox, is_of_a_block_device, |_, _| Ok(false))
+}
+
+/// The blocks of docs/guides/host.md that take more than this machine's kernel may have; the scenario
+/// `ublk` follows them.
+///
+/// # Errors
+/// If there are none.
+pub(crate) fn of_block_devices() -> Result<Vec<Block>> {
+    let mut blocks = read("host.md")?;
+    blocks.retain(is_of_a_block_device);
+    ensure!(!blocks.is_empty(), "host.md has no block devices");
+    Ok(blocks)
+}
+
+fn is_of_a_block_device(block: &Block) -> bool {
+    ["ublk", "nbd"].iter().any(|way| block.text.contains(way))
 }
 
 /// docs/guides/qemu.md.
@@ -186,6 +200,16 @@ fn image(debian: &Debian, sandbox: &Sandbox) -> Result<()> {
     run.arg(sandbox.directory.join("debian.qcow2")).read().map(drop)
 }
 
+/// The blocks of a guide.
+fn read(guide: &str) -> Result<Vec<Block>> {
+    let path = workspace::root().join("docs/guides").join(guide);
+    let text =
+        std::fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+    let blocks = readme::blocks(&text);
+    ensure!(!blocks.is_empty(), "{guide} has no commands");
+    Ok(blocks)
+}
+
 /// Follows a guide from its first block to its last. `special` returns whether it has done what a
 /// block says; otherwise the shell does it.
 fn follow(
@@ -205,12 +229,7 @@ fn follow_without(
     is_left_out: impl Fn(&Block) -> bool,
     mut special: impl FnMut(&mut Sandbox, &Block) -> Result<bool>,
 ) -> Result<()> {
-    let path = workspace::root().join("docs/guides").join(guide);
-    let text =
-        std::fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
-    let blocks = readme::blocks(&text);
-    ensure!(!blocks.is_empty(), "{guide} has no commands");
-    for block in &blocks {
+    for block in &read(guide)? {
         // What follows takes for granted that what came before has worked.
         if bed.count.failed > 0 {
             break;

@@ -11,6 +11,7 @@ use crate::process::Run;
 
 use super::Bed;
 use super::guest::{COMMON, Disk, Guest, Machine, complete_lines};
+use super::guides;
 use super::initramfs::Initramfs;
 use super::kernel::Kernel;
 
@@ -22,9 +23,10 @@ const BOOT_LIMIT: Duration = Duration::from_secs(120);
 const CHECK_LIMIT: Duration = Duration::from_secs(600);
 
 /// What the guest does, in this order.
-const CHECKS: [&str; 12] = [
+const CHECKS: [&str; 13] = [
     "kernel_without_ublk",
     "suite_of_all_frontends",
+    "the_guide_word_for_word",
     "what_the_device_is_like",
     "fio_on_the_bare_device",
     "ext4_while_the_daemon_is_killed",
@@ -80,10 +82,13 @@ fn initramfs(bed: &Bed, kernel: &Kernel, binary: &Path) -> Result<PathBuf> {
         Run::new("strip").arg("-o").arg(&stripped).arg(program).read()?;
         made.program_as(&stripped, Path::new(inside))?;
     }
-    for program in ["/usr/bin/fio", "/sbin/mkfs.ext4", "/sbin/e2fsck"] {
+    for program in ["/usr/bin/fio", "/sbin/mkfs.ext4", "/sbin/e2fsck", "/sbin/nbd-client"] {
         made.program(Path::new(program))?;
     }
-    made.modules(kernel, &["virtio_blk", "virtio_pci", "crc32c_generic", "ext4", "ublk_drv"])?;
+    let guide: String = guides::of_block_devices()?.into_iter().map(|block| block.text).collect();
+    made.file(Path::new("/guide.sh"), guide.as_bytes())?;
+    let modules = ["virtio_blk", "virtio_pci", "crc32c_generic", "ext4", "ublk_drv", "nbd"];
+    made.modules(kernel, &modules)?;
     made.write(&path)?;
     Ok(path)
 }
