@@ -5,6 +5,7 @@
 //! task and no allocation here, and between a completion and the reply there is no hop. The price
 //! is this file; a task per request was the road not taken.
 
+use std::future::poll_fn;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
@@ -97,6 +98,20 @@ impl<T> InFlight<T> {
         if self.marks.words.iter().any(|word| word.load(Ordering::Acquire) != 0) {
             context.waker().wake_by_ref();
         }
+    }
+
+    /// Waits until a request was woken, or `others` have something, once: whoever waits looks at
+    /// everything then.
+    pub async fn woken(&self, mut others: impl FnMut(&mut Context<'_>) -> Poll<()>) {
+        let mut woken = false;
+        poll_fn(|context| {
+            if std::mem::replace(&mut woken, true) {
+                return Poll::Ready(());
+            }
+            self.register(context);
+            others(context)
+        })
+        .await;
     }
 
     /// Polls a request once, and keeps it if it is not done at once.

@@ -8,7 +8,6 @@
 //! that were under way are done again.
 
 use std::cell::Cell;
-use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -466,35 +465,23 @@ impl<'a> Service<'a> {
 
     /// Waits until there is a reason to look again. Which one does not matter.
     async fn woken(&mut self, listen: bool) {
-        let session = self.session;
-        let listens = listen && !session.leaving.get() && self.has_room();
+        let listens = listen && !self.session.leaving.get() && self.has_room();
+        let Self { session, in_flight, readable, .. } = self;
         let mut changed = Box::pin(session.changed.changed());
-        let mut woken = false;
-        poll_fn(|context| {
-            if std::mem::replace(&mut woken, true) {
-                return Poll::Ready(());
-            }
-            self.in_flight.register(context);
-            let readable = if listens { self.poll_readable(context) } else { Poll::Pending };
+        let mut poll_readable = |context: &mut Context<'_>| {
+            let kernel = &session.kernel;
+            let wait = readable.get_or_insert_with(|| Box::pin(Rc::clone(kernel).readable()));
+            // What is wrong, if something is, is said by the next read.
+            wait.as_mut().poll(context).map(|_| *readable = None)
+        };
+        let others = |context: &mut Context<'_>| {
+            let readable = if listens { poll_readable(context) } else { Poll::Pending };
             match (readable, changed.as_mut().poll(context)) {
                 (Poll::Pending, Poll::Pending) => Poll::Pending,
                 _ => Poll::Ready(()),
             }
-        })
-        .await;
-    }
-
-    fn poll_readable(&mut self, context: &mut Context<'_>) -> Poll<()> {
-        let kernel = &self.session.kernel;
-        let readable = self.readable.get_or_insert_with(|| Box::pin(Rc::clone(kernel).readable()));
-        match readable.as_mut().poll(context) {
-            Poll::Pending => Poll::Pending,
-            // What is wrong, if something is, is said by the next read.
-            Poll::Ready(_) => {
-                self.readable = None;
-                Poll::Ready(())
-            }
-        }
+        };
+        in_flight.woken(others).await;
     }
 }
 

@@ -5,10 +5,9 @@
 
 use std::cell::Cell;
 use std::collections::VecDeque;
-use std::future::poll_fn;
 use std::io;
 use std::rc::Rc;
-use std::task::Poll;
+use std::task::{Context, Poll};
 
 use base::{BLOCK_SIZE, ErrorKind};
 use disk::in_flight::{InFlight, Outcome, Pending, REQUESTS_MAX};
@@ -248,19 +247,16 @@ impl<'a, Q: Queues> Service<'a, Q> {
 
     /// Waits until there is a reason to look again. Which one does not matter.
     async fn woken(&mut self) {
-        let mut changed = Box::pin(self.session.changed.changed());
-        let mut woken = false;
-        poll_fn(|context| {
-            if std::mem::replace(&mut woken, true) {
-                return Poll::Ready(());
-            }
-            self.in_flight.register(context);
-            match (self.queues.poll_arrival(context), changed.as_mut().poll(context)) {
-                (Poll::Pending, Poll::Pending) => Poll::Pending,
-                _ => Poll::Ready(()),
-            }
-        })
-        .await;
+        let Self { session, queues, in_flight, .. } = self;
+        let mut changed = Box::pin(session.changed.changed());
+        let others = |context: &mut Context<'_>| match (
+            queues.poll_arrival(context),
+            changed.as_mut().poll(context),
+        ) {
+            (Poll::Pending, Poll::Pending) => Poll::Pending,
+            _ => Poll::Ready(()),
+        };
+        in_flight.woken(others).await;
     }
 }
 

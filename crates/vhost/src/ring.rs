@@ -15,7 +15,6 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
-use std::future::poll_fn;
 use std::rc::Rc;
 use std::task::{Context, Poll};
 
@@ -240,8 +239,11 @@ struct Service<'a> {
     in_flight: InFlight<Ticket>,
     /// Requests that were taken and found no room.
     waiting: VecDeque<Ask>,
-    kick: Option<(Rc<Event>, LocalBoxFuture<std::io::Result<()>>)>,
+    kick: Option<Kick>,
 }
+
+/// Where kicks come from, and the wait for the next one.
+type Kick = (Rc<Event>, LocalBoxFuture<std::io::Result<()>>);
 
 /// Bytes that are taken in one round, or about as many, and what a request costs besides: a chain may
 /// have a thousand descriptors. Eight requests of 4 KiB: all that a guest has under way together would
@@ -303,12 +305,7 @@ impl<'a> Service<'a> {
             if self.in_flight.count() == 0 {
                 return;
             }
-            let mut woken = false;
-            poll_fn(|context| {
-                self.in_flight.register(context);
-                if std::mem::replace(&mut woken, true) { Poll::Ready(()) } else { Poll::Pending }
-            })
-            .await;
+            self.in_flight.woken(|_| Poll::Pending).await;
         }
     }
 
@@ -392,7 +389,7 @@ impl<'a> Service<'a> {
             Started::Pending(pending) => {
                 let done = self.in_flight.start(pending, Ticket { ask, charge });
                 let Some((Ticket { ask, charge }, answer)) = done else { return Ok(()) };
-                self.ring.device.budget.give(charge);
+                device.budget.give(charge);
                 let status = ask.answer(answer, memory);
                 self.finish_now(&ask, status, memory)
             }
@@ -422,57 +419,53 @@ impl<'a> Service<'a> {
     /// Waits until there is a reason to look again: a request, if there is room for one, a kick, a
     /// completion, room, a change. Which one does not matter, everything is looked at.
     async fn woken(&mut self, watches: bool) {
-        let starved = !self.waiting.is_empty();
-        let mut changed = Box::pin(self.ring.changed.changed());
-        let mut woken = false;
-        poll_fn(|context| {
-            if std::mem::replace(&mut woken, true) {
-                return Poll::Ready(());
-            }
-            self.in_flight.register(context);
+        let Self { ring, watch, in_flight, waiting, kick, .. } = self;
+        let starved = !waiting.is_empty();
+        let mut changed = Box::pin(ring.changed.changed());
+        let others = |context: &mut Context<'_>| {
             if watches {
-                self.watch.arm(context.waker());
+                watch.arm(context.waker());
             }
             if starved {
-                self.ring.device.budget.wait(self.ring.index, context);
+                ring.device.budget.wait(ring.index, context);
             }
-            match (self.poll_kick(context), changed.as_mut().poll(context)) {
+            match (poll_kick(ring, kick, context), changed.as_mut().poll(context)) {
                 (Poll::Pending, Poll::Pending) => Poll::Pending,
                 _ => Poll::Ready(()),
             }
-        })
-        .await;
-        self.watch.disarm();
-    }
-
-    /// Listens to the ring's kicks, those of another eventfd once there is one.
-    fn poll_kick(&mut self, context: &mut Context<'_>) -> Poll<()> {
-        let current = self.ring.setup.borrow().kick.clone();
-        let same = match (&self.kick, &current) {
-            (Some((known, _)), Some(current)) => Rc::ptr_eq(known, current),
-            (known, current) => known.is_none() && current.is_none(),
         };
-        if !same {
-            self.kick = current.map(|event| {
-                let wait: LocalBoxFuture<_> = Box::pin(Rc::clone(&event).wait());
-                (event, wait)
-            });
-        }
-        let Some((event, wait)) = &mut self.kick else { return Poll::Pending };
-        match wait.as_mut().poll(context) {
-            Poll::Pending => Poll::Pending,
-            Poll::Ready(outcome) => {
-                self.ring.device.metrics.kicks.add(1);
-                if let Err(error) = outcome {
-                    // An eventfd does not fail. Should it, completions still wake the task.
-                    tracing::warn!(%error, "cannot listen to the kicks of a ring");
-                    self.ring.setup.borrow_mut().kick = None;
-                    self.kick = None;
-                } else {
-                    *wait = Box::pin(Rc::clone(event).wait());
-                }
-                Poll::Ready(())
+        in_flight.woken(others).await;
+        watch.disarm();
+    }
+}
+
+/// Listens to the ring's kicks, those of another eventfd once there is one.
+fn poll_kick(ring: &Ring, kick: &mut Option<Kick>, context: &mut Context<'_>) -> Poll<()> {
+    let current = ring.setup.borrow().kick.clone();
+    let same = match (&*kick, &current) {
+        (Some((known, _)), Some(current)) => Rc::ptr_eq(known, current),
+        (known, current) => known.is_none() && current.is_none(),
+    };
+    if !same {
+        *kick = current.map(|event| {
+            let wait: LocalBoxFuture<_> = Box::pin(Rc::clone(&event).wait());
+            (event, wait)
+        });
+    }
+    let Some((event, wait)) = kick else { return Poll::Pending };
+    match wait.as_mut().poll(context) {
+        Poll::Pending => Poll::Pending,
+        Poll::Ready(outcome) => {
+            ring.device.metrics.kicks.add(1);
+            if let Err(error) = outcome {
+                // An eventfd does not fail. Should it, completions still wake the task.
+                tracing::warn!(%error, "cannot listen to the kicks of a ring");
+                ring.setup.borrow_mut().kick = None;
+                *kick = None;
+            } else {
+                *wait = Box::pin(Rc::clone(event).wait());
             }
+            Poll::Ready(())
         }
     }
 }
