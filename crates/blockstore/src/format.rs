@@ -46,8 +46,7 @@ const ZERO_BLOCKS_AT_ONCE: u64 = 16_384;
 /// `Busy` if the device looks used and `force` is not set; `Invalid` for impossible sizes;
 /// device errors.
 pub async fn format(device: &Device, runtime: &Runtime, options: &Options) -> Result<(), Error> {
-    check(device, runtime, options).await?;
-    let (extent_blocks, ring_blocks) = sizes(device, options)?;
+    let (extent_blocks, ring_blocks) = check(device, runtime, options).await?;
     let zero = BlockSlice::whole(Rc::new(Buffer::zeroed(1)));
     let [primary, secondary] = SUPERBLOCK_COPIES;
     // One after the other, the primary last: of a format that is cut short here the old store is
@@ -142,18 +141,22 @@ fn labels(device: &Device) -> [(Pba, u64); 3] {
     [(start, LABEL_BLOCKS), (secondary, 1), (end, LABEL_BLOCKS)]
 }
 
-fn sizes(device: &Device, options: &Options) -> Result<(u64, u64), Error> {
-    geometry::choose_sizes(device.block_count(), options.extent_bytes, options.log_bytes)
-}
-
-/// Whether [`format()`] would go on: sizes, and unless they are forced, devices with a store, a
-/// partition table or a file system on them.
+/// The lengths of an extent and of a log ring in blocks that [`format()`] would go on with. Unless it
+/// is forced, it does not on a device with a store, a partition table or a file system.
 ///
 /// # Errors
 /// `Busy`, with what was found; `Invalid` for impossible sizes; device errors.
-pub async fn check(device: &Device, runtime: &Runtime, options: &Options) -> Result<(), Error> {
-    sizes(device, options)?;
-    if options.force { Ok(()) } else { check_unused(device, runtime).await }
+pub async fn check(
+    device: &Device,
+    runtime: &Runtime,
+    options: &Options,
+) -> Result<(u64, u64), Error> {
+    let sizes =
+        geometry::choose_sizes(device.block_count(), options.extent_bytes, options.log_bytes)?;
+    if !options.force {
+        check_unused(device, runtime).await?;
+    }
+    Ok(sizes)
 }
 
 async fn check_unused(device: &Device, runtime: &Runtime) -> Result<(), Error> {

@@ -151,10 +151,7 @@ impl Daemon {
                 let _ = stop.send(true);
                 let end = end(control, ending);
                 let Some(binary) = binary else {
-                    return tokio::select! {
-                        outcome = end => outcome,
-                        () = signals.another() => Err(stopped_before_the_end()),
-                    };
+                    return unless_another_comes(&mut signals, end).await;
                 };
                 let mut end = std::pin::pin!(end);
                 let stops = tokio::select! {
@@ -163,10 +160,7 @@ impl Daemon {
                         signals.have_come().await
                     }
                     () = signals.any() => {
-                        tokio::select! {
-                            outcome = &mut end => outcome?,
-                            () = signals.another() => return Err(stopped_before_the_end()),
-                        }
+                        unless_another_comes(&mut signals, end).await?;
                         true
                     }
                 };
@@ -187,10 +181,18 @@ impl Daemon {
     }
 }
 
-fn stopped_before_the_end() -> Error {
-    let message =
-        "stopped by a second signal before the store was closed; the next start recovers it";
-    Error::new(Kind::Io, message)
+/// Waits for the end, after a signal asked for it, but not any more when another one comes.
+async fn unless_another_comes(
+    signals: &mut Signals,
+    end: impl Future<Output = Result<(), Error>>,
+) -> Result<(), Error> {
+    tokio::select! {
+        outcome = end => outcome,
+        () = signals.another() => Err(Error::new(
+            Kind::Io,
+            "stopped by a second signal before the store was closed; the next start recovers it",
+        )),
+    }
 }
 
 /// Ends the control plane and the engine.

@@ -132,6 +132,8 @@ fn run(
         if zero {
             Store::zero(&device, &progress).await.map_err(failed)?;
         }
+        // It was looked at, and is locked: once is enough.
+        let options = FormatOptions { force: true, ..options };
         Store::format(&device, &runtime, &options).await.map_err(failed)
     };
     reactor.run(make).map_err(|e| Error::system("go on with the I/O engine", &e))??;

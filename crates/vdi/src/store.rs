@@ -50,7 +50,7 @@ impl Store {
         options: &FormatOptions,
     ) -> Result<(), Error> {
         let options = recovery::format_options(options);
-        Ok(blockstore::format::check(device, runtime, &options).await?)
+        Ok(blockstore::format::check(device, runtime, &options).await.map(drop)?)
     }
 
     /// Writes zeroes over the whole of `device`, before it is formatted: then no block of a file is
