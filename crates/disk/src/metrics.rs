@@ -25,10 +25,11 @@ impl Counter {
 }
 
 /// Declares what a server counts: `Metrics`, with a live [`Counter`] for each line, and `Snapshot`, plain
-/// data for others, whose `values` have each with its stable name and whether it is a gauge.
+/// data for others, whose `values` have each with its stable name and whether it is a gauge. A test holds
+/// the page that `in` names, of the workspace, to them: each has a row in a table, in this order.
 #[macro_export]
 macro_rules! metrics {
-    ($($(#[$doc:meta])* $field:ident: $kind:ident = $name:literal,)*) => {
+    (in $page:literal; $($(#[$doc:meta])* $field:ident: $kind:ident = $name:literal,)*) => {
         /// The live counters.
         #[derive(Debug, Default)]
         pub(crate) struct Metrics {
@@ -55,6 +56,19 @@ macro_rules! metrics {
             #[must_use]
             pub fn values(&self) -> [(&'static str, u64, bool); Self::COUNT] {
                 [$(($name, self.$field, $crate::metrics!(@is_gauge $kind)),)*]
+            }
+        }
+
+        #[cfg(test)]
+        mod documentation {
+            #[test]
+            fn has_a_row_for_each_metric() {
+                let page = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../../", $page));
+                let names = [$($name),*];
+                let family = |name: &str| name.split('_').next().map(str::to_owned);
+                let cells = page.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next());
+                let rows = cells.filter(|cell| family(cell) == family(names[0]));
+                assert_eq!(rows.collect::<Vec<_>>(), names);
             }
         }
     };
