@@ -121,10 +121,11 @@ fn doc_tests(workspace: &Workspace) -> Result<()> {
     workspace.cargo().words("test --quiet --doc --workspace --locked").show()
 }
 
-/// The optimised binaries that the following steps use.
+/// The optimised binaries that the following steps use: one by one, as those steps ask for them, for a build
+/// of both has other features of their dependencies, and would be in nobody's place.
 fn release_build(workspace: &Workspace) -> Result<()> {
-    let arguments = "build --release --locked --package parallax --package parallax-sim";
-    workspace.cargo().words(arguments).show()
+    workspace.parallax(None)?;
+    workspace.release_binary("parallax-sim", "parallax-sim").map(drop)
 }
 
 /// Installs nextest where it is missing.

@@ -39,7 +39,7 @@ impl Workspace {
     /// If it does not compile.
     pub(crate) fn release_binary(&self, package: &str, name: &str) -> Result<PathBuf> {
         self.cargo()
-            .words("build --release --package")
+            .words("build --release --locked --package")
             .arg(package)
             .words("--bin")
             .arg(name)
