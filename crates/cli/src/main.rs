@@ -14,6 +14,10 @@ use std::process::ExitCode;
 use clap::Parser;
 
 fn main() -> ExitCode {
+    // The daemon has asked for itself, under another name.
+    if let Some(code) = daemon::called_aside() {
+        return code;
+    }
     let cli = match args::Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return exit::report_usage(&error, std::env::args_os().skip(1)),

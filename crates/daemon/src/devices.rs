@@ -4,6 +4,8 @@
 //! same store takes over what it finds remembered (`remembered.rs`). A number is remembered before the
 //! kernel is asked for it, and forgotten after the device is gone, so no device is left to nobody.
 
+mod aside;
+
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::io;
@@ -18,6 +20,8 @@ use serde::{Deserialize, Serialize};
 use ublk::Taken;
 
 use crate::remembered::Remembered;
+use aside::Aside;
+pub use aside::called as called_aside;
 
 /// How long requests in flight may take to be completed when the daemon stops; the next one does again
 /// what takes longer.
@@ -87,7 +91,7 @@ impl Devices {
         let Some(Listed { disk, identity, .. }) = self.listed(number) else { return };
         let opened = self.catalog.open(&disk).await;
         let now = opened.as_ref().ok().map(|disk| disk.identity().digest());
-        match self.server.take_over(number, identity, opened).await {
+        match self.server.take_over(number, identity, opened, start).await {
             Ok(Taken::Whole) => tracing::info!(disk, number, "a block device is served again"),
             Ok(Taken::Anew) => {
                 tracing::info!(disk, number, "a block device was made anew");
@@ -95,7 +99,6 @@ impl Devices {
                     device.listed.identity = now.unwrap_or(identity);
                 });
                 self.remember();
-                relieve(number);
             }
             Ok(Taken::Replaced) => tracing::warn!(
                 disk,
@@ -125,10 +128,9 @@ impl Devices {
             let listed = Listed { disk: disk.clone(), number, identity };
             self.attached.borrow_mut().insert(number, Device { listed, busy: true });
             self.remember();
-            match self.server.add(number, Rc::clone(&opened)).await {
+            match self.server.add(number, Rc::clone(&opened), start).await {
                 Ok(()) => {
                     self.change(number, |device| device.busy = false);
-                    relieve(number);
                     return self.find(number);
                 }
                 Err(ublk::Error::Exists(_)) => self.forget(number),
@@ -169,7 +171,7 @@ impl Devices {
     /// What is attached, in order of number.
     pub(crate) fn list(&self) -> Vec<Attachment> {
         let attached = self.attached.borrow();
-        attached.values().map(|device| self.describe(&device.listed)).collect()
+        attached.values().map(|device| self.describe(device)).collect()
     }
 
     /// What the server has counted, by name.
@@ -202,17 +204,19 @@ impl Devices {
     }
 
     fn find(&self, number: u32) -> Result<Attachment, Error> {
-        let listed = self.listed(number);
-        let listed = listed.ok_or_else(|| Error::new(Kind::NotFound, "it was detached"))?;
-        Ok(self.describe(&listed))
+        let attached = self.attached.borrow();
+        let device = attached.get(&number);
+        let device = device.ok_or_else(|| Error::new(Kind::NotFound, "it was detached"))?;
+        Ok(self.describe(device))
     }
 
-    fn describe(&self, listed: &Listed) -> Attachment {
+    fn describe(&self, Device { listed, busy }: &Device) -> Attachment {
         Attachment {
             disk: listed.disk.clone(),
             vhost_user: None,
             ublk: Some(format!("{PREFIX}{}", listed.number)),
-            connected: self.server.serves(listed.number),
+            // One that is being made is served before it is there.
+            connected: !busy && self.server.serves(listed.number),
         }
     }
 
@@ -230,14 +234,9 @@ impl Devices {
 /// Sees to it that nobody uses a block device of ours that is to be taken away. Blocks as long as the
 /// device does.
 pub(crate) fn check_unused(path: &str) -> Result<(), Error> {
-    use rustix::fs::{Mode, OFlags};
-    if number(path).is_none() {
-        return Ok(());
-    }
-    // Mounted file systems, partitions in use, device-mapper and swap have claimed it.
-    let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    match rustix::fs::open(path, flags, Mode::empty()) {
-        Err(rustix::io::Errno::BUSY) => Err(in_use(path)),
+    let Some(number) = number(path) else { return Ok(()) };
+    match aside::run(Aside::Use { number }) {
+        Err(error) if error.kind() == io::ErrorKind::ResourceBusy => Err(in_use(path)),
         // Whatever is wrong with it is seen when it is taken away.
         _ => Ok(()),
     }
@@ -254,25 +253,18 @@ fn number(path: &str) -> Option<u32> {
     (format!("{PREFIX}{number}") == path).then_some(number)
 }
 
-/// Keeps one slot in each queue of a new device free. The kernel notices at once that a daemon was killed
-/// only if it has not given it a request for every slot (`ublk_timeout` in Linux 6.12), and else after
-/// 30 s. On a thread, because the kernel waits for what is under way.
-fn relieve(number: u32) {
-    let keep_one_free = move || {
-        let file = format!("/sys/block/ublkb{number}/queue/nr_requests");
-        let slots: u32 =
-            std::fs::read_to_string(&file)?.trim().parse().map_err(io::Error::other)?;
-        std::fs::write(&file, slots.saturating_sub(1).to_string())
+/// Lets another process make a block device: what it waits for is answered here.
+async fn start(number: u32) -> Result<(), ublk::Error> {
+    let (done, outcome) = tokio::sync::oneshot::channel();
+    let run = move || {
+        let server = std::process::id();
+        // Whoever waited may have left.
+        let _ = done.send(aside::run(Aside::Start { number, server }));
     };
-    let relieve = move || {
-        if let Err(error) = keep_one_free() {
-            tracing::debug!(number, %error, "cannot bound the requests of a block device");
-        }
-    };
+    let failure = |source| ublk::Error::Kernel { action: "start a ublk device", source };
     let thread = std::thread::Builder::new().name("parallax-ublk".to_owned());
-    if let Err(error) = thread.spawn(relieve) {
-        tracing::debug!(%error, "cannot start a thread");
-    }
+    thread.spawn(run).map_err(failure)?;
+    outcome.await.unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into())).map_err(failure)
 }
 
 fn refusal(error: &ublk::Error) -> Error {

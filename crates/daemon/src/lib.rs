@@ -39,6 +39,7 @@ use api::{DaemonStatus, Error, Kind};
 use config::Plan;
 pub use config::{CACHE_BYTES_MIN, Config, NBD_PORT, NbdAddress, TlsFiles, own_nbd_socket};
 use current::Current;
+pub use devices::called_aside;
 use engine::Engine;
 use sd_notify::NotifyState;
 use sockets::Sockets;

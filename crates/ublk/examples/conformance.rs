@@ -26,12 +26,14 @@ const NUMBER: u32 = 0;
 fn main() -> Result<(), Box<dyn Error>> {
     let reactor = Reactor::start(EngineChoice::from_environment()?)?;
     let server = Server::new(reactor.runtime(), reactor.io(), Config::default());
+    let io = reactor.io().clone();
     reactor.run(async move {
         for read_only in [false, true] {
             let memory = if read_only { read_only_disk() } else { MemDisk::new(DISK_BYTES_MIN) };
             let disk = GateDisk::new(memory);
             let identity = disk::Disk::identity(&*disk).digest();
-            server.add(NUMBER, Rc::clone(&disk) as Rc<dyn disk::Disk>).await?;
+            let start = async |number| ublk::start(&io, number, std::process::id()).await;
+            server.add(NUMBER, Rc::clone(&disk) as Rc<dyn disk::Disk>, start).await?;
             let mut program = Program::open(read_only).await?;
             if read_only {
                 conformance::run_read_only(&mut program, &disk).await;

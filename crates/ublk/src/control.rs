@@ -85,13 +85,13 @@ impl Control {
         }
     }
 
-    /// Makes the block device of an added device, whose queues are served already. Returns when it
-    /// is there; its partition table is read meanwhile.
+    /// Makes the block device of an added device, whose queues are served by this process, or are
+    /// about to be. Returns when it is there; its partition table is read meanwhile.
     ///
     /// # Errors
     /// What the kernel says.
-    pub(crate) async fn start(&self, number: u32) -> Result<(), Error> {
-        let started = self.tell(code::START, number, own_process()).await;
+    pub(crate) async fn start(&self, number: u32, server: u32) -> Result<(), Error> {
+        let started = self.tell(code::START, number, server.into()).await;
         started.map_err(Error::kernel("start a ublk device"))
     }
 
@@ -114,7 +114,7 @@ impl Control {
     /// # Errors
     /// What the kernel says.
     pub(crate) async fn end_recovery(&self, number: u32) -> Result<(), Error> {
-        let ended = self.tell(code::END_RECOVERY, number, own_process()).await;
+        let ended = self.tell(code::END_RECOVERY, number, std::process::id().into()).await;
         ended.map_err(Error::kernel("take over a ublk device"))
     }
 
@@ -187,8 +187,4 @@ impl Control {
 
 fn is(error: &io::Error, kinds: &[Errno]) -> bool {
     kinds.iter().any(|kind| error.raw_os_error() == Some(kind.raw_os_error()))
-}
-
-fn own_process() -> u64 {
-    std::process::id().into()
 }

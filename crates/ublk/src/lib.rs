@@ -27,4 +27,4 @@ mod sys;
 
 pub use error::Error;
 pub use metrics::Snapshot;
-pub use server::{Config, Server, Taken};
+pub use server::{Config, Server, Taken, start};

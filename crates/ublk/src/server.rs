@@ -20,6 +20,7 @@ use crate::metrics::{Metrics, Snapshot};
 use crate::protocol::{DeviceInfo, Stage};
 use crate::queues::KernelQueues;
 use crate::session::Session;
+use crate::sys::close_left;
 
 /// How often the kernel is asked whether the earlier server of a device has gone, and how long it may
 /// take. A server that was killed with every slot of a queue in use is noticed by the timeout of its
@@ -76,12 +77,18 @@ impl Server {
         }))
     }
 
-    /// Makes the block device `/dev/ublkbN` of a disk. It is there on return.
+    /// Makes the block device `/dev/ublkbN` of a disk. It is there on return. `start` is to let somebody
+    /// call [`start`], in another process where this one must not wait in the kernel.
     ///
     /// # Errors
     /// `Exists` if the number is taken; `Absent` and `TooOld` if the kernel cannot do it; nothing is
     /// left behind.
-    pub async fn add(&self, number: u32, disk: Rc<dyn Disk>) -> Result<(), Error> {
+    pub async fn add(
+        &self,
+        number: u32,
+        disk: Rc<dyn Disk>,
+        start: impl AsyncFnOnce(u32) -> Result<(), Error>,
+    ) -> Result<(), Error> {
         self.0.stay()?;
         let control = self.0.control().await?;
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
@@ -89,7 +96,7 @@ impl Server {
         let info = control.add(number, &info).await?;
         let served = async {
             control.describe(number, &*disk).await?;
-            self.0.serve(&control, number, &info, Some(disk), Begin::New).await
+            self.0.serve(number, &info, Some(disk), start(number)).await
         };
         let outcome = served.await;
         if outcome.is_err() && !self.0.leaving.get() {
@@ -101,7 +108,8 @@ impl Server {
 
     /// Takes over the block device that an earlier server has left, or makes it if it is gone with all
     /// who used it. `identity` is the digest of the disk that it was made of; if `disk` is another one,
-    /// or is not there, whoever uses the device gets errors. Returns whether that is so.
+    /// or is not there, whoever uses the device gets errors. Returns whether that is so. `start` is as for
+    /// [`Self::add`].
     ///
     /// # Errors
     /// `Foreign` if the device is not the one that was left.
@@ -110,16 +118,17 @@ impl Server {
         number: u32,
         identity: u64,
         disk: Result<Rc<dyn Disk>, DiskError>,
+        start: impl AsyncFnOnce(u32) -> Result<(), Error>,
     ) -> Result<Taken, Error> {
         self.0.stay()?;
         let control = self.0.control().await?;
         let Some(info) = self.0.left(&control, number, identity).await? else {
-            self.add(number, disk?).await?;
+            self.add(number, disk?, start).await?;
             return Ok(Taken::Anew);
         };
         let disk = disk.ok().filter(|disk| disk.identity().digest() == identity);
         let taken = if disk.is_some() { Taken::Whole } else { Taken::Replaced };
-        self.0.serve(&control, number, &info, disk, Begin::Recovery).await?;
+        self.0.serve(number, &info, disk, control.end_recovery(number)).await?;
         Ok(taken)
     }
 
@@ -197,11 +206,14 @@ pub enum Taken {
     Anew,
 }
 
-/// How the kernel is told that a device is served.
-#[derive(Clone, Copy, Debug)]
-enum Begin {
-    New,
-    Recovery,
+/// Makes the block device of a device that was added, and whose queues a process serves or is about to.
+/// Returns when it is there. Its table of partitions is read before that: whoever calls this waits in the
+/// kernel for the server, and cannot be killed meanwhile.
+///
+/// # Errors
+/// `Absent` if the kernel has no ublk; what it says.
+pub async fn start(io: &Io, number: u32, server: u32) -> Result<(), Error> {
+    Control::open(io)?.start(number, server).await
 }
 
 impl Inner {
@@ -248,14 +260,14 @@ impl Inner {
         }
     }
 
-    /// Serves a device from now on. Returns when the kernel lets its requests through.
+    /// Serves a device from now on. Returns when the kernel lets its requests through, which is when
+    /// `begun` is done.
     async fn serve(
         self: &Rc<Self>,
-        control: &Control,
         number: u32,
         info: &DeviceInfo,
         disk: Option<Rc<dyn Disk>>,
-        begin: Begin,
+        begun: impl Future<Output = Result<(), Error>>,
     ) -> Result<(), Error> {
         self.stay()?;
         // Memory that the kernel frees by writing to this device must not be waited for here.
@@ -268,18 +280,13 @@ impl Inner {
         let served = Rc::new(Served { session, ended, changed });
         self.served.borrow_mut().push((number, Rc::clone(&served)));
         drop(self.runtime.spawn(Rc::clone(self).run(number, Rc::clone(&served), queues)));
-        let begun = async {
-            match begin {
-                Begin::New => control.start(number).await,
-                Begin::Recovery => control.end_recovery(number).await,
-            }
-        };
         unless_ended(&served, begun).await
     }
 
     async fn open(&self, number: u32, info: &DeviceInfo) -> Result<KernelQueues, Error> {
         let deadline = self.runtime.now().after(HANDOVER_MAX);
         loop {
+            close_left();
             match KernelQueues::open(&self.io, number, info) {
                 // Something of the earlier server is left.
                 Err(error)

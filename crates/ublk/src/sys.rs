@@ -11,6 +11,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::rc::Rc;
+use std::sync::{Mutex, PoisonError};
 use std::task::{Context, Poll};
 
 use io_uring::squeue::{Entry, Entry128, EntryMarker};
@@ -20,6 +21,7 @@ use runtime::LocalBoxFuture;
 use runtime::reactor::{Io, Pollable};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use rustix::thread::Pid;
 use zerocopy::IntoBytes;
 
 use crate::protocol::{
@@ -97,12 +99,49 @@ impl<E: EntryMarker> Commands<E> {
 pub(crate) struct QueueCommands {
     commands: Commands<Entry>,
     device: OwnedFd,
+    /// Commands that the kernel has.
+    under_way: usize,
+}
+
+/// Files of queues that were left to the next server while the kernel had commands of theirs.
+static LEFT: Mutex<Vec<Left>> = Mutex::new(Vec::new());
+
+/// What keeps the ring of such queues open until the thread that filled it has ended. If it is closed
+/// before, a thread of the kernel's takes the commands back while this one may be given requests through
+/// them: Linux 6.12 ends one twice then, and frees it twice. A thread that ends takes its own back.
+struct Left {
+    thread: Pid,
+    _files: [OwnedFd; 2],
+}
+
+/// Closes what threads have left that have ended.
+pub(crate) fn close_left() {
+    let mut left = LEFT.lock().unwrap_or_else(PoisonError::into_inner);
+    left.retain(|left| {
+        std::path::Path::new(&format!("/proc/self/task/{}", left.thread.as_raw_nonzero())).exists()
+    });
+}
+
+impl Drop for QueueCommands {
+    fn drop(&mut self) {
+        if self.under_way == 0 {
+            return;
+        }
+        // SAFETY: the ring is open until after this.
+        let ring = unsafe { BorrowedFd::borrow_raw(self.commands.ring.as_raw_fd()) };
+        let copy = |file: BorrowedFd<'_>| rustix::io::fcntl_dupfd_cloexec(file, 0);
+        // Without descriptors there is nothing that could be done.
+        if let (Ok(ring), Ok(device)) = (copy(ring), copy(self.device.as_fd())) {
+            let left = Left { thread: rustix::thread::gettid(), _files: [ring, device] };
+            LEFT.lock().unwrap_or_else(PoisonError::into_inner).push(left);
+        }
+    }
 }
 
 impl QueueCommands {
     /// A ring for so many slots of a device, whose file is `device`.
     pub(crate) fn new(io: &Io, device: OwnedFd, slots: u32) -> io::Result<Self> {
-        Ok(Self { commands: Commands::new(io, slots)?, device })
+        Ok(Self { commands: Commands::new(io, slots)?, device, under_way: 0 })
     }
 
     /// The file of the device.
@@ -121,11 +160,16 @@ impl QueueCommands {
         // SAFETY: the command points to nothing: data is copied by other calls.
         let pushed = unsafe { self.commands.ring.submission().push(&entry) };
         assert!(pushed.is_ok(), "a slot has one command at a time");
+        self.under_way += 1;
     }
 
     /// Gives the kernel what was queued, and hands what it has answered to `done`.
     pub(crate) fn turn(&mut self, mut done: impl FnMut(Slot, i32)) -> io::Result<()> {
-        self.commands.turn(|number, result| done(Slot::from_number(number), result))
+        let under_way = &mut self.under_way;
+        self.commands.turn(|number, result| {
+            *under_way -= 1;
+            done(Slot::from_number(number), result);
+        })
     }
 
     /// Ready when there may be something for a turn to find.

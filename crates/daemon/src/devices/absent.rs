@@ -1,6 +1,7 @@
 //! What stands for block devices (ublk) in a build without them.
 
 use std::path::Path;
+use std::process::ExitCode;
 use std::rc::Rc;
 
 use api::{Attachment, Error, Kind};
@@ -52,6 +53,12 @@ impl Devices {
     pub(crate) fn rename(&self, _from: &str, _to: &str) {}
 
     pub(crate) async fn end(&self) {}
+}
+
+/// No process of this program does anything for block devices.
+#[must_use]
+pub fn called_aside() -> Option<ExitCode> {
+    None
 }
 
 pub(crate) fn check_unused(_path: &str) -> Result<(), Error> {
