@@ -69,6 +69,7 @@ async fn make(
         extent_bytes: Some(16 << 20),
         log_bytes: Some(256 << 10),
         force: false,
+        keep_space: false,
         uuid: [7; 16],
         secret: [9; 32],
         boot_id: BOOT_ID,

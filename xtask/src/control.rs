@@ -68,6 +68,22 @@ impl Control {
         self.ask("PATCH", &format!("/v1/vdis/{name}"), Some(&body)).map(drop)
     }
 
+    /// Deletes a VDI with its snapshots.
+    ///
+    /// # Errors
+    /// As the daemon says.
+    pub(crate) fn remove(&mut self, name: &str) -> Result<()> {
+        self.ask("DELETE", &format!("/v1/vdis/{name}"), None).map(drop)
+    }
+
+    /// Collects garbage, and has the space of free blocks given back.
+    ///
+    /// # Errors
+    /// As the daemon says.
+    pub(crate) fn collect_garbage(&mut self) -> Result<()> {
+        self.ask("POST", "/v1/gc", None).map(drop)
+    }
+
     /// Attaches a VDI over vhost-user.
     ///
     /// # Errors

@@ -13,8 +13,9 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use crate::types::{
-    Attach, Attachment, ChangeVdi, CreateVdi, DaemonStatus, Diff, DiffPage, Mounted, Removed,
-    Rollback, Snapshot, SnapshotPage, Space, Stats, TakeSnapshot, Upgrade, Upgrading, Vdi, VdiPage,
+    Attach, Attachment, ChangeVdi, CreateVdi, DaemonStatus, Diff, DiffPage, Gc, GcStatus, Mounted,
+    Removed, Rollback, Snapshot, SnapshotPage, Space, Stats, TakeSnapshot, Upgrade, Upgrading, Vdi,
+    VdiPage,
 };
 use crate::{Error, Kind, percent_encode};
 
@@ -65,6 +66,23 @@ impl Client {
     /// If the daemon cannot answer.
     pub async fn stats(&self) -> Result<Stats, Error> {
         self.ask(Method::GET, "/v1/stats", NOTHING).await
+    }
+
+    /// Collects garbage: what only deleted disks and snapshots used is free on return, and the space of
+    /// free blocks was given back to what lies below.
+    ///
+    /// # Errors
+    /// `Io` if metadata could not be read: nothing was freed then.
+    pub async fn collect_garbage(&self) -> Result<Gc, Error> {
+        self.ask(Method::POST, "/v1/gc", NOTHING).await
+    }
+
+    /// What the garbage collection is doing, and what it did the last time.
+    ///
+    /// # Errors
+    /// If the daemon cannot answer.
+    pub async fn gc_status(&self) -> Result<GcStatus, Error> {
+        self.ask(Method::GET, "/v1/gc", NOTHING).await
     }
 
     /// Every VDI, in order of name.

@@ -20,6 +20,8 @@
 //! | `/v1/vdis/{name}/snapshots/{snapshot}` | DELETE | | [`Removed`] |
 //! | `/v1/vdis/{name}/snapshots/{snapshot}/space` | GET | | [`Space`] |
 //! | `/v1/diff?from=&to=&after=&max=` | GET | | [`DiffPage`] |
+//! | `/v1/gc` | GET | | [`GcStatus`] |
+//! | `/v1/gc` | POST | | [`Gc`] |
 //! | `/v1/attachments` | GET | | list of [`Attachment`] |
 //! | `/v1/attachments` | POST | [`Attach`] | [`Attachment`] |
 //! | `/v1/attachments/{path}` | DELETE | | [`Attachment`], as it was |
@@ -42,7 +44,8 @@ pub use client::Client;
 pub use error::{Error, Kind};
 pub use types::{
     Attach, Attachment, ChangeVdi, CreateVdi, DIFF_EXTENTS_MAX, DaemonStatus, Diff, DiffExtent,
-    DiffPage, FrontendMetrics, Mounted, NbdEndpoint, OpenReport, PAGE_MAX, Parent, Removed,
-    Rollback, Snapshot, SnapshotPage, Space, Stats, TakeSnapshot, Upgrade, Upgrading, Vdi, VdiPage,
+    DiffPage, FrontendMetrics, Gc, GcPhase, GcStatus, Mounted, NbdEndpoint, OpenReport, PAGE_MAX,
+    Parent, Removed, Rollback, Snapshot, SnapshotPage, Space, Stats, TakeSnapshot, Upgrade,
+    Upgrading, Vdi, VdiPage,
 };
 pub use url::{percent_decode, percent_encode};

@@ -246,6 +246,47 @@ pub struct Removed {
     pub snapshots: u64,
 }
 
+/// What a garbage collection did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Gc {
+    /// Bytes of blocks that disks, snapshots and the store itself need.
+    pub reached_bytes: u64,
+    /// Bytes of blocks that nothing needed, and that are free now.
+    pub freed_bytes: u64,
+    /// Bytes of free blocks whose space was given back to what lies below.
+    pub trimmed_bytes: u64,
+}
+
+/// What the garbage collection is doing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GcPhase {
+    /// Nothing.
+    #[default]
+    Idle,
+    /// Finding out what is needed.
+    Marking,
+    /// Freeing what is not.
+    Sweeping,
+    /// Giving space back to what lies below.
+    Trimming,
+}
+
+/// How the garbage collection stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GcStatus {
+    /// What it is doing.
+    pub phase: GcPhase,
+    /// Bytes of blocks that it has found to be needed, while it is marking.
+    pub marked_bytes: u64,
+    /// Bytes of blocks that may be needed, while it is marking or sweeping.
+    pub candidate_bytes: u64,
+    /// How many collections were completed since the daemon opened the store.
+    pub cycles: u64,
+    /// What the last one did.
+    pub last: Gc,
+}
+
 /// What differs between two VDIs or snapshots.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Diff {
@@ -339,6 +380,8 @@ stats! {
     collections,
     /// Blocks that garbage collection freed.
     collected_blocks,
+    /// Free blocks whose space was given back to what lies below.
+    trimmed_blocks,
     /// Node cache hits.
     cache_hits,
     /// Node cache misses.

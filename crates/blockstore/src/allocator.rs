@@ -47,6 +47,9 @@ const WINDOW_BLOCKS_MAX: u64 = 1024;
 /// Fewest blocks of a window while that many adjacent ones are free: 64 KiB.
 const WINDOW_BLOCKS_MIN: u64 = 16;
 
+/// No more than this part of what data can get is lent at a time, so that nobody runs short for it.
+const LENT_SHARE: u64 = 2;
+
 /// A window holds at most this part of the available blocks, so that the windows of idle VDIs
 /// cannot hold most of a store that is nearly full.
 const WINDOW_SHARE: u64 = 64;
@@ -468,6 +471,91 @@ impl Allocator {
             state.disown(self.division, index);
         }
         empty.len()
+    }
+
+    // ── Lending free blocks, so that their space can be given back below ─────────────────────
+
+    /// The free blocks of data extents in a page of [`BITMAP_PAGE_BLOCKS`] blocks: 512 words, least
+    /// significant bit first.
+    #[must_use]
+    pub fn free_data_page(&self, index: u64) -> Box<[u64; BLOCK_SIZE / 8]> {
+        let state = &*self.state.borrow();
+        let start = Pba::new(index.saturating_mul(BITMAP_PAGE_BLOCKS));
+        let busy = state.planes.busy(index);
+        let mut free = Box::new([0; BLOCK_SIZE / 8]);
+        for (_, part) in self.division.by_region(Run { start, count: BITMAP_PAGE_BLOCKS }) {
+            if state.extents.space_at(part.start) == Some(Space::Data) {
+                let (_, bit) = bitmap::place(part.start);
+                bitmap::set_clear(&mut free, busy, bit, narrow(part.count));
+            }
+        }
+        free
+    }
+
+    /// Number of pages that describe the store.
+    #[must_use]
+    pub fn page_count(&self) -> u64 {
+        self.division.block_count.div_ceil(BITMAP_PAGE_BLOCKS)
+    }
+
+    /// Makes a run of data blocks busy, if all of it is free and it is a small part of what data can
+    /// get: whoever needs blocks meanwhile finds others. It is given back with [`Self::free_now`].
+    #[must_use]
+    pub fn lend(&self, run: Run) -> bool {
+        let state = &mut *self.state.borrow_mut();
+        let parts: Vec<_> = self.division.by_region(run).collect();
+        let is_free = |&(_, part): &(u64, Run)| {
+            let (page, bit) = bitmap::place(part.start);
+            state.extents.space_at(part.start) == Some(Space::Data)
+                && bitmap::count_ones(state.planes.busy(page), bit, narrow(part.count)) == 0
+        };
+        let is_little = run.count <= state.extents.data_available() / LENT_SHARE;
+        if !is_little || !parts.iter().all(is_free) {
+            return false;
+        }
+        for (region, part) in parts {
+            state.planes.set_busy(part.start, part.count);
+            state.extents.used(region, part.count);
+        }
+        true
+    }
+
+    /// Makes a free extent one that nobody gets, if data can get many more without the reserve for
+    /// metadata (design rule 25). Its blocks; it is given back with [`Self::return_extent`]. Nothing of
+    /// that is persisted.
+    #[must_use]
+    pub fn lend_extent(&self, index: ExtentIndex) -> Option<Run> {
+        let state = &mut *self.state.borrow_mut();
+        let count = self.division.extent_length(index.get());
+        let is_little = count <= state.extents.data_available() / LENT_SHARE;
+        if count == 0 || !is_little || state.extents.kind(index.get()).is_some() {
+            return None;
+        }
+        state.extents.own(index.get(), ExtentKind::Data);
+        let start = Pba::new(u64::from(index.get()) * self.division.extent_blocks);
+        let run = Run { start, count };
+        for (region, part) in self.division.by_region(run) {
+            state.planes.set_busy(part.start, part.count);
+            state.extents.used(region, part.count);
+        }
+        Some(run)
+    }
+
+    /// Makes an extent free that was lent.
+    ///
+    /// # Panics
+    /// If it was not.
+    pub fn return_extent(&self, index: ExtentIndex) {
+        let state = &mut *self.state.borrow_mut();
+        let start = Pba::new(u64::from(index.get()) * self.division.extent_blocks);
+        state.free(self.division, Run { start, count: self.division.extent_length(index.get()) });
+        state.disown(self.division, index.get());
+    }
+
+    /// Number of extents of the store, the last one included if it is shorter.
+    #[must_use]
+    pub fn extent_count(&self) -> u64 {
+        self.division.block_count.div_ceil(self.division.extent_blocks)
     }
 
     /// Blocks that are kept for metadata, in free extents or metadata extents (design rule 25).

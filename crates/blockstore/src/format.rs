@@ -8,7 +8,8 @@ use base::{
 };
 use device::{Cause, Device};
 use ondisk::{
-    Checksums, Features, HostSlot, RootRef, Roots, SUPERBLOCK_COPIES, SlotState, Superblock,
+    COMPATIBLE_KEEPS_SPACE, Checksums, Features, HostSlot, RootRef, Roots, SUPERBLOCK_COPIES,
+    SlotState, Superblock,
 };
 use runtime::Runtime;
 
@@ -24,6 +25,8 @@ pub struct Options {
     pub log_bytes: Option<u64>,
     /// Format even if the device looks used.
     pub force: bool,
+    /// Whether free blocks keep their space below.
+    pub keep_space: bool,
     /// Identity.
     pub uuid: StoreUuid,
     /// Checksum key.
@@ -63,7 +66,10 @@ pub async fn format(device: &Device, runtime: &Runtime, options: &Options) -> Re
     let superblock = Superblock {
         uuid: options.uuid,
         key: options.key,
-        features: Features::default(),
+        features: Features {
+            compatible: if options.keep_space { COMPATIBLE_KEEPS_SPACE } else { 0 },
+            ..Features::default()
+        },
         block_count: device.block_count() / extent_blocks * extent_blocks,
         extent_blocks,
         log_ring_blocks: ring_blocks,

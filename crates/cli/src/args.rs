@@ -192,8 +192,7 @@ pub(crate) enum Command {
     ///
     /// Clones are not affected, whatever they were cloned from. Clients of what is deleted are
     /// disconnected; what is attached has to be detached first. Its space counts as free when
-    /// garbage has been collected: by itself while less than half of the store is free, and before
-    /// a write is refused for lack of space.
+    /// garbage has been collected, which happens by itself: see `parallax gc --help`.
     #[command(visible_alias = "remove")]
     Rm {
         #[command(flatten)]
@@ -335,6 +334,18 @@ pub(crate) enum Command {
         #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = seconds())]
         #[arg(requires = "watch")]
         interval: Duration,
+    },
+
+    /// Free what only deleted disks and snapshots used, now, and give the space back
+    ///
+    /// The daemon does so by itself: a minute after something was deleted, sooner while less than half of the
+    /// store is free, and before a write is refused for lack of space. Guests go on meanwhile. The space of
+    /// free blocks goes back to the file system or the thin device that the store lies on, unless it was
+    /// formatted with --preallocate; here that of all of them does.
+    Gc {
+        /// Only tell what the garbage collection is doing, and what it did the last time
+        #[arg(long)]
+        status: bool,
     },
 
     /// Print a completion script for a shell

@@ -6,6 +6,7 @@ mod diff;
 mod docs;
 mod dump;
 mod format;
+mod gc;
 mod mount;
 mod progress;
 mod qemu_img;
@@ -81,6 +82,8 @@ async fn ask(context: Context, command: Command) -> Result<(), Error> {
         Command::Tree { all } => tree::run(&context, all).await,
         Command::Diff { from, to } => diff::run(&context, &from, &to).await,
         Command::Stats { watch, interval } => stats::run(&context, watch.then_some(interval)).await,
+        Command::Gc { status: true } => gc::status(&context).await,
+        Command::Gc { status: false } => gc::run(&context).await,
         Command::Import { file, name, format } => {
             transfer::import(&context, &file, &name.name, format).await
         }

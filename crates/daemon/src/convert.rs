@@ -90,12 +90,36 @@ pub(crate) fn stats(
         nodes_written: stats.nodes_written,
         collections: stats.collections,
         collected_blocks: stats.collected_blocks,
+        trimmed_blocks: stats.trimmed_blocks,
         cache_hits: stats.cache_hits,
         cache_misses: stats.cache_misses,
         cache_bytes: stats.cache_bytes,
         snapshots: stats.snapshots,
         nbd_connections,
         vhost_connections,
+    }
+}
+
+pub(crate) fn gc(report: vdi::GcReport) -> api::Gc {
+    api::Gc {
+        reached_bytes: report.reached_blocks.saturating_mul(base::BLOCK_SIZE_U64),
+        freed_bytes: report.freed_blocks.saturating_mul(base::BLOCK_SIZE_U64),
+        trimmed_bytes: report.trimmed_blocks.saturating_mul(base::BLOCK_SIZE_U64),
+    }
+}
+
+pub(crate) fn gc_status(status: vdi::GcStatus) -> api::GcStatus {
+    api::GcStatus {
+        phase: match status.phase {
+            vdi::GcPhase::Idle => api::GcPhase::Idle,
+            vdi::GcPhase::Marking => api::GcPhase::Marking,
+            vdi::GcPhase::Sweeping => api::GcPhase::Sweeping,
+            vdi::GcPhase::Trimming => api::GcPhase::Trimming,
+        },
+        marked_bytes: status.marked_blocks.saturating_mul(base::BLOCK_SIZE_U64),
+        candidate_bytes: status.candidate_blocks.saturating_mul(base::BLOCK_SIZE_U64),
+        cycles: status.cycles,
+        last: gc(status.last),
     }
 }
 

@@ -112,6 +112,7 @@ fn run(
         extent_bytes: format.extent_bytes,
         log_bytes: None,
         force: format.force,
+        keep_space: format.preallocate != Preallocate::Off,
         uuid: open::random()?,
         secret: open::random()?,
         boot_id: open::boot_id()?,

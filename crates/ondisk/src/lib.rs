@@ -29,8 +29,8 @@ pub use layout::{Field, Layout};
 pub use log::{LOG_BLOCK_LAYOUT, LOG_PAYLOAD_BYTES, LogBlock, LogBlockBuilder, Seal};
 pub use record::{RECORD_HEADER_LAYOUT, RangeState, Record, RecordBody};
 pub use superblock::{
-    Features, KNOWN_INCOMPATIBLE, KNOWN_READ_ONLY_COMPATIBLE, SUPERBLOCK_COPIES, SUPERBLOCK_LAYOUT,
-    Superblock,
+    COMPATIBLE_KEEPS_SPACE, Features, KNOWN_INCOMPATIBLE, KNOWN_READ_ONLY_COMPATIBLE,
+    SUPERBLOCK_COPIES, SUPERBLOCK_LAYOUT, Superblock,
 };
 pub use table::{
     DIRECTORY_LAYOUT, DirectoryRecord, EXTENT_LAYOUT, ExtentKind, ExtentRecord, LABEL_BYTES_MAX,

@@ -19,6 +19,8 @@ const VERSION: u32 = 1;
 /// XXH3-64, keyed.
 const HASH_XXH3: u32 = 1;
 
+/// The compatible feature: the space of free blocks stays allocated below.
+pub const COMPATIBLE_KEEPS_SPACE: u64 = 1;
 /// Feature flags of the format that this build knows; see docs/on-disk-format.md.
 pub const KNOWN_INCOMPATIBLE: u64 = 0;
 /// Unknown ones of these allow reading only.

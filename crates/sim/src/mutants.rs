@@ -109,6 +109,12 @@ pub const ALL: &[Mutant] = &[
         focus: Some(Focus::SlowReads),
     },
     Mutant {
+        name: "trim_returns_blocks_early",
+        rule: "20",
+        breaks: "lets blocks be written while they are being discarded",
+        focus: Some(Focus::SlowWrites),
+    },
+    Mutant {
         name: "checkpoint_ignores_in_flight",
         rule: "22",
         breaks: "merges mappings whose data is still on the way",

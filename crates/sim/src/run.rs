@@ -151,6 +151,7 @@ impl Run {
                 extent_bytes: Some(16 << 20),
                 log_bytes: Some(world.plan.log_bytes),
                 force: attempt > 0,
+                keep_space: false,
                 uuid: bytes(&mut random),
                 secret: bytes(&mut random),
                 boot_id: [self.boots; 16],

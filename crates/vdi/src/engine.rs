@@ -24,6 +24,7 @@ use crate::damage::{Table, is_damage};
 use crate::gc::Collector;
 use crate::release::Releases;
 use crate::reserve::Reserve;
+use crate::trim::Trimmer;
 use crate::vdi::{Snapshot, Vdi};
 use crate::{Error, Stats};
 
@@ -60,6 +61,7 @@ pub(crate) struct Engine {
     pub(crate) reserve: Reserve,
     pub(crate) collector: Collector,
     pub(crate) releases: Releases,
+    pub(crate) trimmer: Trimmer,
     /// Set if the log is damaged: what is shown is the state before, and nothing is written.
     pub(crate) read_only: bool,
     /// Requests under way, and who waits for their end.

@@ -48,6 +48,7 @@ use crate::Error;
 use crate::damage::Table;
 use crate::engine::{Engine, as_u64};
 use crate::mark::{BlockSet, Marker, Named, Walk};
+use crate::trim::Scope;
 
 /// Blocks that one checkpoint sweeps.
 const SWEEP_BLOCKS: usize = 64 << 10;
@@ -64,6 +65,10 @@ const PAUSE_MIN: Duration = Duration::from_secs(10);
 /// After a cycle, the next one that starts by itself waits so many times as long as it took.
 const PAUSE_FACTOR: u32 = 4;
 
+/// After something was deleted, a cycle starts by itself when so much time has passed, or earlier when
+/// space is getting short: what lies below the store may be short of space before the store is.
+const DELAY_MAX: Duration = Duration::from_secs(60);
+
 /// What one cycle did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct GcReport {
@@ -71,6 +76,37 @@ pub struct GcReport {
     pub reached_blocks: u64,
     /// Blocks that were not, and are free now.
     pub freed_blocks: u64,
+    /// Free blocks whose space was given back to what lies below afterwards.
+    pub trimmed_blocks: u64,
+}
+
+/// What the garbage collection is doing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum GcPhase {
+    /// Nothing.
+    #[default]
+    Idle,
+    /// Finding out what is reached.
+    Marking,
+    /// Handing what is not to checkpoints.
+    Sweeping,
+    /// Giving space of free blocks back to what lies below.
+    Trimming,
+}
+
+/// How the garbage collection stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GcStatus {
+    /// What it is doing.
+    pub phase: GcPhase,
+    /// Blocks that were reached so far, while it is marking.
+    pub marked_blocks: u64,
+    /// Blocks that may be, while it is marking or sweeping.
+    pub candidate_blocks: u64,
+    /// Cycles completed since the store was opened.
+    pub cycles: u64,
+    /// What the last one did.
+    pub last: GcReport,
 }
 
 /// State of the garbage collection.
@@ -83,8 +119,16 @@ pub(crate) struct Collector {
     completed: Cell<(u64, GcReport)>,
     /// How much was left to collect since the last cut, as far as that is known.
     suspected: Cell<u64>,
-    /// Whether something was deleted since then.
+    /// Whether something was deleted since then, or may have been before the store was opened.
     has_dropped: Cell<bool>,
+    /// Whether something was deleted since it was looked at the last time; and when that was seen for the
+    /// first time since the last cut.
+    dropped_now: Cell<bool>,
+    dropped_at: Cell<Option<Time>>,
+    /// What is going on, for who watches.
+    status: Cell<GcStatus>,
+    /// How many wait for space.
+    in_need: Cell<usize>,
     /// Swept blocks that the next checkpoint takes.
     garbage: RefCell<Vec<Pba>>,
     /// Blocks whose release waits for the end of the mark, while one is under way.
@@ -104,6 +148,10 @@ impl Collector {
             // What an earlier run of the store left is not known.
             suspected: Cell::new(1),
             has_dropped: Cell::new(true),
+            dropped_now: Cell::new(false),
+            dropped_at: Cell::new(None),
+            status: Cell::default(),
+            in_need: Cell::new(0),
             garbage: RefCell::default(),
             held: RefCell::default(),
             not_before: Cell::new(now.after(QUIET_AFTER_OPEN)),
@@ -114,7 +162,17 @@ impl Collector {
     /// Notes that a VDI, a snapshot or the newest state of a VDI was dropped.
     pub(crate) fn dropped(&self) {
         self.has_dropped.set(true);
+        self.dropped_now.set(true);
         self.suspect(1);
+    }
+
+    /// How it stands.
+    pub(crate) fn status(&self) -> GcStatus {
+        self.status.get()
+    }
+
+    fn enter(&self, phase: GcPhase) {
+        self.status.set(GcStatus { phase, ..self.status.get() });
     }
 
     /// Notes that so much was left to garbage collection.
@@ -160,6 +218,21 @@ impl Engine {
         Ok(report)
     }
 
+    /// As [`Self::collect_garbage`], then gives space back to what lies below.
+    ///
+    /// # Errors
+    /// See [`crate::Store::collect_garbage`].
+    pub(crate) async fn collect_and_trim(self: &Rc<Self>, scope: Scope) -> Result<GcReport, Error> {
+        let report = self.collect_garbage(|| false).await?;
+        let collector = &self.collector;
+        collector.enter(GcPhase::Trimming);
+        let trimmed = self.trim(scope).await;
+        collector.enter(GcPhase::Idle);
+        let report = GcReport { trimmed_blocks: trimmed?, ..report };
+        collector.status.set(GcStatus { last: report, ..collector.status.get() });
+        Ok(report)
+    }
+
     async fn run_or_join_cycle(self: &Rc<Self>) -> Result<GcReport, Error> {
         let collector = &self.collector;
         let asked = collector.started.get();
@@ -176,6 +249,7 @@ impl Engine {
         while collector.gave_up.take() && self.go_on().is_ok() {
             outcome = self.cycle().await;
         }
+        collector.enter(GcPhase::Idle);
         let pause = self.runtime.now().since(began).saturating_mul(PAUSE_FACTOR).max(PAUSE_MIN);
         collector.not_before.set(self.runtime.now().after(pause));
         let report = match outcome {
@@ -186,6 +260,8 @@ impl Engine {
             }
         };
         collector.completed.set((number, report));
+        let status = collector.status.get();
+        collector.status.set(GcStatus { cycles: status.cycles + 1, last: report, ..status });
         let mut stats = self.stats.borrow_mut();
         stats.collections += 1;
         stats.collected_blocks += report.freed_blocks;
@@ -198,7 +274,10 @@ impl Engine {
         if collector.suspected.get() == 0 && collector.cycle.available() > 0 {
             return false;
         }
-        match self.collect_garbage(gives_up).await {
+        collector.in_need.set(collector.in_need.get() + 1);
+        let outcome = self.collect_garbage(gives_up).await;
+        collector.in_need.set(collector.in_need.get() - 1);
+        match outcome {
             // Also what the mark held back is free now.
             Ok(_) => true,
             Err(error) => {
@@ -208,19 +287,28 @@ impl Engine {
         }
     }
 
-    /// Starts a cycle in the background if something was deleted and space is getting short.
+    /// Starts a cycle in the background if something was deleted, and space is getting short or some time
+    /// has passed.
     pub(crate) fn collect_if_due(self: &Rc<Self>) {
         let collector = &self.collector;
+        let now = self.runtime.now();
+        if collector.dropped_now.take() && collector.dropped_at.get().is_none() {
+            collector.dropped_at.set(Some(now));
+        }
         let scarce = self.allocator.free_blocks() < self.allocator.capacity_blocks() / 2;
-        let rested = self.runtime.now() >= collector.not_before.get();
+        let delayed = collector.dropped_at.get().is_some_and(|at| now.since(at) >= DELAY_MAX);
+        let wanted = (collector.has_dropped.get() && scarce) || delayed;
+        let rested = now >= collector.not_before.get();
         let idle = collector.cycle.available() > 0;
-        if !(collector.has_dropped.get() && scarce && rested && idle) || self.closing.get() {
+        if !(wanted && rested && idle) || self.closing.get() {
             return;
         }
         let engine = Rc::clone(self);
         drop(self.runtime.spawn(async move {
-            match engine.collect_garbage(|| false).await {
-                Ok(report) => tracing::info!(freed = report.freed_blocks, "garbage was collected"),
+            match engine.collect_and_trim(Scope::Freed).await {
+                Ok(GcReport { freed_blocks: freed, trimmed_blocks: trimmed, .. }) => {
+                    tracing::info!(freed, trimmed, "garbage was collected");
+                }
                 Err(error) => tracing::warn!(%error, "garbage could not be collected"),
             }
         }));
@@ -230,6 +318,13 @@ impl Engine {
         // Also takes what an earlier cycle swept and no checkpoint has taken yet.
         self.checkpoint(SlotState::Running).await?;
         let (roots, candidates) = self.cut().await;
+        let status = GcStatus {
+            phase: GcPhase::Marking,
+            marked_blocks: 0,
+            candidate_blocks: candidates.len(),
+            ..self.collector.status.get()
+        };
+        self.collector.status.set(status);
         let marked = self.mark(&roots).await;
         // In the same breath in which the walk ended, or failed.
         let held = self.collector.held.take().unwrap_or_default();
@@ -241,8 +336,9 @@ impl Engine {
         } else {
             candidates
         };
+        self.collector.enter(GcPhase::Sweeping);
         let freed_blocks = self.sweep(candidates, &marked).await?;
-        Ok(GcReport { reached_blocks, freed_blocks })
+        Ok(GcReport { reached_blocks, freed_blocks, trimmed_blocks: 0 })
     }
 
     /// The roots of the last merged checkpoint, and the blocks that are live in it.
@@ -250,6 +346,8 @@ impl Engine {
         let _merges_wait = self.between_merges().await;
         self.collector.suspected.set(0);
         self.collector.has_dropped.set(false);
+        self.collector.dropped_now.set(false);
+        self.collector.dropped_at.set(None);
         *self.collector.held.borrow_mut() = Some(BlockSet::default());
         let roots = self.roots.get();
         let candidates = self.live_now().await;
@@ -357,6 +455,23 @@ impl Engine {
         Ok(count)
     }
 
+    /// A moment of the guests' work, for [`Self::keep_pace`].
+    fn pace(&self) -> Pace {
+        let stats = self.stats.borrow();
+        Pace { at: self.runtime.now(), served: stats.reads + stats.writes }
+    }
+
+    /// Rests as long as the last step took, if guests had something to do meanwhile and nobody needs the
+    /// space at once: they have half of the device and of the thread at least.
+    async fn keep_pace(&self, last: Pace) -> Pace {
+        let now = self.pace();
+        match now.served > last.served && self.collector.in_need.get() == 0 {
+            true => self.runtime.sleep(now.at.since(last.at)).await,
+            false => self.runtime.yield_now().await,
+        }
+        self.pace()
+    }
+
     /// Whether the store is still there to be walked.
     ///
     /// # Errors
@@ -370,6 +485,14 @@ impl Engine {
         }
         Ok(())
     }
+}
+
+/// What guests had done by some moment.
+#[derive(Clone, Copy)]
+struct Pace {
+    at: Time,
+    /// Requests.
+    served: u64,
 }
 
 /// A mark under way.
@@ -422,12 +545,16 @@ impl Mark<'_> {
             walk.add(0, root, &mut self.found);
         }
         let nodes = self.nodes().clone();
+        let mut began = self.engine.pace();
         while walk.step(&nodes, &mut self.found).await {
             if let Some(error) = self.found.failure.take() {
                 return Err(error.into());
             }
             self.engine.go_on()?;
-            self.engine.runtime.yield_now().await;
+            let collector = &self.engine.collector;
+            let marked_blocks = self.found.marked.len();
+            collector.status.set(GcStatus { marked_blocks, ..collector.status.get() });
+            began = self.engine.keep_pace(began).await;
         }
         Ok(())
     }

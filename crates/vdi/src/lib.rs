@@ -38,13 +38,14 @@ mod release;
 mod reserve;
 mod snapshots;
 pub mod store;
+mod trim;
 mod types;
 mod vdi;
 mod write;
 
 pub use blockstore::allocator::Reuse;
 pub use error::Error;
-pub use gc::GcReport;
+pub use gc::{GcPhase, GcReport, GcStatus};
 pub use store::Store;
 pub use types::{
     DiffExtent, FormatOptions, OpenOptions, OpenReport, SnapshotEntry, Stats, Target, VdiDiff,

@@ -109,6 +109,12 @@ impl BlockSet {
         Some((index, page))
     }
 
+    /// Number of the first page, from `from` on, that has a block.
+    pub(crate) fn first_page(&self, from: u64) -> Option<u64> {
+        let mut pages = self.pages.range(from..);
+        pages.find(|(_, page)| page.iter().any(|&word| word != 0)).map(|(&index, _)| index)
+    }
+
     /// A page, if there is one.
     pub(crate) fn page(&self, index: u64) -> Option<&[u64; PAGE_WORDS]> {
         self.pages.get(&index).map(|page| &**page)

@@ -23,8 +23,8 @@ use blockstore::slots::{SlotPair, SlotWriter, check_vouched, read_slots};
 use blockstore::{Geometry, NodeStore, ReadEpochs, WriteScheduler, superblock, tree};
 use device::Device;
 use ondisk::{
-    Checksums, Entry, HostSlot, LOG_SEGMENTS_MAX, LogBlock, LogSegment, Record, RecordBody,
-    RootRef, SUPERBLOCK_COPIES, SlotState,
+    COMPATIBLE_KEEPS_SPACE, Checksums, Entry, HostSlot, LOG_SEGMENTS_MAX, LogBlock, LogSegment,
+    Record, RecordBody, RootRef, SUPERBLOCK_COPIES, SlotState,
 };
 use runtime::Runtime;
 use runtime::sync::{Semaphore, Signal};
@@ -38,6 +38,7 @@ use crate::gc::Collector;
 use crate::mark::BlockSet;
 use crate::release::Releases;
 use crate::reserve::Reserve;
+use crate::trim::Trimmer;
 use crate::types::{OpenOptions, OpenReport};
 use crate::vdi::Vdi;
 use crate::{Error, check};
@@ -116,6 +117,9 @@ async fn open_as_is(
     report.clean = pair.newest.state == SlotState::Clean;
 
     let engine = build(device, runtime, options, geometry, checksums, &pair, (&replayed, broken))?;
+    if found.superblock.features.compatible & COMPATIBLE_KEEPS_SPACE != 0 {
+        engine.trimmer.turn_off();
+    }
     engine.nodes.set_patient(true);
     engine.load_tables(&mut report).await.map_err(|error| match is_damage(&error) {
         true => NotOpened::ForTables(error),
@@ -281,6 +285,7 @@ fn build(
         reserve: Reserve::new(),
         collector: Collector::new(opened_at),
         releases: Releases::default(),
+        trimmer: Trimmer::new(),
         read_only: broken.is_some(),
         active: Cell::new(0),
         idle: Signal::default(),
@@ -553,6 +558,7 @@ pub(crate) fn format_options(options: &crate::FormatOptions) -> blockstore::form
         extent_bytes: options.extent_bytes,
         log_bytes: options.log_bytes,
         force: options.force,
+        keep_space: options.keep_space,
         uuid: StoreUuid(options.uuid),
         key: options.secret,
         boot_id: options.boot_id,

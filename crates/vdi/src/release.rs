@@ -123,7 +123,10 @@ impl Engine {
         let mut left = blocks.iter().peekable();
         while left.peek().is_some() {
             let part = left.by_ref().take(BLOCKS_PER_TURN);
-            self.allocator.release(part.inspect(|&pba| self.nodes.cache().remove(pba)));
+            self.allocator.release(part.inspect(|&pba| {
+                self.nodes.cache().remove(pba);
+                self.trimmer.note_freed(pba);
+            }));
             self.runtime.yield_now().await;
         }
         self.full.set(false);

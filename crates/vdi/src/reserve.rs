@@ -89,6 +89,17 @@ impl Reserve {
     }
 }
 
+impl Reserve {
+    /// Notes that the space of these blocks was given back below.
+    pub(crate) fn forget_backed(&self, run: Run) {
+        let first = run.start.get() / PART_BLOCKS;
+        for part in first..=(run.end().get() - 1) / PART_BLOCKS {
+            self.backed.borrow_mut().remove(&part);
+            self.asked.borrow_mut().remove(&part);
+        }
+    }
+}
+
 impl Engine {
     /// Waits until there is room for the nodes of the next checkpoints (design rule 25): each
     /// changed node with its path, while the old ones still stand. Whether there is.

@@ -11,8 +11,9 @@ use runtime::Runtime;
 use crate::engine::{Engine, as_u64};
 use crate::handle::{SnapshotHandle, VdiHandle};
 use crate::manage::not_found;
+use crate::trim::Scope;
 use crate::vdi::{Snapshot, Vdi};
-use crate::{GcReport, background, recovery};
+use crate::{GcReport, GcStatus, background, recovery};
 
 use crate::Error;
 use crate::types::{
@@ -299,8 +300,8 @@ impl Store {
     }
 
     /// Frees every block that no VDI and no snapshot reaches: what they held alone that were
-    /// deleted before. Guests go on meanwhile. The freed blocks are allocatable on return. Runs by
-    /// itself when it is needed.
+    /// deleted before. Guests go on meanwhile. The freed blocks are allocatable on return, and their space
+    /// was given back to what lies below, as far as that can take it. Runs by itself when it is needed.
     ///
     /// # Errors
     /// `Io` if a node could not be read: nothing is freed then, as what it names is not known. A
@@ -311,9 +312,30 @@ impl Store {
         let engine = Rc::clone(&self.0);
         self.finish(async move {
             let _request = request;
-            engine.collect_garbage(|| false).await
+            engine.collect_and_trim(Scope::Freed).await
         })
         .await
+    }
+
+    /// Gives the space of all free blocks back to what lies below, as far as that can take it: also of those
+    /// that were freed before the store was opened. Returns how many blocks it was of.
+    ///
+    /// # Errors
+    /// `Fenced` if the store was closed meanwhile.
+    pub async fn trim(&self) -> Result<u64, Error> {
+        let request = self.0.begin_change()?;
+        let engine = Rc::clone(&self.0);
+        self.finish(async move {
+            let _request = request;
+            engine.trim(Scope::All).await
+        })
+        .await
+    }
+
+    /// What the garbage collection is doing, and what it did the last time.
+    #[must_use]
+    pub fn gc_status(&self) -> GcStatus {
+        self.0.collector.status()
     }
 
     /// Current counters.

@@ -13,6 +13,8 @@ pub struct FormatOptions {
     pub log_bytes: Option<u64>,
     /// Format even if the device looks used.
     pub force: bool,
+    /// Whether the space of free blocks is to stay allocated: it is not given back to what lies below.
+    pub keep_space: bool,
     /// The new store's identity and checksum secret, from a secure source.
     pub uuid: [u8; 16],
     /// Key of the store's checksums.
@@ -192,6 +194,8 @@ pub struct Stats {
     pub collections: u64,
     /// Blocks that they freed.
     pub collected_blocks: u64,
+    /// Free blocks whose space was given back to what lies below.
+    pub trimmed_blocks: u64,
     /// Node cache hits.
     pub cache_hits: u64,
     /// Node cache misses.

@@ -1,12 +1,14 @@
 //! A disk larger than its store: writes end in ENOSPC, everything else goes on, and freeing space
 //! heals it.
 
+use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
 use crate::clock;
 use crate::console;
+use crate::control::Control;
 use crate::nbd::{Client, Command, ENOSPC};
 use crate::server::{EXPORT, Options, Server};
 
@@ -58,6 +60,10 @@ pub(crate) fn run(bed: &mut Bed) -> Result<()> {
         full.server.kill()?;
         full.server.start()?;
         let done = full.look();
+        full.server.explain(done)
+    });
+    bed.check("emptied, it takes no space any more", || {
+        let done = full.empty();
         full.server.explain(done)
     });
     bed.check("clean stop", || {
@@ -112,6 +118,19 @@ impl Full {
             self.ledger.check_settled(piece * PIECE_SECTORS, &bytes)?;
         }
         client.ask(Command::Flush, 0, 0).map(drop)
+    }
+
+    /// Deletes the disk: the file system gets back what it took.
+    fn empty(&self) -> Result<()> {
+        let taken = || -> Result<u64> { Ok(std::fs::metadata(self.server.file())?.blocks() * 512) };
+        let before = taken()?;
+        let mut control = Control::connect(&self.server.control_socket())?;
+        control.remove(EXPORT)?;
+        control.collect_garbage()?;
+        let after = taken()?;
+        console::say(&format!("  {} MiB taken before, {} after", before >> 20, after >> 20));
+        ensure!(before > STORE_BYTES / 2 && after < STORE_BYTES / 4, "{before}, then {after}");
+        Ok(())
     }
 
     /// Gives back every second piece; then as many new ones must fit, soon.

@@ -258,6 +258,11 @@ pub(super) fn set_runs(words: &Words) -> impl Iterator<Item = (usize, usize)> {
     })
 }
 
+/// Sets the bits of the range in `to` that are clear in `from`.
+pub(super) fn set_clear(to: &mut Words, from: &Words, start: usize, count: usize) {
+    for_each_word(start, count, |word, mask| to[word] |= !from[word] & mask);
+}
+
 /// How many bits of the range are set in `new` and clear in `old`.
 pub(super) fn count_new(old: &Words, new: &Words, start: usize, count: usize) -> usize {
     let mut fresh = 0;

@@ -105,6 +105,7 @@ fn table(now: &Stats, rates: Option<&Rates<'_>>) -> String {
         ("nodes written", plain(|s| s.nodes_written)),
         ("collections", plain(|s| s.collections)),
         ("collected", volume(|s| s.collected_blocks.saturating_mul(BLOCK_SIZE_U64))),
+        ("trimmed", volume(|s| s.trimmed_blocks.saturating_mul(BLOCK_SIZE_U64))),
         ("node cache", format!("{:>14}{}", bytes(now.cache_bytes), hit_rate(now))),
     ];
     lines.map(|(name, value)| format!("{name:<15}{value}")).join("\n")

@@ -104,6 +104,8 @@ fn commands_print_what_is_described() {
     check("list of snapshot", &["snapshots", "a"]);
     check("list of tree disk", &["tree"]);
     check("stats", &["stats"]);
+    check("gc", &["gc"]);
+    check("gc status", &["gc", "--status"]);
     check("disk", &["rollback", "a@s"]);
     check("export", &["export", "a", "f"]);
     check("disk", &["import", "f", "e"]);

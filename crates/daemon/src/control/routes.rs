@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use api::{
     Attach, Attachment, ChangeVdi, CreateVdi, DIFF_EXTENTS_MAX, DaemonStatus, DiffPage, Error,
-    FrontendMetrics, Kind, Mounted, PAGE_MAX, Removed, Rollback, Snapshot, SnapshotPage, Space,
-    Stats, TakeSnapshot, Upgrade, Upgrading, Vdi, VdiPage,
+    FrontendMetrics, Gc, GcStatus, Kind, Mounted, PAGE_MAX, Removed, Rollback, Snapshot,
+    SnapshotPage, Space, Stats, TakeSnapshot, Upgrade, Upgrading, Vdi, VdiPage,
 };
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -13,7 +13,7 @@ use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use base::{ErrorKind, SnapshotNumber};
 use serde::Deserialize;
-use vdi::{Store, Target};
+use vdi::{GcReport, Store, Target};
 
 use super::extract::{Body, Failure, Parameters, Segments};
 use crate::convert;
@@ -30,6 +30,7 @@ pub(super) fn router(current: Current) -> Router {
     let routes = Router::new()
         .route("/daemon", get(daemon))
         .route("/stats", get(stats))
+        .route("/gc", get(gc_status).post(collect_garbage))
         .route("/upgrade", post(upgrade))
         .route("/nbd", get(nbd))
         .route("/vhost-user", get(vhost_user))
@@ -74,6 +75,20 @@ async fn upgrade(
 async fn stats(State(current): State<Current>) -> Answer<Stats> {
     let answer = async |served: &Served| Ok(served.stats());
     Ok(Json(current.call(answer).await?))
+}
+
+async fn gc_status(State(current): State<Current>) -> Answer<GcStatus> {
+    let answer = async |served: &Served| Ok(served.store.gc_status());
+    Ok(Json(convert::gc_status(current.call(answer).await?)))
+}
+
+async fn collect_garbage(State(current): State<Current>) -> Answer<Gc> {
+    let answer = async |served: &Served| {
+        let report = served.store.collect_garbage().await?;
+        let trimmed_blocks = report.trimmed_blocks + served.store.trim().await?;
+        Ok(GcReport { trimmed_blocks, ..report })
+    };
+    Ok(Json(convert::gc(current.call(answer).await?)))
 }
 
 async fn nbd(State(current): State<Current>) -> Answer<FrontendMetrics> {

@@ -39,6 +39,7 @@ pub(crate) fn format_options() -> FormatOptions {
         extent_bytes: Some(16 << 20),
         log_bytes: Some(256 << 10),
         force: false,
+        keep_space: false,
         uuid: [7; 16],
         secret: [9; 32],
         boot_id: [1; 16],

@@ -90,6 +90,11 @@ impl Ram {
         self.0.space.set(more.map(|more| backed + more));
     }
 
+    /// Blocks that take space below.
+    pub(crate) fn space_taken(&self) -> usize {
+        self.0.backed.borrow().len()
+    }
+
     /// First blocks of the writes that found no space below.
     pub(crate) fn refused(&self) -> Vec<Pba> {
         self.0.refused.borrow().clone()
@@ -247,7 +252,14 @@ impl Backend for RamBackend {
                     false => done.send(fail(Cause::NoSpace, at)),
                 }
             }
-            Operation::Flush { done } | Operation::Discard { done, .. } => done.send(Ok(())),
+            Operation::Discard { at, block_count, done } => {
+                for block in at.get()..at.get() + block_count {
+                    state.blocks.borrow_mut().remove(&block);
+                    state.backed.borrow_mut().remove(&block);
+                }
+                done.send(Ok(()));
+            }
+            Operation::Flush { done } => done.send(Ok(())),
         }
     }
 

@@ -1,5 +1,7 @@
 //! A store on a sparse file whose file system is full (G10, design rule 26).
 
+use std::time::Duration;
+
 use base::ErrorKind;
 use disk::Request;
 use ondisk::ExtentKind;
@@ -7,7 +9,7 @@ use ondisk::ExtentKind;
 use crate::check::{Anatomy, assert_sound};
 use crate::ram::{Ram, run};
 use crate::{STORE_BLOCKS, disk, format_options, open, read, reopened, write};
-use parallax_vdi::{Store, Target};
+use parallax_vdi::{FormatOptions, GcPhase, GcReport, Store, Target};
 
 /// A checkpoint found no space for a node, so that no space was made, and the log filled up.
 #[test]
@@ -96,4 +98,77 @@ fn data_has_its_space_below_before_it_comes() {
         assert!(ram.refused().is_empty());
         store.close().await.unwrap();
     });
+}
+
+/// What is deleted takes no space below any more; not so in a store that is to keep it.
+#[test]
+fn freed_space_goes_back_to_what_lies_below() {
+    for keep_space in [false, true] {
+        let ram = Ram::default();
+        let device = ram.clone();
+        run(1, move |runtime| async move {
+            let options = FormatOptions { keep_space, ..format_options() };
+            Store::format(&device.device(STORE_BLOCKS), &runtime, &options).await.unwrap();
+            let (store, _) = open(&device, &runtime).await;
+            for name in ["kept", "deleted"] {
+                store.create(name, 64 << 20).await.unwrap();
+                let head = disk(&store, name).await;
+                for index in 0..40 {
+                    write(&head, index << 20, &vec![7; 1 << 20]).await;
+                }
+            }
+            store.snapshot("deleted", None).await.unwrap();
+            store.checkpoint().await.unwrap();
+            let before = device.space_taken();
+            store.remove(&Target::parse("deleted")).await.unwrap();
+            let report = store.collect_garbage().await.unwrap();
+            let trimmed_blocks = report.trimmed_blocks + store.trim().await.unwrap();
+            let report = GcReport { trimmed_blocks, ..report };
+            let given_back = before - device.space_taken();
+            assert_eq!(given_back > 39 * 256, !keep_space, "{given_back} blocks, {report:?}");
+            assert_eq!(report.trimmed_blocks > 39 * 256, !keep_space, "{report:?}");
+            let head = disk(&store, "kept").await;
+            for index in 0..40 {
+                assert_eq!(read(&head, index << 20, 1 << 20).await, vec![7; 1 << 20]);
+            }
+            // What was given back is taken again, and nodes find space that is really there.
+            device.limit_space(Some(60 << 8));
+            store.create("next", 64 << 20).await.unwrap();
+            let head = disk(&store, "next").await;
+            for index in 0..40 {
+                write(&head, index << 20, &vec![8; 1 << 20]).await;
+            }
+            store.checkpoint().await.unwrap();
+            assert_eq!(read(&head, 39 << 20, 1 << 20).await, vec![8; 1 << 20]);
+            store.close().await.unwrap();
+        });
+        assert_sound(&ram, 1);
+    }
+}
+
+/// A minute after something was deleted its space is given back, however much is free.
+#[test]
+fn what_is_deleted_is_collected_by_itself() {
+    let ram = Ram::default();
+    let device = ram.clone();
+    run(1, move |runtime| async move {
+        let options = format_options();
+        Store::format(&device.device(STORE_BLOCKS), &runtime, &options).await.unwrap();
+        let (store, _) = open(&device, &runtime).await;
+        store.create("web01", 64 << 20).await.unwrap();
+        let head = disk(&store, "web01").await;
+        for index in 0..4 {
+            write(&head, index << 20, &vec![7; 1 << 20]).await;
+        }
+        runtime.sleep(Duration::from_secs(120)).await;
+        assert_eq!(store.stats().collections, 0, "nothing was deleted");
+        let before = device.space_taken();
+        store.remove(&Target::parse("web01")).await.unwrap();
+        runtime.sleep(Duration::from_secs(90)).await;
+        assert_eq!(store.stats().collections, 1);
+        assert_eq!(store.gc_status().phase, GcPhase::Idle);
+        assert!(device.space_taken() + 1000 < before, "{before}: {}", device.space_taken());
+        store.close().await.unwrap();
+    });
+    assert_sound(&ram, 1);
 }

@@ -1,0 +1,68 @@
+//! `parallax gc`.
+
+use std::time::Duration;
+
+use api::{Error, Gc, GcPhase, GcStatus};
+use indicatif::ProgressBar;
+
+use super::{Context, progress};
+use crate::output::bytes;
+
+/// How often the daemon is asked how far it is.
+const LOOK_PERIOD: Duration = Duration::from_millis(200);
+
+pub(super) async fn run(context: &Context) -> Result<(), Error> {
+    let bar = progress::bar("collecting garbage", 0);
+    let done = tokio::select! {
+        done = context.client.collect_garbage() => done,
+        never = watch(context, &bar) => match never {},
+    };
+    bar.finish_and_clear();
+    let done = done?;
+    context.print(&done, &said(&done))
+}
+
+pub(super) async fn status(context: &Context) -> Result<(), Error> {
+    let status = context.client.gc_status().await?;
+    let GcStatus { phase, marked_bytes, candidate_bytes, cycles, last } = &status;
+    let now = match phase {
+        GcPhase::Idle => "idle".to_owned(),
+        GcPhase::Marking => {
+            format!("marking: {} of at most {}", bytes(*marked_bytes), bytes(*candidate_bytes))
+        }
+        GcPhase::Sweeping => "sweeping".to_owned(),
+        GcPhase::Trimming => "trimming".to_owned(),
+    };
+    let before = match cycles {
+        0 => "none was completed since the daemon opened the store".to_owned(),
+        _ => format!("{cycles} completed; the last one {}", said(last)),
+    };
+    context.print(&status, &format!("{now}\n{before}"))
+}
+
+fn said(gc: &Gc) -> String {
+    let Gc { reached_bytes, freed_bytes, trimmed_bytes } = *gc;
+    let mut text = format!("freed {}; {} are in use", bytes(freed_bytes), bytes(reached_bytes));
+    if trimmed_bytes > 0 {
+        text.push_str(&format!("; gave {} back to what lies below", bytes(trimmed_bytes)));
+    }
+    text
+}
+
+/// Draws how far it is.
+async fn watch(context: &Context, bar: &ProgressBar) -> std::convert::Infallible {
+    loop {
+        tokio::time::sleep(LOOK_PERIOD).await;
+        // Whoever collects says what is wrong.
+        let Ok(status) = context.client.gc_status().await else { continue };
+        match status.phase {
+            GcPhase::Idle => {}
+            GcPhase::Marking => {
+                bar.set_length(status.candidate_bytes);
+                bar.set_position(status.marked_bytes);
+            }
+            GcPhase::Sweeping => bar.set_message("freeing"),
+            GcPhase::Trimming => bar.set_message("giving space back"),
+        }
+    }
+}
