@@ -111,14 +111,58 @@ address!(RingPosition);
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct StoreUuid(pub [u8; 16]);
 
+/// Identifies a snapshot in every store that has it: it keeps it when it is sent from one to another.
+/// All zeroes: none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct SnapshotUuid(pub [u8; 16]);
+
+impl SnapshotUuid {
+    /// What [`fmt::Display`] has written; hyphens may be anywhere or missing.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        let mut bytes = [0; 16];
+        let mut digits = text.chars().filter(|&c| c != '-').map(|c| c.to_digit(16));
+        for byte in &mut bytes {
+            let (high, low) = (digits.next()??, digits.next()??);
+            *byte = u8::try_from(high << 4 | low).ok()?;
+        }
+        digits.next().is_none().then_some(Self(bytes))
+    }
+}
+
 impl fmt::Display for StoreUuid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (index, byte) in self.0.iter().enumerate() {
-            if matches!(index, 4 | 6 | 8 | 10) {
-                f.write_str("-")?;
-            }
-            write!(f, "{byte:02x}")?;
+        write_uuid(&self.0, f)
+    }
+}
+
+impl fmt::Display for SnapshotUuid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write_uuid(&self.0, f)
+    }
+}
+
+fn write_uuid(bytes: &[u8; 16], f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    for (index, byte) in bytes.iter().enumerate() {
+        if matches!(index, 4 | 6 | 8 | 10) {
+            f.write_str("-")?;
         }
-        Ok(())
+        write!(f, "{byte:02x}")?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_uuid_is_read_as_it_is_written() {
+        let uuid = SnapshotUuid([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 255]);
+        assert_eq!(uuid.to_string(), "00010203-0405-0607-0809-0a0b0c0d0eff");
+        assert_eq!(SnapshotUuid::parse(&uuid.to_string()), Some(uuid));
+        for nonsense in ["", "0", "x0010203-0405-0607-0809-0a0b0c0d0eff", &format!("{uuid}0")] {
+            assert_eq!(SnapshotUuid::parse(nonsense), None, "{nonsense}");
+        }
     }
 }

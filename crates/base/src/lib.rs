@@ -14,7 +14,7 @@ pub use buffer::{Block, BlockSlice, Buffer, BufferPool};
 pub use error::ErrorKind;
 pub use id::{
     Ballot, BirthLabel, ClaimGeneration, Epoch, ExtentIndex, HostId, Lba, Lsn, Pba, RingPosition,
-    SnapshotNumber, StoreUuid, VdiId,
+    SnapshotNumber, SnapshotUuid, StoreUuid, VdiId,
 };
 
 /// Bytes in a block: the unit of allocation, of checksums and of atomicity (G3).
