@@ -155,6 +155,8 @@ pub struct Snapshot {
     pub size_bytes: u64,
     /// When it was taken.
     pub created: Timestamp,
+    /// What it is known by in every store that has it: it keeps it when it is sent.
+    pub uuid: String,
 }
 
 /// Snapshots of a VDI in order of number.

@@ -28,6 +28,7 @@ pub(crate) fn snapshot(vdi_name: &str, entry: vdi::SnapshotEntry) -> api::Snapsh
         label: entry.label,
         size_bytes: entry.size_bytes,
         created: time(entry.created_ns),
+        uuid: entry.uuid.to_string(),
     }
 }
 
@@ -183,6 +184,7 @@ mod tests {
             label: label.map(str::to_owned),
             size_bytes: 4096,
             created_ns: 1_500_000_000,
+            uuid: base::SnapshotUuid([1; 16]),
         };
         assert_eq!(snapshot("web01", entry(None)).handle, "web01@17");
         let labelled = snapshot("web01", entry(Some("daily")));

@@ -30,7 +30,7 @@ fn disk_entry(entry: VdiEntry) -> DiskEntry {
 }
 
 fn snapshot_entry(entry: vdi::SnapshotEntry) -> SnapshotEntry {
-    let vdi::SnapshotEntry { number, label, size_bytes, created_ns } = entry;
+    let vdi::SnapshotEntry { number, label, size_bytes, created_ns, .. } = entry;
     SnapshotEntry { number: number.get(), label, size_bytes, created_ns }
 }
 

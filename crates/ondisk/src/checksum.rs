@@ -2,8 +2,10 @@
 
 use std::fmt;
 
-use base::{BLOCK_SIZE, Block, Epoch, Pba, StoreUuid};
-use xxhash_rust::xxh3::{Xxh3Builder, xxh3_64_with_secret, xxh3_64_with_seed};
+use base::{BLOCK_SIZE, Block, Epoch, Pba, SnapshotNumber, SnapshotUuid, StoreUuid, VdiId};
+use xxhash_rust::xxh3::{
+    Xxh3Builder, xxh3_64_with_secret, xxh3_64_with_seed, xxh3_128_with_secret,
+};
 
 /// XXH3's secret: at least 136 bytes; 192 is its own default.
 const SECRET_BYTES: usize = 192;
@@ -54,6 +56,15 @@ impl Checksums {
     #[must_use]
     pub fn block(&self, bytes: &[u8]) -> u64 {
         xxh3_64_with_secret(bytes, &self.secret)
+    }
+
+    /// What a snapshot that was taken in this store is known by everywhere. Its time tells it from
+    /// that of a copy of the store which went its own way.
+    #[must_use]
+    pub fn snapshot_uuid(&self, vdi: VdiId, number: SnapshotNumber, wall_ns: u64) -> SnapshotUuid {
+        let numbers = [vdi.get(), number.get(), wall_ns].map(u64::to_le_bytes);
+        let bytes = [self.uuid.0.as_slice(), numbers.as_flattened()].concat();
+        SnapshotUuid(xxh3_128_with_secret(&bytes, &self.secret).to_le_bytes())
     }
 
     /// Checksum of a self-validating block over all but its last eight bytes.

@@ -3,7 +3,9 @@
 //! A record is a header and a body, padded to 8 bytes. The header names the VDI, the generation of
 //! its claim, the kind and the total length, so that a reader can tell what it does not know.
 
-use base::{ClaimGeneration, Lba, Lsn, Pba, REQUEST_BLOCKS_MAX, SnapshotNumber, VdiId};
+use base::{
+    ClaimGeneration, Lba, Lsn, Pba, REQUEST_BLOCKS_MAX, SnapshotNumber, SnapshotUuid, VdiId,
+};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -81,6 +83,8 @@ pub enum RecordBody {
         store_ns: u64,
         /// Its label; empty for none.
         label: String,
+        /// What it was known by where it was received from; zeroes if it was taken here.
+        origin: SnapshotUuid,
     },
     /// A snapshot was deleted.
     DeleteSnapshot {
@@ -124,6 +128,13 @@ pub enum RecordBody {
         /// Which.
         number: SnapshotNumber,
     },
+    /// The VDI became what a snapshot of another VDI is.
+    Adopt {
+        /// Which VDI.
+        source: VdiId,
+        /// Which snapshot of it.
+        number: SnapshotNumber,
+    },
     /// A time mark.
     Time {
         /// Wall time.
@@ -147,6 +158,10 @@ const RESIZE: u8 = 9;
 const DELETE: u8 = 10;
 const ROLLBACK: u8 = 11;
 const TIME: u8 = 16;
+const ADOPT: u8 = 17;
+
+/// Bytes of the origin of a snapshot, which stands behind the label if there is one.
+const ORIGIN_BYTES: usize = 16;
 
 impl Record {
     /// Bytes that the record takes in a log block.
@@ -155,11 +170,14 @@ impl Record {
         let body = match &self.body {
             RecordBody::Write { hashes, .. } => 16 + 8 * hashes.len(),
             RecordBody::Range { .. } => 17,
-            RecordBody::Snapshot { label, .. } => 24 + label.len() + 2,
+            RecordBody::Snapshot { label, origin, .. } => {
+                let origin_bytes = if is_none(*origin) { 0 } else { ORIGIN_BYTES };
+                24 + label.len() + 2 + origin_bytes
+            }
             RecordBody::Create { name, .. } => 16 + name.len() + 2,
             RecordBody::Clone { name, .. } => 24 + name.len() + 2,
             RecordBody::Rename { name } => name.len() + 2,
-            RecordBody::Time { .. } => 16,
+            RecordBody::Time { .. } | RecordBody::Adopt { .. } => 16,
             RecordBody::Void { .. }
             | RecordBody::DeleteSnapshot { .. }
             | RecordBody::Resize { .. }
@@ -199,11 +217,14 @@ impl Record {
                 into.push(*state as u8);
             }
             RecordBody::Void { lsn } => word(lsn.get()),
-            RecordBody::Snapshot { number, wall_ns, store_ns, label } => {
+            RecordBody::Snapshot { number, wall_ns, store_ns, label, origin } => {
                 word(number.get());
                 word(*wall_ns);
                 word(*store_ns);
                 encode_text(label, into);
+                if !is_none(*origin) {
+                    into.extend_from_slice(&origin.0);
+                }
             }
             RecordBody::DeleteSnapshot { number } | RecordBody::Rollback { number } => {
                 word(number.get());
@@ -226,6 +247,10 @@ impl Record {
                 word(*wall_ns);
                 word(*store_ns);
             }
+            RecordBody::Adopt { source, number } => {
+                word(source.get());
+                word(number.get());
+            }
         }
         into.resize(start + length, 0);
     }
@@ -244,6 +269,7 @@ impl Record {
             RecordBody::Delete => DELETE,
             RecordBody::Rollback { .. } => ROLLBACK,
             RecordBody::Time { .. } => TIME,
+            RecordBody::Adopt { .. } => ADOPT,
         }
     }
 
@@ -289,6 +315,7 @@ impl Record {
                 wall_ns: reader.word()?,
                 store_ns: reader.word()?,
                 label: reader.text(LABEL_BYTES_MAX)?,
+                origin: reader.origin(),
             },
             DELETE_SNAPSHOT => RecordBody::DeleteSnapshot { number: reader.snapshot()? },
             CREATE => RecordBody::Create {
@@ -307,6 +334,9 @@ impl Record {
             DELETE => RecordBody::Delete,
             ROLLBACK => RecordBody::Rollback { number: reader.snapshot()? },
             TIME => RecordBody::Time { wall_ns: reader.word()?, store_ns: reader.word()? },
+            ADOPT => {
+                RecordBody::Adopt { source: VdiId::new(reader.word()?), number: reader.snapshot()? }
+            }
             _ => return Err(DecodeError::Invalid("record kind")),
         };
         let vdi = bounds::below(header.vdi.get(), bounds::RECORD_NUMBER_END, "VDI id")?;
@@ -342,9 +372,19 @@ impl Reader<'_> {
         let length = usize::from(u16::from_le_bytes(*length));
         let text = rest.get(..length).filter(|_| length <= bytes_max);
         let text = text.ok_or(DecodeError::Invalid("text length"))?;
+        self.0 = rest.get(length..).unwrap_or_default();
         let text = std::str::from_utf8(text).map_err(|_| DecodeError::Invalid("text"))?;
         Ok(text.to_owned())
     }
+
+    /// What is behind a label: padding is shorter.
+    fn origin(&self) -> SnapshotUuid {
+        self.0.first_chunk().map(|&bytes| SnapshotUuid(bytes)).unwrap_or_default()
+    }
+}
+
+fn is_none(origin: SnapshotUuid) -> bool {
+    origin == SnapshotUuid::default()
 }
 
 #[cfg(test)]
@@ -363,6 +403,14 @@ mod tests {
                 wall_ns: 1,
                 store_ns: 2,
                 label: "before upgrade".into(),
+                origin: SnapshotUuid::default(),
+            },
+            RecordBody::Snapshot {
+                number: SnapshotNumber::new(18),
+                wall_ns: 1,
+                store_ns: 2,
+                label: "received".into(),
+                origin: SnapshotUuid([7; 16]),
             },
             RecordBody::DeleteSnapshot { number: SnapshotNumber::new(17) },
             RecordBody::Create { block_count: 8, wall_ns: 3, name: "web01".into() },
@@ -377,6 +425,7 @@ mod tests {
             RecordBody::Delete,
             RecordBody::Rollback { number: SnapshotNumber::new(2) },
             RecordBody::Time { wall_ns: 5, store_ns: 6 },
+            RecordBody::Adopt { source: VdiId::new(9), number: SnapshotNumber::new(2) },
         ]
     }
 

@@ -2,7 +2,8 @@
 //! are verified by the hash in the tree, so that records need no checksum of their own.
 
 use base::{
-    BLOCK_SIZE, BirthLabel, Block, ClaimGeneration, Epoch, HostId, Lsn, SnapshotNumber, VdiId,
+    BLOCK_SIZE, BirthLabel, Block, ClaimGeneration, Epoch, HostId, Lsn, SnapshotNumber,
+    SnapshotUuid, VdiId,
 };
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
@@ -112,7 +113,8 @@ layout! {
         store_ns: U64,
         label: [u8; LABEL_BYTES_MAX],
         label_length: u8,
-        reserved: [u8; 48],
+        reserved: [u8; 32],
+        origin: [u8; 16],
     }
 }
 
@@ -290,6 +292,8 @@ pub struct SnapshotRecord {
     pub store_ns: u64,
     /// Its label; empty for none.
     pub label: String,
+    /// What it was known by where it was received from; zeroes if it was taken here.
+    pub origin: SnapshotUuid,
 }
 
 impl TableRecord for SnapshotRecord {
@@ -312,7 +316,8 @@ impl TableRecord for SnapshotRecord {
             store_ns: self.store_ns.into(),
             label,
             label_length,
-            reserved: [0; 48],
+            reserved: [0; 32],
+            origin: self.origin.0,
         };
         into.copy_from_slice(raw.as_bytes());
     }
@@ -332,6 +337,7 @@ impl TableRecord for SnapshotRecord {
             wall_ns: raw.wall_ns.get(),
             store_ns: raw.store_ns.get(),
             label: decode_text(&raw.label, raw.label_length)?,
+            origin: SnapshotUuid(raw.origin),
         }))
     }
 }

@@ -4,7 +4,7 @@
 
 use base::{
     BLOCK_SIZE, BirthLabel, Block, Buffer, ClaimGeneration, Epoch, Lba, Lsn, Pba,
-    REQUEST_BLOCKS_MAX, RingPosition, SnapshotNumber, StoreUuid, VdiId,
+    REQUEST_BLOCKS_MAX, RingPosition, SnapshotNumber, SnapshotUuid, StoreUuid, VdiId,
 };
 use parallax_ondisk::{
     BLOCKS_MAX, COUNTER_END, Checksums, Entry, EntryState, FANOUT, HEIGHT_MAX, KNOWN_INCOMPATIBLE,
@@ -118,13 +118,13 @@ fn checksum_kinds_are_documented_as_they_are() {
 /// One record of every kind, and what the document calls it; texts of three bytes, two hashes.
 fn records() -> Vec<(&'static str, RecordBody)> {
     let (name, label) = ("abc".to_owned(), "abc".to_owned());
-    let number = SnapshotNumber::new(9);
+    let (number, origin) = (SnapshotNumber::new(9), SnapshotUuid::default());
     let (lba, pba) = (Lba::new(1), Pba::new(2));
     vec![
         ("write", RecordBody::Write { lba, pba, hashes: vec![3, 4] }),
         ("range", RecordBody::Range { lba, count: 5, state: RangeState::Zero }),
         ("void", RecordBody::Void { lsn: Lsn::new(6) }),
-        ("snapshot", RecordBody::Snapshot { number, wall_ns: 1, store_ns: 2, label }),
+        ("snapshot", RecordBody::Snapshot { number, wall_ns: 1, store_ns: 2, label, origin }),
         ("delete snapshot", RecordBody::DeleteSnapshot { number }),
         ("create", RecordBody::Create { block_count: 7, wall_ns: 1, name: name.clone() }),
         (
@@ -141,6 +141,7 @@ fn records() -> Vec<(&'static str, RecordBody)> {
         ("delete", RecordBody::Delete),
         ("rollback", RecordBody::Rollback { number }),
         ("time", RecordBody::Time { wall_ns: 1, store_ns: 2 }),
+        ("adopt", RecordBody::Adopt { source: VdiId::new(8), number }),
     ]
 }
 

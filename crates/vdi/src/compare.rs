@@ -33,10 +33,14 @@ const NODES_PER_PART: u64 = 256;
 const CHECKPOINTS_MAX: usize = 8;
 
 /// What is walked.
-struct Subject {
-    vdi: Rc<Vdi>,
-    snapshot: Option<Rc<Snapshot>>,
-    target: Target,
+enum Subject {
+    /// Nothing at all: what everything differs from that has data.
+    Nothing,
+    Of {
+        vdi: Rc<Vdi>,
+        snapshot: Option<Rc<Snapshot>>,
+        target: Target,
+    },
 }
 
 /// A tree as of now, and what it may share.
@@ -57,22 +61,28 @@ struct Walked {
 
 impl Subject {
     fn block_count(&self) -> u64 {
-        let snapshot = self.snapshot.as_ref();
-        snapshot.map_or(self.vdi.block_count.get(), |snapshot| snapshot.block_count)
+        match self {
+            Self::Nothing => 0,
+            Self::Of { snapshot: Some(snapshot), .. } => snapshot.block_count,
+            Self::Of { vdi, .. } => vdi.block_count.get(),
+        }
     }
 
     /// The tree as of now; `None` if a checkpoint has yet to make it.
     fn settled(&self) -> Result<Option<Settled>, Error> {
-        if self.vdi.deleted.get() {
-            return Err(not_found(&self.target.vdi));
+        let Self::Of { vdi, snapshot, target } = self else {
+            return Ok(Some(Settled { root: RootRef::empty(1), shared_up_to: None }));
+        };
+        if vdi.deleted.get() {
+            return Err(not_found(&target.vdi));
         }
-        let view = match &self.snapshot {
+        let view = match snapshot {
             Some(snapshot) if snapshot.deleted.get() => {
-                let message = format!("{} was deleted meanwhile", self.target);
+                let message = format!("{target} was deleted meanwhile");
                 return Err(Error::refused(ErrorKind::NotFound, message));
             }
             Some(snapshot) => snapshot.view(),
-            None => self.vdi.head(),
+            None => vdi.head(),
         };
         let settled = match view {
             View::Head(branch) => match &*branch.base.borrow() {
@@ -87,16 +97,20 @@ impl Subject {
 
 impl Engine {
     /// Lists at most `extents_max` runs of what differs at and behind the block of byte `offset`;
-    /// everything acknowledged before the call is in.
+    /// everything acknowledged before the call is in. Without `from`: of what `to` has data for.
     pub(crate) async fn diff(
         self: &Rc<Self>,
-        from: &Target,
+        from: Option<&Target>,
         to: &Target,
         offset: u64,
         extents_max: usize,
     ) -> Result<VdiDiff, Error> {
         let _request = self.begin()?;
-        let subjects = [self.subject(from).await?, self.subject(to).await?];
+        let from = match from {
+            Some(from) => self.subject(from).await?,
+            None => Subject::Nothing,
+        };
+        let subjects = [from, self.subject(to).await?];
         self.checkpoint(ondisk::SlotState::Running).await?;
         let [from, to] = subjects.each_ref().map(Subject::block_count);
         let end = from.max(to);
@@ -216,7 +230,7 @@ impl Engine {
 
     async fn subject(self: &Rc<Self>, target: &Target) -> Result<Subject, Error> {
         let (vdi, snapshot) = self.find_durable(target).await?;
-        Ok(Subject { vdi, snapshot, target: target.clone() })
+        Ok(Subject::Of { vdi, snapshot, target: target.clone() })
     }
 
     /// Enters a read epoch, and looks up trees in it. They are there, but for those of a VDI that

@@ -493,6 +493,7 @@ fn describe(record: &Record) -> String {
         RecordBody::Resize { block_count } => format!("resize to {block_count} blocks"),
         RecordBody::Delete => "delete".to_owned(),
         RecordBody::Rollback { number } => format!("roll back to snapshot {number}"),
+        RecordBody::Adopt { source, number } => format!("becomes VDI {source}@{number}"),
         RecordBody::Time { wall_ns, store_ns } => {
             format!("time: {}, open for {store_ns} ns", time(*wall_ns))
         }

@@ -464,6 +464,7 @@ fn loaded_snapshot(record: SnapshotRecord, branch: Rc<Branch>, point: Rc<Point>)
         wall_ns: record.wall_ns,
         store_ns: record.store_ns,
         label: record.label,
+        origin: record.origin,
         deleted: Cell::new(false),
     }
 }

@@ -33,6 +33,7 @@ mod mark;
 mod overlay;
 mod ranges;
 mod read;
+mod receive;
 mod recovery;
 mod release;
 mod reserve;
@@ -48,6 +49,6 @@ pub use error::Error;
 pub use gc::{GcPhase, GcReport, GcStatus};
 pub use store::Store;
 pub use types::{
-    DiffExtent, FormatOptions, OpenOptions, OpenReport, SnapshotEntry, Stats, Target, VdiDiff,
-    VdiEntry, VdiSpace,
+    DiffExtent, FormatOptions, OpenOptions, OpenReport, Received, SnapshotEntry, Stats, Target,
+    VdiDiff, VdiEntry, VdiSpace,
 };

@@ -7,13 +7,18 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use base::{BLOCK_SIZE_U64, BirthLabel, ClaimGeneration, ErrorKind, Lsn, SnapshotNumber, VdiId};
+use base::{
+    BLOCK_SIZE_U64, BirthLabel, ClaimGeneration, ErrorKind, Lsn, SnapshotNumber, SnapshotUuid,
+    VdiId,
+};
 use ondisk::{
     BLOCKS_MAX, DirectoryRecord, LABEL_BYTES_MAX, NAME_BYTES_MAX, RangeState, Record, RecordBody,
     RootRef,
 };
 
-use runtime::sync::Permits;
+use blockstore::log::Admission;
+use device::DeviceError;
+use runtime::sync::{OneshotReceiver, Permits};
 
 use crate::Error;
 use crate::branch::{Base, Branch};
@@ -26,11 +31,14 @@ use crate::vdi::{Snapshot, Vdi};
 const FIRST_CLAIM: ClaimGeneration = ClaimGeneration::new(1);
 
 /// A VDI of which nothing is on its way. Nobody else manages any meanwhile.
-struct Quiet {
-    vdi: Rc<Vdi>,
-    all: RangeGuard,
-    one: Permits,
+pub(crate) struct Quiet {
+    pub(crate) vdi: Rc<Vdi>,
+    pub(crate) all: RangeGuard,
+    pub(crate) one: Permits,
 }
+
+/// A record's number, and when it is complete.
+pub(crate) type Appended = (Lsn, OneshotReceiver<Result<(), DeviceError>>);
 
 impl Engine {
     /// Creates an empty VDI. Durable on return.
@@ -90,30 +98,51 @@ impl Engine {
         name: &str,
         label: Option<&str>,
     ) -> Result<SnapshotNumber, Error> {
+        self.snapshot_from(name, label, SnapshotUuid::default()).await
+    }
+
+    /// As [`Self::snapshot`], of what was received from where it was known as `origin`.
+    pub(crate) async fn snapshot_from(
+        self: &Rc<Self>,
+        name: &str,
+        label: Option<&str>,
+        origin: SnapshotUuid,
+    ) -> Result<SnapshotNumber, Error> {
         let _request = self.begin_change()?;
         self.reserve_metadata(|| false).await?;
         let label = label.unwrap_or_default();
         check_label(label)?;
         let vdi = self.find(name).await?;
         let room = self.room().await?;
-        if !label.is_empty() && vdi.snapshot(label).is_some() {
-            let message = format!("{name}@{label} exists already");
-            return Err(Error::refused(ErrorKind::Exists, message));
-        }
+        refuse_taken_label(&vdi, name, label)?;
         if vdi.deleted.get() {
             return Err(not_found(name));
         }
         refuse_without_labels(&vdi.branch.borrow())?;
         let number = vdi.snapshot_next.get();
-        let wall_ns = self.runtime.wall_ns().max(vdi.newest_snapshot_ns());
-        let store_ns = self.store_ns();
-        let body = RecordBody::Snapshot { number, wall_ns, store_ns, label: label.to_owned() };
-        let appended = self.append(room, &vdi, body);
-        self.apply_snapshot(&vdi, number, appended.0, (wall_ns, store_ns), label);
+        let appended = self.append_snapshot(room, &vdi, label, origin);
         // Guests go on; what they wrote before is waited for (design rule 30).
         self.settle(appended).await?;
         self.stats.borrow_mut().snapshots += 1;
         Ok(number)
+    }
+
+    /// Appends the record of the next snapshot, and applies it.
+    pub(crate) fn append_snapshot(
+        &self,
+        room: Admission,
+        vdi: &Vdi,
+        label: &str,
+        origin: SnapshotUuid,
+    ) -> Appended {
+        let number = vdi.snapshot_next.get();
+        let wall_ns = self.runtime.wall_ns().max(vdi.newest_snapshot_ns());
+        let store_ns = self.store_ns();
+        let body =
+            RecordBody::Snapshot { number, wall_ns, store_ns, label: label.to_owned(), origin };
+        let appended = self.append(room, vdi, body);
+        self.apply_snapshot(vdi, number, appended.0, (wall_ns, store_ns), (label, origin));
+        appended
     }
 
     /// Gives a VDI another name. Durable on return.
@@ -240,7 +269,7 @@ impl Engine {
     ///
     /// A request may take as long as its device does. So it is waited for first: others manage
     /// their VDIs meanwhile.
-    async fn quiet(
+    pub(crate) async fn quiet(
         self: &Rc<Self>,
         name: &str,
         severs: impl Fn(&Vdi) -> Result<bool, Error>,
@@ -313,7 +342,7 @@ impl Engine {
         registry.directory.get(registry.names.get(name)?).cloned()
     }
 
-    fn refuse_taken(&self, name: &str) -> Result<(), Error> {
+    pub(crate) fn refuse_taken(&self, name: &str) -> Result<(), Error> {
         if self.registry.borrow().names.contains_key(name) {
             let message = format!("a disk named {name} exists already; choose another name");
             return Err(Error::refused(ErrorKind::Exists, message));
@@ -425,7 +454,7 @@ impl Engine {
         number: SnapshotNumber,
         lsn: Lsn,
         (wall_ns, store_ns): (u64, u64),
-        label: &str,
+        (label, origin): (&str, SnapshotUuid),
     ) {
         let branch: Rc<Branch> = Rc::clone(&vdi.branch.borrow());
         let point = branch.add_point(lsn);
@@ -439,6 +468,7 @@ impl Engine {
             wall_ns,
             store_ns,
             label: label.to_owned(),
+            origin,
             deleted: Cell::new(false),
         });
         vdi.snapshots.borrow_mut().insert(snapshot);
@@ -538,9 +568,18 @@ impl Engine {
 const LABELS_LEFT_MIN: u64 = 16;
 
 /// Refuses what would advance a branch whose labels are nearly used up.
-fn refuse_without_labels(branch: &Rc<Branch>) -> Result<(), Error> {
+pub(crate) fn refuse_without_labels(branch: &Rc<Branch>) -> Result<(), Error> {
     if branch.label_bound() + LABELS_LEFT_MIN > u64::from(u32::MAX) {
         return Err(labels_used_up());
+    }
+    Ok(())
+}
+
+/// Refuses a label that a snapshot has.
+pub(crate) fn refuse_taken_label(vdi: &Vdi, name: &str, label: &str) -> Result<(), Error> {
+    if !label.is_empty() && vdi.snapshot(label).is_some() {
+        let message = format!("{name}@{label} exists already");
+        return Err(Error::refused(ErrorKind::Exists, message));
     }
     Ok(())
 }
@@ -563,7 +602,7 @@ pub(crate) fn not_found(name: &str) -> Error {
     Error::refused(ErrorKind::NotFound, message)
 }
 
-fn blocks_of(size: u64) -> Result<u64, Error> {
+pub(crate) fn blocks_of(size: u64) -> Result<u64, Error> {
     let block_count = size.div_ceil(BLOCK_SIZE_U64);
     if block_count == 0 || block_count > BLOCKS_MAX {
         let message = "the size of a disk must be 4 KiB to 4 PiB";
@@ -587,7 +626,7 @@ fn check_name(name: &str) -> Result<(), Error> {
     Ok(())
 }
 
-fn check_label(label: &str) -> Result<(), Error> {
+pub(crate) fn check_label(label: &str) -> Result<(), Error> {
     let printable = label.chars().all(|c| !c.is_control() && c != '@');
     let number = !label.is_empty() && label.bytes().all(|byte| byte.is_ascii_digit());
     if label.len() > LABEL_BYTES_MAX || !printable || number {

@@ -400,8 +400,9 @@ impl Engine {
                 let level_max = Self::level_max(vdi.block_count.get());
                 self.install_range(&branch, &generation, lsn, range, *state, level_max);
             }
-            RecordBody::Snapshot { number, wall_ns, store_ns, label } => {
-                self.apply_snapshot(&vdi, *number, lsn, (*wall_ns, *store_ns), label);
+            RecordBody::Snapshot { number, wall_ns, store_ns, label, origin } => {
+                let times = (*wall_ns, *store_ns);
+                self.apply_snapshot(&vdi, *number, lsn, times, (label, *origin));
             }
             RecordBody::DeleteSnapshot { number } => self.apply_delete_snapshot(&vdi, *number),
             RecordBody::Rename { name } => self.apply_rename(vdi.id, name),
@@ -412,6 +413,15 @@ impl Engine {
                 match snapshot {
                     Some(snapshot) => self.apply_rollback(&vdi, &snapshot),
                     // Lost, and the VDI was nothing else any more.
+                    None => self.lose(vdi.id),
+                }
+            }
+            RecordBody::Adopt { source, number } => {
+                let source = self.surviving(*source).await?;
+                let snapshot =
+                    source.and_then(|source| source.snapshots.borrow().get(*number).cloned());
+                match snapshot {
+                    Some(snapshot) => self.apply_rollback(&vdi, &snapshot),
                     None => self.lose(vdi.id),
                 }
             }

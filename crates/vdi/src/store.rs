@@ -17,8 +17,8 @@ use crate::{GcReport, GcStatus, background, recovery};
 
 use crate::Error;
 use crate::types::{
-    FormatOptions, OpenOptions, OpenReport, SnapshotEntry, Stats, Target, VdiDiff, VdiEntry,
-    VdiSpace,
+    FormatOptions, OpenOptions, OpenReport, Received, SnapshotEntry, Stats, Target, VdiDiff,
+    VdiEntry, VdiSpace,
 };
 
 /// An open store. Clones share it. What changes it is finished once it has begun, also if the future
@@ -186,7 +186,7 @@ impl Store {
         let vdi = self.0.find(name).await?;
         let snapshots = vdi.snapshots.borrow();
         let durable = snapshots.after(after).take_while(|snapshot| self.0.is_durable(snapshot));
-        Ok(durable.take(max).map(|snapshot| snapshot_entry(snapshot)).collect())
+        Ok(durable.take(max).map(|snapshot| self.snapshot_entry(&vdi, snapshot)).collect())
     }
 
     /// Describes one snapshot of a VDI, by its label or its number, when it is durable.
@@ -195,8 +195,8 @@ impl Store {
     /// `NotFound`.
     pub async fn snapshot_info(&self, name: &str, snapshot: &str) -> Result<SnapshotEntry, Error> {
         let target = Target { vdi: name.to_owned(), snapshot: Some(snapshot.to_owned()) };
-        let (_, found) = self.0.find_durable(&target).await?;
-        found.map(|found| snapshot_entry(&found)).ok_or_else(|| not_found(name))
+        let (vdi, found) = self.0.find_durable(&target).await?;
+        found.map(|found| self.snapshot_entry(&vdi, &found)).ok_or_else(|| not_found(name))
     }
 
     /// Describes one VDI, when it is durable; of its snapshots, those count that are.
@@ -258,6 +258,18 @@ impl Store {
         self.finish(async move { engine.rollback(&name, &snapshot).await }).await
     }
 
+    /// Makes of a disk into which a snapshot was received what it was received for: a new disk with
+    /// that snapshot, or a later snapshot of one that exists, which becomes what it says. Durable on
+    /// return. Severs open handles of that disk. The disk that was received into is gone then.
+    ///
+    /// # Errors
+    /// `NotFound`, `Exists`; `Invalid` if the disk has another newest snapshot than the stream builds
+    /// on, or was written since it was taken. The disk is as it was then.
+    pub async fn complete_receive(&self, received: &Received) -> Result<SnapshotNumber, Error> {
+        let (engine, received) = (Rc::clone(&self.0), received.clone());
+        self.finish(async move { engine.complete_receive(&received).await }).await
+    }
+
     /// Lists the runs of bytes that differ between two VDIs or snapshots, at most `extents_max` of
     /// them, from the block of byte `offset` on. Walks only what differs. Of a VDI that is written
     /// meanwhile, each part is as it was at some moment of the call.
@@ -272,7 +284,22 @@ impl Store {
         extents_max: usize,
     ) -> Result<VdiDiff, Error> {
         let (engine, from, to) = (Rc::clone(&self.0), from.clone(), to.clone());
-        self.finish(async move { engine.diff(&from, &to, offset, extents_max).await }).await
+        self.finish(async move { engine.diff(Some(&from), &to, offset, extents_max).await }).await
+    }
+
+    /// Lists the runs of bytes that a VDI or snapshot has data for, as [`Self::diff`] would list
+    /// them against a VDI that nothing was written to.
+    ///
+    /// # Errors
+    /// As for [`Self::diff`].
+    pub async fn mapped(
+        &self,
+        target: &Target,
+        offset: u64,
+        extents_max: usize,
+    ) -> Result<VdiDiff, Error> {
+        let (engine, target) = (Rc::clone(&self.0), target.clone());
+        self.finish(async move { engine.diff(None, &target, offset, extents_max).await }).await
     }
 
     /// Opens a VDI for reading and writing, or a snapshot for reading. Waits until a snapshot or a
@@ -389,19 +416,20 @@ impl Store {
             parent_name,
         })
     }
+
+    fn snapshot_entry(&self, vdi: &Vdi, snapshot: &Snapshot) -> SnapshotEntry {
+        SnapshotEntry {
+            number: snapshot.number,
+            label: (!snapshot.label.is_empty()).then(|| snapshot.label.clone()),
+            size_bytes: snapshot.block_count * BLOCK_SIZE_U64,
+            created_ns: snapshot.wall_ns,
+            uuid: self.0.snapshot_uuid(vdi, snapshot),
+        }
+    }
 }
 
 impl std::fmt::Debug for Store {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Store({:?})", self.0.device)
-    }
-}
-
-fn snapshot_entry(snapshot: &Snapshot) -> SnapshotEntry {
-    SnapshotEntry {
-        number: snapshot.number,
-        label: (!snapshot.label.is_empty()).then(|| snapshot.label.clone()),
-        size_bytes: snapshot.block_count * BLOCK_SIZE_U64,
-        created_ns: snapshot.wall_ns,
     }
 }

@@ -1,6 +1,6 @@
 //! What the management interface takes and gives. Plain data; sizes in bytes.
 
-use base::{SnapshotNumber, VdiId};
+use base::{SnapshotNumber, SnapshotUuid, VdiId};
 use blockstore::allocator::Reuse;
 
 /// How to format a store.
@@ -116,6 +116,27 @@ pub struct SnapshotEntry {
     pub size_bytes: u64,
     /// When it was taken, in nanoseconds since 1970.
     pub created_ns: u64,
+    /// What it is known by in every store that has it.
+    pub uuid: SnapshotUuid,
+}
+
+/// A disk into which a snapshot was received, and what is to become of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Received {
+    /// Name of the disk that holds what was received.
+    pub partial: String,
+    /// Name of the disk that it is received into: a new one, or with `base` one that exists.
+    pub name: String,
+    /// Logical size of the snapshot; what the partial disk has beyond it is cut off.
+    pub size_bytes: u64,
+    /// Label of the snapshot.
+    pub label: Option<String>,
+    /// What the snapshot is known by.
+    pub uuid: SnapshotUuid,
+    /// The snapshot that what was received builds on: the newest one of the disk.
+    pub base: Option<SnapshotUuid>,
+    /// Whether what was written to the disk since that snapshot may be lost.
+    pub force: bool,
 }
 
 /// Space of a VDI or a snapshot, counted by walking its tree.

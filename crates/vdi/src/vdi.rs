@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-use base::{ClaimGeneration, Lsn, SnapshotNumber, VdiId};
+use base::{ClaimGeneration, Lsn, SnapshotNumber, SnapshotUuid, VdiId};
 use blockstore::allocator::Window;
 use ondisk::{RootRef, SnapshotRecord};
 
@@ -57,6 +57,8 @@ pub(crate) struct Snapshot {
     pub(crate) wall_ns: u64,
     pub(crate) store_ns: u64,
     pub(crate) label: String,
+    /// What it was known by where it was received from; zeroes if it was taken here.
+    pub(crate) origin: SnapshotUuid,
     pub(crate) deleted: Cell<bool>,
 }
 
@@ -105,6 +107,7 @@ impl Snapshot {
             wall_ns: self.wall_ns,
             store_ns: self.store_ns,
             label: self.label.clone(),
+            origin: self.origin,
         }
     }
 }

@@ -215,6 +215,7 @@ mod tests {
             label: None,
             size_bytes: 1 << 30,
             created: Timestamp::UNIX_EPOCH,
+            uuid: "00000000-0000-0000-0000-000000000001".to_owned(),
         }
     }
 

@@ -55,6 +55,9 @@ impl Dropped {
                     && !self.snapshots.contains(&(*source, *snapshot))
             }
             RecordBody::Rollback { number } => !self.snapshots.contains(&(record.vdi, *number)),
+            RecordBody::Adopt { source, number } => {
+                !self.vdis.contains(source) && !self.snapshots.contains(&(*source, *number))
+            }
             _ => true,
         }
     }
@@ -70,7 +73,7 @@ impl Dropped {
             RecordBody::Create { .. } | RecordBody::Clone { .. } => {
                 self.vdis.insert(record.vdi);
             }
-            RecordBody::Rollback { .. } => {
+            RecordBody::Rollback { .. } | RecordBody::Adopt { .. } => {
                 // What follows was made on another base.
                 self.incomplete.insert(record.vdi);
             }

@@ -19,6 +19,7 @@ mod machines;
 mod model;
 mod opening;
 mod ram;
+mod receive;
 mod reopen;
 mod space;
 mod stuck;
