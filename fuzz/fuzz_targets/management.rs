@@ -52,6 +52,7 @@ fuzz_target!(|input: &[u8]| {
             // What a client reads.
             body::<api::VdiPage>(bytes);
             body::<api::SnapshotPage>(bytes);
+            body::<api::CompleteReceive>(bytes);
             body::<api::Stats>(bytes);
         }
         3 => {

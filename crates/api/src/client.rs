@@ -13,9 +13,9 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use crate::types::{
-    Attach, Attachment, ChangeVdi, CreateVdi, DaemonStatus, Diff, DiffPage, Gc, GcStatus, Mounted,
-    Removed, Rollback, Snapshot, SnapshotPage, Space, Stats, TakeSnapshot, Upgrade, Upgrading, Vdi,
-    VdiPage,
+    Attach, Attachment, ChangeVdi, CompleteReceive, CreateVdi, DaemonStatus, Diff, DiffPage, Gc,
+    GcStatus, Mounted, Removed, Rollback, Snapshot, SnapshotPage, Space, Stats, TakeSnapshot,
+    Upgrade, Upgrading, Vdi, VdiPage,
 };
 use crate::{Error, Kind, percent_encode};
 
@@ -153,6 +153,21 @@ impl Client {
         self.ask(Method::POST, &format!("{}/rollback", vdi_path(name)), Some(&request)).await
     }
 
+    /// Makes of a VDI into which a snapshot was received what it was received for: a new VDI with
+    /// that snapshot, or the next snapshot of one that exists, and its contents. Durable on return.
+    ///
+    /// # Errors
+    /// `NotFound`, `Exists`, `Busy` (it is attached); `Invalid` if it has another newest snapshot, or
+    /// was written since.
+    pub async fn complete(
+        &self,
+        partial: &str,
+        request: &CompleteReceive,
+    ) -> Result<Snapshot, Error> {
+        let path = format!("{}/complete", vdi_path(partial));
+        self.ask(Method::POST, &path, Some(request)).await
+    }
+
     /// Takes a snapshot. Durable on return.
     ///
     /// # Errors
@@ -199,9 +214,9 @@ impl Client {
     /// # Errors
     /// `NotFound`, `Damaged`.
     pub async fn diff(&self, from: &str, to: &str) -> Result<Diff, Error> {
-        let DiffPage { mut diff, mut next } = self.diff_page(from, to, None).await?;
+        let DiffPage { mut diff, mut next } = self.diff_page(Some(from), to, None).await?;
         while let Some(after) = next {
-            let page = self.diff_page(from, to, Some(after)).await?;
+            let page = self.diff_page(Some(from), to, Some(after)).await?;
             diff.extents.extend(page.diff.extents);
             next = page.next;
         }
@@ -209,19 +224,20 @@ impl Client {
     }
 
     /// A page of what differs between two VDIs or snapshots: the first one, or what follows another
-    /// one, which says `after` what.
+    /// one, which says `after` what. Without `from`, of what `to` has data for.
     ///
     /// # Errors
     /// As [`Self::diff`].
     pub async fn diff_page(
         &self,
-        from: &str,
+        from: Option<&str>,
         to: &str,
         after: Option<u64>,
     ) -> Result<DiffPage, Error> {
-        let (from, to) = (percent_encode(from), percent_encode(to));
+        let to = percent_encode(to);
+        let from = from.map(|from| format!("&from={}", percent_encode(from))).unwrap_or_default();
         let after = after.map(|after| format!("&after={after}")).unwrap_or_default();
-        self.ask(Method::GET, &format!("/v1/diff?from={from}&to={to}{after}"), NOTHING).await
+        self.ask(Method::GET, &format!("/v1/diff?to={to}{from}{after}"), NOTHING).await
     }
 
     /// Attaches a disk to virtual machines, or makes a block device of it. The socket or the device is

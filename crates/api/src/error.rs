@@ -37,6 +37,8 @@ pub enum Kind {
     ReadOnly,
     /// No daemon answers.
     Unreachable,
+    /// A stream is not whole, or not what was sent.
+    Stream,
     /// The device, the system or the connection failed; also any kind that is not known here.
     #[serde(other)]
     Io,
@@ -86,7 +88,7 @@ impl Kind {
     #[must_use]
     pub const fn http_status(self) -> u16 {
         match self {
-            Self::Invalid => 400,
+            Self::Invalid | Self::Stream => 400,
             Self::ReadOnly => 403,
             Self::NotFound => 404,
             Self::Busy | Self::Exists => 409,

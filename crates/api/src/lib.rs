@@ -14,6 +14,7 @@
 //! | `/v1/vdis/{name}` | DELETE | | [`Removed`] |
 //! | `/v1/vdis/{name}/space` | GET | | [`Space`] |
 //! | `/v1/vdis/{name}/rollback` | POST | [`Rollback`] | [`Vdi`] |
+//! | `/v1/vdis/{name}/complete` | POST | [`CompleteReceive`] | [`Snapshot`] |
 //! | `/v1/vdis/{name}/snapshots?after=&max=` | GET | | [`SnapshotPage`] |
 //! | `/v1/vdis/{name}/snapshots` | POST | [`TakeSnapshot`] | [`Snapshot`] |
 //! | `/v1/vdis/{name}/snapshots/{snapshot}` | GET | | [`Snapshot`] |
@@ -27,7 +28,7 @@
 //! | `/v1/attachments/{path}` | DELETE | | [`Attachment`], as it was |
 //! | `/v1/mounts` | GET | | list of [`Mounted`] |
 //!
-//! A `{snapshot}` is a label or a number, a `{path}` has its slashes encoded. Every failure is an
+//! Without `from`, `/v1/diff` lists what `to` has data for. A `{snapshot}` is a label or a number, a `{path}` has its slashes encoded. Every failure is an
 //! [`Error`] as JSON, under the HTTP status of its kind. Sizes are in bytes, times in RFC 3339.
 //! Fields may be added; a client ignores those that it does not know. Requests with unknown fields
 //! are refused.
@@ -43,9 +44,9 @@ pub use check::{CheckCounts, CheckReport, Finding, FindingKind};
 pub use client::Client;
 pub use error::{Error, Kind};
 pub use types::{
-    Attach, Attachment, ChangeVdi, CreateVdi, DIFF_EXTENTS_MAX, DaemonStatus, Diff, DiffExtent,
-    DiffPage, FrontendMetrics, Gc, GcPhase, GcStatus, Mounted, NbdEndpoint, OpenReport, PAGE_MAX,
-    Parent, Removed, Rollback, Snapshot, SnapshotPage, Space, Stats, TakeSnapshot, Upgrade,
-    Upgrading, Vdi, VdiPage,
+    Attach, Attachment, ChangeVdi, CompleteReceive, CreateVdi, DIFF_EXTENTS_MAX, DaemonStatus,
+    Diff, DiffExtent, DiffPage, FrontendMetrics, Gc, GcPhase, GcStatus, Mounted, NbdEndpoint,
+    OpenReport, PAGE_MAX, Parent, Removed, Rollback, Snapshot, SnapshotPage, Space, Stats,
+    TakeSnapshot, Upgrade, Upgrading, Vdi, VdiPage,
 };
 pub use url::{percent_decode, percent_encode};

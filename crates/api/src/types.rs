@@ -176,6 +176,27 @@ pub struct Rollback {
     pub snapshot: String,
 }
 
+/// Makes of a VDI into which a snapshot was received what it was received for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CompleteReceive {
+    /// Name of the VDI that it was received for: a new one, or with `base` one that exists.
+    pub name: String,
+    /// Logical size of the snapshot: what the VDI has beyond it is cut off.
+    pub size_bytes: u64,
+    /// Label of the snapshot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub label: Option<String>,
+    /// What the snapshot is known by.
+    pub uuid: String,
+    /// What the newest snapshot of the VDI that exists is known by.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<String>,
+    /// Allows that what was written to it since is lost.
+    #[serde(default)]
+    pub force: bool,
+}
+
 /// Makes the daemon become another program, with the same sockets.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -292,8 +313,9 @@ pub struct GcStatus {
 /// What differs between two VDIs or snapshots.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Diff {
-    /// The first one.
-    pub from: String,
+    /// The first one; without one, what has data in the second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<String>,
     /// The second one.
     pub to: String,
     /// Logical size of the first one.

@@ -3,6 +3,7 @@
 //!
 //! To people a VDI is a disk: help texts and messages use the word that they know.
 
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -10,6 +11,7 @@ use clap::builder::{
     NonEmptyStringValueParser, OsStringValueParser, TypedValueParser, ValueParser,
 };
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+use stream::Progress;
 
 /// Virtual disks with instant snapshots and clones, for virtual machines.
 ///
@@ -42,7 +44,8 @@ Exit codes:
   3  busy: somebody else holds what is needed
   4  damaged: stored bytes are not what they must be
   5  no space left
-  6  any other I/O error; also when no daemon answers, or after Ctrl-C";
+  6  any other I/O error; also when no daemon answers, or after Ctrl-C
+  7  what was to be received is not a whole stream, or not what was sent";
 
 /// What else decides what a command does.
 pub(crate) const ENVIRONMENT: &str = "\
@@ -252,6 +255,20 @@ pub(crate) enum Command {
         #[arg(long)]
         force: bool,
     },
+
+    /// Write a snapshot to stdout as a stream, for `receive` at another store
+    ///
+    /// Of a disk a snapshot is taken, which stays: the next stream builds on it. With --from the
+    /// stream has only what differs from an earlier snapshot, which must be the newest one of the
+    /// disk that receives it. Holes do not travel. docs/guides/backup.md has command lines.
+    Send(SendArgs),
+
+    /// Read a stream of `send` from stdin, into a new disk or one that has what it builds on
+    ///
+    /// The disk changes when the stream has come to its end and every byte of it was verified, and
+    /// then all at once; clients of it are disconnected. Until then what came is in a disk
+    /// NAME.partial, which stays if the stream was cut short: --resume-token tells how to go on.
+    Receive(ReceiveArgs),
 
     /// Attach a disk or snapshot to a virtual machine (vhost-user-blk), or to this one (ublk)
     ///
@@ -473,6 +490,39 @@ pub(crate) enum DumpPart {
 }
 
 #[derive(Args, Debug)]
+pub(crate) struct SendArgs {
+    /// A disk, or one of its snapshots by label or number
+    #[arg(value_name = "NAME[@SNAP]", value_parser = target())]
+    pub(crate) target: (String, Option<String>),
+    /// The snapshot that the receiver has; without a name one of the same disk
+    #[arg(long, value_name = "[NAME]@SNAP", value_parser = base())]
+    pub(crate) from: Option<(Option<String>, String)>,
+    /// Go on with a stream that was cut short; `receive NAME --resume-token` prints the token
+    #[arg(long, value_name = "TOKEN", value_parser = token())]
+    pub(crate) resume: Option<Progress>,
+    /// How hard to compress (zstd), from 1 to 19
+    #[arg(long, value_name = "LEVEL", default_value_t = stream::LEVEL_DEFAULT)]
+    #[arg(value_parser = clap::value_parser!(i32).range(LEVELS))]
+    pub(crate) level: i32,
+    /// Do not compress
+    #[arg(long, conflicts_with = "level")]
+    pub(crate) no_compress: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ReceiveArgs {
+    /// Name of the disk: a new one, unless the stream builds on a snapshot
+    #[arg(value_name = "NAME", value_parser = disk())]
+    pub(crate) name: String,
+    /// Lose what was written to the disk since the snapshot that the stream builds on
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Read nothing; print what `send --resume` needs to go on with a stream that was cut short
+    #[arg(long)]
+    pub(crate) resume_token: bool,
+}
+
+#[derive(Args, Debug)]
 pub(crate) struct MountArgs {
     /// An empty directory
     #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
@@ -584,6 +634,26 @@ fn snapshot_of() -> ValueParser {
         (name, Some(label)) => {
             Err(format!("a label has an option: parallax snapshot {name} --label {label}"))
         }
+    })
+}
+
+/// What zstd can be asked for.
+const LEVELS: RangeInclusive<i64> = stream::LEVEL_MIN as i64..=stream::LEVEL_MAX as i64;
+
+/// A snapshot, of the disk that stands elsewhere on the line if it has no name.
+fn base() -> ValueParser {
+    ValueParser::new(|text: &str| match text.split_once('@') {
+        Some((name, snapshot)) if !snapshot.is_empty() => {
+            Ok(((!name.is_empty()).then(|| name.to_owned()), snapshot.to_owned()))
+        }
+        _ => Err("which snapshot? write NAME@SNAPSHOT, or @SNAPSHOT if it is of the same disk"),
+    })
+}
+
+fn token() -> ValueParser {
+    ValueParser::new(|text: &str| {
+        Progress::from_token(text)
+            .ok_or("that is no token; `parallax receive NAME --resume-token` prints one")
     })
 }
 

@@ -1,6 +1,7 @@
 //! One module per family of commands; [`run`] is the table.
 
 mod attachments;
+mod background;
 mod check;
 mod diff;
 mod docs;
@@ -11,6 +12,8 @@ mod mount;
 mod progress;
 mod qemu_img;
 mod quickstart;
+mod receive;
+mod send;
 mod serve;
 mod snapshots;
 mod stats;
@@ -91,6 +94,8 @@ async fn ask(context: Context, command: Command) -> Result<(), Error> {
             let target = transfer::Source { name: t.target.0, snapshot: t.target.1 };
             transfer::export(&context, target, &file, format, force).await
         }
+        Command::Send(arguments) => send::run(&context, arguments).await,
+        Command::Receive(arguments) => receive::run(&context, &arguments).await,
         // Without a socket it is a block device.
         Command::Attach { target: t, vhost_user, .. } => {
             attachments::attach(&context, t.target, vhost_user.as_deref()).await

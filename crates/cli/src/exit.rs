@@ -14,6 +14,7 @@ pub(crate) const fn code(kind: Kind) -> u8 {
         Kind::Damaged => 4,
         Kind::NoSpace => 5,
         Kind::Io | Kind::Fenced | Kind::Unreachable => 6,
+        Kind::Stream => 7,
     }
 }
 
@@ -86,7 +87,7 @@ mod tests {
             assert_eq!(code(kind), number, "{line}");
             described += 1;
         }
-        assert_eq!(described, 11, "each kind has a line");
+        assert_eq!(described, 12, "each kind has a line");
     }
 
     #[test]

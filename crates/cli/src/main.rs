@@ -1,11 +1,13 @@
 //! The `parallax` command: the daemon, and everything that talks to it.
 //!
 //! `args` defines the command line; `commands` has one module per family of commands; `output`
-//! prints; `exit` turns errors into messages and exit codes.
+//! prints; `exit` turns errors into messages and exit codes; `nbd` is how commands read and
+//! write disks themselves.
 
 mod args;
 mod commands;
 mod exit;
+mod nbd;
 mod output;
 mod socket;
 

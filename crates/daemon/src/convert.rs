@@ -40,7 +40,7 @@ pub(crate) fn space(space: vdi::VdiSpace) -> api::Space {
     }
 }
 
-pub(crate) fn diff(from: String, to: String, diff: vdi::VdiDiff) -> api::DiffPage {
+pub(crate) fn diff(from: Option<String>, to: String, diff: vdi::VdiDiff) -> api::DiffPage {
     let extent = |extent: vdi::DiffExtent| api::DiffExtent {
         offset: extent.offset,
         length: extent.length,

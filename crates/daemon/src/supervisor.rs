@@ -193,9 +193,12 @@ const fn may_pass(kind: Kind) -> bool {
         Kind::Io | Kind::Damaged | Kind::Fenced | Kind::NoSpace | Kind::Busy | Kind::NotFound => {
             true
         }
-        Kind::Invalid | Kind::Exists | Kind::Unsupported | Kind::ReadOnly | Kind::Unreachable => {
-            false
-        }
+        Kind::Invalid
+        | Kind::Exists
+        | Kind::Unsupported
+        | Kind::ReadOnly
+        | Kind::Unreachable
+        | Kind::Stream => false,
     }
 }
 

@@ -10,7 +10,7 @@ pub(super) async fn run(context: &Context, from: &str, to: &str) -> Result<(), E
         // One value: so all of it is in memory before it is printed.
         return output::print_json(&context.client.diff(from, to).await?);
     }
-    let mut page = context.client.diff_page(from, to, None).await?;
+    let mut page = context.client.diff_page(Some(from), to, None).await?;
     let sizes = sizes(&page.diff);
     let table = Table::of(&page.diff);
     let (mut range_count, mut total) = (0, 0);
@@ -23,7 +23,7 @@ pub(super) async fn run(context: &Context, from: &str, to: &str) -> Result<(), E
         range_count += u64::try_from(extents.len()).unwrap_or(u64::MAX);
         total += extents.iter().map(|extent| extent.length).sum::<u64>();
         let Some(next) = page.next else { break };
-        page = context.client.diff_page(from, to, Some(next)).await?;
+        page = context.client.diff_page(Some(from), to, Some(next)).await?;
     }
     let summary = match range_count {
         0 => format!("{from} and {to} have the same contents"),
@@ -57,7 +57,9 @@ impl Table {
 
 /// That the sizes differ, if they do.
 fn sizes(diff: &Diff) -> String {
-    let Diff { from, to, from_size_bytes, to_size_bytes, .. } = diff;
+    let Diff { from: Some(from), to, from_size_bytes, to_size_bytes, .. } = diff else {
+        return String::new();
+    };
     if from_size_bytes == to_size_bytes {
         return String::new();
     }
@@ -75,7 +77,7 @@ mod tests {
     #[test]
     fn pages_of_a_table_align() {
         let diff = |to_size_bytes| Diff {
-            from: "a".to_owned(),
+            from: Some("a".to_owned()),
             to: "b".to_owned(),
             from_size_bytes: 4096,
             to_size_bytes,

@@ -7,7 +7,8 @@ use std::process::{Child, Command, Stdio};
 use api::{Error, Kind};
 use indicatif::ProgressBar;
 use serde::Deserialize;
-use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use super::background::Interrupts;
 
 /// Longest error message that is kept.
 const MESSAGE_BYTES_MAX: u64 = 64 << 10;
@@ -55,27 +56,6 @@ pub(super) fn inspect(path: &Path, format: Option<&str>) -> Result<FileStatus, E
     }
     serde_json::from_slice(&output.stdout)
         .map_err(|e| Error::new(Kind::Io, format!("qemu-img info answers strangely: {e}")))
-}
-
-/// SIGINT and SIGTERM, caught so that a command can clean up behind itself.
-pub(super) struct Interrupts {
-    interrupt: Signal,
-    terminate: Signal,
-}
-
-impl Interrupts {
-    pub(super) fn catch() -> Result<Self, Error> {
-        let catch = |kind| signal(kind).map_err(|e| Error::system("catch signals", &e));
-        let interrupt = catch(SignalKind::interrupt())?;
-        Ok(Self { interrupt, terminate: catch(SignalKind::terminate())? })
-    }
-
-    async fn any(&mut self) {
-        tokio::select! {
-            _ = self.interrupt.recv() => {}
-            _ = self.terminate.recv() => {}
-        }
-    }
 }
 
 /// Runs `qemu-img convert -p` with `arguments`, and shows how far it is if stderr is a terminal.

@@ -12,7 +12,8 @@ use jiff::Timestamp;
 use serde_json::json;
 
 use super::Context;
-use super::qemu_img::{self, Interrupts};
+use super::background::Interrupts;
+use super::qemu_img;
 use crate::output::{self, bytes};
 
 /// Parallel copies that qemu-img runs; more gained nothing when tried.
@@ -271,13 +272,17 @@ fn format_of(file: &Path) -> &'static str {
 
 /// The URL under which the daemon serves an export on a unix socket of this machine.
 async fn nbd_url(context: &Context, export: &str) -> Result<String, Error> {
+    // A slash may stand in a query, and messages show the URL to people.
+    let socket = percent_encode(&nbd_socket(context).await?).replace("%2F", "/");
+    Ok(format!("nbd+unix:///{}?socket={socket}", percent_encode(export)))
+}
+
+/// The unix socket of this machine on which the daemon serves NBD.
+pub(super) async fn nbd_socket(context: &Context) -> Result<String, Error> {
     let status = context.client.daemon().await?;
     let socket = status.nbd.iter().find_map(|endpoint| endpoint.address.strip_prefix("unix:"));
-    let socket = socket
-        .ok_or_else(|| Error::new(Kind::Unsupported, "the daemon serves NBD on no unix socket"))?;
-    // A slash may stand in a query, and messages show the URL to people.
-    let socket = percent_encode(socket).replace("%2F", "/");
-    Ok(format!("nbd+unix:///{}?socket={socket}", percent_encode(export)))
+    let unserved = || Error::new(Kind::Unsupported, "the daemon serves NBD on no unix socket");
+    socket.map(str::to_owned).ok_or_else(unserved)
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! docs/operations/json.md against what commands print.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 
 use serde_json::Value;
 
@@ -109,6 +110,21 @@ fn commands_print_what_is_described() {
     check("disk", &["rollback", "a@s"]);
     check("export", &["export", "a", "f"]);
     check("disk", &["import", "f", "e"]);
+    // The stream is on stdout, so what is said about it is on stderr.
+    let mut send = place.command(&["send", "e", "--json"]);
+    let outcome = Outcome::of(send.stdout(File::create(place.path("stream")).unwrap()));
+    let said = serde_json::from_str(&outcome.stderr).unwrap();
+    described.check("transfer", &said, "send");
+    let receive = |file: &str| {
+        let mut receive = place.command(&["receive", "g", "--json"]);
+        Outcome::of(receive.stdin(File::open(place.path(file)).unwrap()))
+    };
+    let bytes = std::fs::read(place.path("stream")).unwrap();
+    std::fs::write(place.path("cut"), &bytes[..bytes.len() - 1]).unwrap();
+    assert_eq!(receive("cut").code, Some(7));
+    check("resumption", &["receive", "g", "--resume-token"]);
+    let said = serde_json::from_str(&receive("stream").stdout).unwrap();
+    described.check("transfer", &said, "receive");
     check("attachment", &["attach", "b", "--vhost-user", "vm.sock"]);
     check("list of attachment", &["attachments"]);
     check("attachment", &["detach", "vm.sock"]);

@@ -19,6 +19,7 @@ mod place;
 mod quickstart;
 mod snapshots;
 mod stats;
+mod streams;
 mod transfer;
 mod upgrade;
 mod vdis;

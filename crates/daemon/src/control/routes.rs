@@ -3,17 +3,17 @@
 use std::time::Duration;
 
 use api::{
-    Attach, Attachment, ChangeVdi, CreateVdi, DIFF_EXTENTS_MAX, DaemonStatus, DiffPage, Error,
-    FrontendMetrics, Gc, GcStatus, Kind, Mounted, PAGE_MAX, Removed, Rollback, Snapshot,
-    SnapshotPage, Space, Stats, TakeSnapshot, Upgrade, Upgrading, Vdi, VdiPage,
+    Attach, Attachment, ChangeVdi, CompleteReceive, CreateVdi, DIFF_EXTENTS_MAX, DaemonStatus,
+    DiffPage, Error, FrontendMetrics, Gc, GcStatus, Kind, Mounted, PAGE_MAX, Removed, Rollback,
+    Snapshot, SnapshotPage, Space, Stats, TakeSnapshot, Upgrade, Upgrading, Vdi, VdiPage,
 };
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::routing::{delete, get, post};
 use axum::{Json, Router};
-use base::{ErrorKind, SnapshotNumber};
+use base::{ErrorKind, SnapshotNumber, SnapshotUuid};
 use serde::Deserialize;
-use vdi::{GcReport, Store, Target};
+use vdi::{GcReport, Received, Store, Target};
 
 use super::extract::{Body, Failure, Parameters, Segments};
 use crate::convert;
@@ -40,6 +40,7 @@ pub(super) fn router(current: Current) -> Router {
         .route("/vdis/{name}", get(info).patch(change).delete(remove))
         .route("/vdis/{name}/space", get(space))
         .route("/vdis/{name}/rollback", post(rollback))
+        .route("/vdis/{name}/complete", post(complete))
         .route("/vdis/{name}/snapshots", get(snapshots).post(take_snapshot))
         .route("/vdis/{name}/snapshots/{snapshot}", get(snapshot).delete(remove_snapshot))
         .route("/vdis/{name}/snapshots/{snapshot}/space", get(snapshot_space))
@@ -226,14 +227,18 @@ async fn refuse_attached(served: &Served, target: &Target) -> Result<(), vdi::Er
     for attachment in all_attachments(served) {
         let disk = Target::parse(&attachment.disk);
         if disk.vdi == target.vdi && holds(served, &disk, target).await? {
-            let (disk, path) = (&attachment.disk, attachment.path());
-            return Err(refused(
-                ErrorKind::Busy,
-                format!("{disk} is attached at {path}; first detach it: parallax detach {path}"),
-            ));
+            return Err(attached(&attachment));
         }
     }
     Ok(())
+}
+
+fn attached(attachment: &Attachment) -> vdi::Error {
+    let (disk, path) = (&attachment.disk, attachment.path());
+    refused(
+        ErrorKind::Busy,
+        format!("{disk} is attached at {path}; first detach it: parallax detach {path}"),
+    )
 }
 
 /// Whether deleting `target` takes `attached` away, which is of the same VDI. A snapshot has a number and
@@ -272,6 +277,35 @@ async fn rollback(
         served.store.info(&name).await
     };
     Ok(Json(convert::vdi(current.call(answer).await?)))
+}
+
+async fn complete(
+    State(current): State<Current>,
+    Segments(partial): Segments<String>,
+    Body(request): Body<CompleteReceive>,
+) -> Result<(StatusCode, Json<Snapshot>), Failure> {
+    let CompleteReceive { name, size_bytes, label, uuid, base, force } = request;
+    let uuid = parse_uuid(&uuid)?;
+    let base = base.as_deref().map(parse_uuid).transpose()?;
+    let vdi = name.clone();
+    let answer = async move |served: &Served| {
+        // Both are severed: one ends, and the other becomes something else. Snapshots stay.
+        let severed = |it: &&Attachment| it.disk == partial || it.disk == vdi;
+        if let Some(attachment) = all_attachments(served).iter().find(severed) {
+            return Err(attached(attachment));
+        }
+        let received =
+            Received { partial, name: vdi.clone(), size_bytes, label, uuid, base, force };
+        let number = served.store.complete_receive(&received).await?;
+        served.store.snapshot_info(&vdi, &number.to_string()).await
+    };
+    let entry = current.call(answer).await?;
+    Ok((StatusCode::CREATED, Json(convert::snapshot(&name, entry))))
+}
+
+fn parse_uuid(text: &str) -> Result<SnapshotUuid, Error> {
+    let uuid = SnapshotUuid::parse(text).filter(|uuid| *uuid != SnapshotUuid::default());
+    uuid.ok_or_else(|| Error::new(Kind::Invalid, format!("'{text}' is not a uuid")))
 }
 
 async fn snapshots(
@@ -327,7 +361,7 @@ async fn remove_snapshot(
 
 #[derive(Deserialize)]
 struct Between {
-    from: String,
+    from: Option<String>,
     to: String,
     after: Option<u64>,
     max: Option<usize>,
@@ -337,10 +371,13 @@ async fn diff(
     State(current): State<Current>,
     Parameters(Between { from, to, after, max }): Parameters<Between>,
 ) -> Answer<DiffPage> {
-    let (one, other) = (Target::parse(&from), Target::parse(&to));
+    let (one, other) = (from.as_deref().map(Target::parse), Target::parse(&to));
     let max = max.unwrap_or(DIFF_EXTENTS_MAX).clamp(1, DIFF_EXTENTS_MAX);
-    let answer =
-        async move |served: &Served| served.store.diff(&one, &other, after.unwrap_or(0), max).await;
+    let offset = after.unwrap_or(0);
+    let answer = async move |served: &Served| match one {
+        Some(one) => served.store.diff(&one, &other, offset, max).await,
+        None => served.store.mapped(&other, offset, max).await,
+    };
     Ok(Json(convert::diff(from, to, current.call(answer).await?)))
 }
 
