@@ -121,11 +121,10 @@ fn doc_tests(workspace: &Workspace) -> Result<()> {
     workspace.cargo().words("test --quiet --doc --workspace --locked").show()
 }
 
-/// The optimised binaries that the following steps use: one by one, as those steps ask for them, for a build
-/// of both has other features of their dependencies, and would be in nobody's place.
+/// The daemon as the following steps use it. Without the simulator: a build of both has other features of
+/// their dependencies, and would be in nobody's place.
 fn release_build(workspace: &Workspace) -> Result<()> {
-    workspace.parallax(None)?;
-    workspace.release_binary("parallax-sim", "parallax-sim").map(drop)
+    workspace.parallax(None).map(drop)
 }
 
 /// Installs nextest where it is missing.

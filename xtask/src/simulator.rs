@@ -1,5 +1,6 @@
 //! Building and calling the simulator.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -31,13 +32,14 @@ pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<()> {
     call(workspace, &arguments, Duration::from_secs(24 * 3600))
 }
 
-/// The smoke test of the gate.
+/// The smoke test of the gate, on the build that has the mutants, all of them switched off: it is built
+/// anyway.
 ///
 /// # Errors
 /// As [`run`]; also if it takes more than four minutes.
 pub(crate) fn smoke(workspace: &Workspace) -> Result<()> {
-    let arguments = ["smoke".to_owned(), "--seeds".to_owned(), SMOKE_SEEDS.to_string()];
-    call(workspace, &arguments, Duration::from_secs(240))
+    let run = Run::new(with_mutants(workspace)?).words("smoke --seeds");
+    run.arg(SMOKE_SEEDS.to_string()).limit(Duration::from_secs(240)).show()
 }
 
 /// Builds the simulator with every mutant in it, and runs each until it is caught.
@@ -45,12 +47,16 @@ pub(crate) fn smoke(workspace: &Workspace) -> Result<()> {
 /// # Errors
 /// If a mutant survives: then the simulator has gone blind on that rule.
 pub(crate) fn mutants(workspace: &Workspace) -> Result<()> {
+    Run::new(with_mutants(workspace)?).arg("mutants").limit(MUTANTS_LIMIT).show()
+}
+
+/// The simulator with every mutant in it.
+fn with_mutants(workspace: &Workspace) -> Result<PathBuf> {
     // Its own target directory: the flag would otherwise throw away every build of the real code.
     let target = workspace.target.join("mutants");
     let build = workspace.cargo().words("build --release --locked --package parallax-sim");
     build.env("RUSTFLAGS", "--cfg mutants").env("CARGO_TARGET_DIR", &target).show()?;
-    let binary = target.join("release/parallax-sim");
-    Run::new(binary).arg("mutants").limit(MUTANTS_LIMIT).show()
+    Ok(target.join("release/parallax-sim"))
 }
 
 fn call(workspace: &Workspace, arguments: &[String], limit: Duration) -> Result<()> {
