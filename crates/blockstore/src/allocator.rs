@@ -503,42 +503,33 @@ impl Allocator {
     #[must_use]
     pub fn lend(&self, run: Run) -> bool {
         let state = &mut *self.state.borrow_mut();
-        let parts: Vec<_> = self.division.by_region(run).collect();
-        let is_free = |&(_, part): &(u64, Run)| {
+        let is_free = |(_, part): (u64, Run)| {
             let (page, bit) = bitmap::place(part.start);
             state.extents.space_at(part.start) == Some(Space::Data)
                 && bitmap::count_ones(state.planes.busy(page), bit, narrow(part.count)) == 0
         };
         let is_little = run.count <= state.extents.data_available() / LENT_SHARE;
-        if !is_little || !parts.iter().all(is_free) {
+        if !is_little || !self.division.by_region(run).all(is_free) {
             return false;
         }
-        for (region, part) in parts {
-            state.planes.set_busy(part.start, part.count);
-            state.extents.used(region, part.count);
-        }
+        state.take(self.division, run);
         true
     }
 
     /// Makes a free extent one that nobody gets, if data can get many more without the reserve for
-    /// metadata (design rule 25). Its blocks; it is given back with [`Self::return_extent`]. Nothing of
-    /// that is persisted.
+    /// metadata (design rule 25). It is given back with [`Self::return_extent`]. Nothing of that is
+    /// persisted.
     #[must_use]
-    pub fn lend_extent(&self, index: ExtentIndex) -> Option<Run> {
+    pub fn lend_extent(&self, index: ExtentIndex) -> bool {
         let state = &mut *self.state.borrow_mut();
-        let count = self.division.extent_length(index.get());
-        let is_little = count <= state.extents.data_available() / LENT_SHARE;
-        if count == 0 || !is_little || state.extents.kind(index.get()).is_some() {
-            return None;
+        let run = self.division.extent_run(index.get());
+        let is_little = run.count <= state.extents.data_available() / LENT_SHARE;
+        if run.count == 0 || !is_little || state.extents.kind(index.get()).is_some() {
+            return false;
         }
         state.extents.own(index.get(), ExtentKind::Data);
-        let start = Pba::new(u64::from(index.get()) * self.division.extent_blocks);
-        let run = Run { start, count };
-        for (region, part) in self.division.by_region(run) {
-            state.planes.set_busy(part.start, part.count);
-            state.extents.used(region, part.count);
-        }
-        Some(run)
+        state.take(self.division, run);
+        true
     }
 
     /// Makes an extent free that was lent.
@@ -547,15 +538,8 @@ impl Allocator {
     /// If it was not.
     pub fn return_extent(&self, index: ExtentIndex) {
         let state = &mut *self.state.borrow_mut();
-        let start = Pba::new(u64::from(index.get()) * self.division.extent_blocks);
-        state.free(self.division, Run { start, count: self.division.extent_length(index.get()) });
+        state.free(self.division, self.division.extent_run(index.get()));
         state.disown(self.division, index.get());
-    }
-
-    /// Number of extents of the store, the last one included if it is shorter.
-    #[must_use]
-    pub fn extent_count(&self) -> u64 {
-        self.division.block_count.div_ceil(self.division.extent_blocks)
     }
 
     /// Blocks that are kept for metadata, in free extents or metadata extents (design rule 25).
@@ -681,9 +665,7 @@ impl State {
             let (region, class) = candidate;
             if let Some(found) = self.scan(division, region, class, cursor) {
                 let run = Run { start: found.start, count: found.count.min(length) };
-                let fresh = self.planes.set_busy(run.start, run.count);
-                assert!(fresh == run.count, "a busy block is handed out at {}", run.start);
-                self.extents.used(region, run.count);
+                self.take(division, run);
                 self.cursors[space.slot()] = run.end();
                 return Some(run);
             }
@@ -718,6 +700,15 @@ impl State {
                 self.extents.scanned(region, widen(longest));
                 None
             }
+        }
+    }
+
+    /// Makes the blocks of a run busy, which are free.
+    fn take(&mut self, division: Division, run: Run) {
+        for (region, part) in division.by_region(run) {
+            let fresh = self.planes.set_busy(part.start, part.count);
+            assert!(fresh == part.count, "a busy block is handed out at {}", part.start);
+            self.extents.used(region, part.count);
         }
     }
 
@@ -771,8 +762,7 @@ impl State {
     /// Makes an extent free, and forgets the pages that describe nothing any more.
     fn disown(&mut self, division: Division, index: u32) {
         self.extents.disown(index);
-        let start = Pba::new(u64::from(index) * division.extent_blocks);
-        for (_, part) in division.by_region(Run { start, count: division.extent_length(index) }) {
+        for (_, part) in division.by_region(division.extent_run(index)) {
             self.planes.drop_if_empty(bitmap::place(part.start).0);
         }
     }

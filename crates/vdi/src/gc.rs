@@ -121,9 +121,7 @@ pub(crate) struct Collector {
     suspected: Cell<u64>,
     /// Whether something was deleted since then, or may have been before the store was opened.
     has_dropped: Cell<bool>,
-    /// Whether something was deleted since it was looked at the last time; and when that was seen for the
-    /// first time since the last cut.
-    dropped_now: Cell<bool>,
+    /// When something was deleted for the first time since then.
     dropped_at: Cell<Option<Time>>,
     /// What is going on, for who watches.
     status: Cell<GcStatus>,
@@ -148,7 +146,6 @@ impl Collector {
             // What an earlier run of the store left is not known.
             suspected: Cell::new(1),
             has_dropped: Cell::new(true),
-            dropped_now: Cell::new(false),
             dropped_at: Cell::new(None),
             status: Cell::default(),
             in_need: Cell::new(0),
@@ -160,18 +157,13 @@ impl Collector {
     }
 
     /// Notes that a VDI, a snapshot or the newest state of a VDI was dropped.
-    pub(crate) fn dropped(&self) {
+    pub(crate) fn dropped(&self, now: Time) {
         self.has_dropped.set(true);
-        self.dropped_now.set(true);
+        self.dropped_at.set(Some(self.dropped_at.get().unwrap_or(now)));
         self.suspect(1);
     }
 
-    /// How it stands.
-    pub(crate) fn status(&self) -> GcStatus {
-        self.status.get()
-    }
-
-    fn enter(&self, phase: GcPhase) {
+    pub(crate) fn enter(&self, phase: GcPhase) {
         self.status.set(GcStatus { phase, ..self.status.get() });
     }
 
@@ -224,11 +216,8 @@ impl Engine {
     /// See [`crate::Store::collect_garbage`].
     pub(crate) async fn collect_and_trim(self: &Rc<Self>, scope: Scope) -> Result<GcReport, Error> {
         let report = self.collect_garbage(|| false).await?;
+        let report = GcReport { trimmed_blocks: self.trim(scope).await?, ..report };
         let collector = &self.collector;
-        collector.enter(GcPhase::Trimming);
-        let trimmed = self.trim(scope).await;
-        collector.enter(GcPhase::Idle);
-        let report = GcReport { trimmed_blocks: trimmed?, ..report };
         collector.status.set(GcStatus { last: report, ..collector.status.get() });
         Ok(report)
     }
@@ -261,11 +250,16 @@ impl Engine {
         };
         collector.completed.set((number, report));
         let status = collector.status.get();
-        collector.status.set(GcStatus { cycles: status.cycles + 1, last: report, ..status });
+        collector.status.set(GcStatus { last: report, ..status });
         let mut stats = self.stats.borrow_mut();
         stats.collections += 1;
         stats.collected_blocks += report.freed_blocks;
         Ok(report)
+    }
+
+    /// How it stands.
+    pub(crate) fn gc_status(&self) -> GcStatus {
+        GcStatus { cycles: self.stats.borrow().collections, ..self.collector.status.get() }
     }
 
     /// Runs a cycle for somebody who needs space and may give up, if one may help; whether it ran.
@@ -292,9 +286,6 @@ impl Engine {
     pub(crate) fn collect_if_due(self: &Rc<Self>) {
         let collector = &self.collector;
         let now = self.runtime.now();
-        if collector.dropped_now.take() && collector.dropped_at.get().is_none() {
-            collector.dropped_at.set(Some(now));
-        }
         let scarce = self.allocator.free_blocks() < self.allocator.capacity_blocks() / 2;
         let delayed = collector.dropped_at.get().is_some_and(|at| now.since(at) >= DELAY_MAX);
         let wanted = (collector.has_dropped.get() && scarce) || delayed;
@@ -346,7 +337,6 @@ impl Engine {
         let _merges_wait = self.between_merges().await;
         self.collector.suspected.set(0);
         self.collector.has_dropped.set(false);
-        self.collector.dropped_now.set(false);
         self.collector.dropped_at.set(None);
         *self.collector.held.borrow_mut() = Some(BlockSet::default());
         let roots = self.roots.get();

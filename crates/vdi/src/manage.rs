@@ -480,7 +480,7 @@ impl Engine {
     pub(crate) fn apply_delete_snapshot(&self, vdi: &Vdi, number: SnapshotNumber) {
         if let Some(snapshot) = vdi.snapshots.borrow_mut().remove(number) {
             snapshot.deleted.set(true);
-            self.collector.dropped();
+            self.collector.dropped(self.runtime.now());
             vdi.snapshots_dirty.borrow_mut().insert(number, false);
         }
         self.touch(vdi);
@@ -515,7 +515,7 @@ impl Engine {
 
     pub(crate) fn apply_delete(&self, vdi: &Rc<Vdi>) {
         vdi.deleted.set(true);
-        self.collector.dropped();
+        self.collector.dropped(self.runtime.now());
         vdi.branch.borrow().is_head.set(false);
         for snapshot in vdi.snapshots.borrow().iter() {
             snapshot.deleted.set(true);
@@ -535,7 +535,7 @@ impl Engine {
 
     /// Deletes a VDI of which nothing can be read but its name.
     pub(crate) fn apply_delete_lost(&self, id: VdiId) {
-        self.collector.dropped();
+        self.collector.dropped(self.runtime.now());
         let mut registry = self.registry.borrow_mut();
         let registry = &mut *registry;
         if let Some(record) = registry.directory.remove(&id) {
@@ -549,7 +549,7 @@ impl Engine {
     pub(crate) fn apply_rollback(&self, vdi: &Vdi, snapshot: &Snapshot) {
         let old = Rc::clone(&vdi.branch.borrow());
         self.touch(vdi);
-        self.collector.dropped();
+        self.collector.dropped(self.runtime.now());
         old.is_head.set(false);
         let base = Base::Point(Rc::clone(&snapshot.branch), Rc::clone(&snapshot.point));
         // Above every label that the old branch may still give (design rule 33): its next merge

@@ -14,7 +14,7 @@ use blockstore::{Error, NodeStore, tree};
 use ondisk::{Entry, EntryState, RootRef};
 
 /// Words in a page of bits.
-const PAGE_WORDS: usize = BLOCK_SIZE / 8;
+pub(crate) const PAGE_WORDS: usize = BLOCK_SIZE / 8;
 
 /// Nodes that are read at a time: enough to keep a device busy, and 128 KiB of memory.
 const NODES_AT_ONCE: usize = 32;

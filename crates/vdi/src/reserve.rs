@@ -87,9 +87,7 @@ impl Reserve {
         self.runs.borrow_mut().push_back(run);
         self.block_count.set(self.block_count.get() + run.count);
     }
-}
 
-impl Reserve {
     /// Notes that the space of these blocks was given back below.
     pub(crate) fn forget_backed(&self, run: Run) {
         let first = run.start.get() / PART_BLOCKS;

@@ -362,7 +362,7 @@ impl Store {
     /// What the garbage collection is doing, and what it did the last time.
     #[must_use]
     pub fn gc_status(&self) -> GcStatus {
-        self.0.collector.status()
+        self.0.gc_status()
     }
 
     /// Current counters.

@@ -12,7 +12,7 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use base::{BLOCK_SIZE, ExtentIndex, Pba};
+use base::{ExtentIndex, Pba};
 use blockstore::allocator::{BITMAP_PAGE_BLOCKS, Run};
 use device::Cause;
 use ondisk::ExtentKind;
@@ -20,16 +20,14 @@ use runtime::sync::Semaphore;
 
 use crate::Error;
 use crate::engine::Engine;
-use crate::mark::BlockSet;
+use crate::gc::GcPhase;
+use crate::mark::{BlockSet, PAGE_WORDS};
 
 /// Fewest adjacent blocks that are trimmed: 64 KiB.
 const RUN_BLOCKS_MIN: u64 = 16;
 
 /// Most blocks of an extent in use that are lent at a time: 4 MiB.
 const LENT_BLOCKS_MAX: u64 = 1024;
-
-/// Words in a page of bits.
-const PAGE_WORDS: usize = BLOCK_SIZE / 8;
 
 /// What is trimmed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,6 +74,15 @@ impl Engine {
     /// If the store has failed, or is being closed.
     pub(crate) async fn trim(self: &Rc<Self>, scope: Scope) -> Result<u64, Error> {
         let _one = self.trimmer.one.acquire(1).await;
+        self.collector.enter(GcPhase::Trimming);
+        let trimmed = self.trim_pages(scope).await;
+        self.collector.enter(GcPhase::Idle);
+        let trimmed = trimmed?;
+        self.stats.borrow_mut().trimmed_blocks += trimmed;
+        Ok(trimmed)
+    }
+
+    async fn trim_pages(&self, scope: Scope) -> Result<u64, Error> {
         let mut trimmed = 0;
         let page_count = self.allocator.page_count();
         let mut next = 0;
@@ -91,7 +98,6 @@ impl Engine {
             next = page + 1;
             self.runtime.yield_now().await;
         }
-        self.stats.borrow_mut().trimmed_blocks += trimmed;
         Ok(trimmed)
     }
 
@@ -139,10 +145,9 @@ impl Engine {
     /// Trims a part of an extent that is free.
     async fn trim_free(&self, extent: ExtentIndex, part: Run, scope: Scope) -> u64 {
         let runs = self.trimmable(part, scope, false);
-        if runs.is_empty() {
+        if runs.is_empty() || !self.allocator.lend_extent(extent) {
             return 0;
         }
-        let Some(_) = self.allocator.lend_extent(extent) else { return 0 };
         let mut trimmed = 0;
         for run in runs {
             trimmed += self.discard(run).await;
@@ -157,13 +162,16 @@ impl Engine {
         let page = part.start.get() / BITMAP_PAGE_BLOCKS;
         let free = of_data.then(|| self.allocator.free_data_page(page));
         let freed = self.trimmer.freed.borrow();
-        let freed =
-            (scope == Scope::Freed).then(|| freed.page(page).copied().unwrap_or([0; PAGE_WORDS]));
+        let freed = match (scope, freed.page(page)) {
+            (Scope::All, _) => None,
+            (Scope::Freed, None) => return Vec::new(),
+            (Scope::Freed, freed) => freed,
+        };
         let is_wanted = |pba: Pba| {
             let bit = pba.get() % BITMAP_PAGE_BLOCKS;
             let word = usize::try_from(bit / 64).unwrap_or(0);
             let is_set = |words: &[u64; PAGE_WORDS]| words[word] >> (bit % 64) & 1 == 1;
-            free.as_deref().is_none_or(is_set) && freed.as_ref().is_none_or(is_set)
+            free.as_deref().is_none_or(is_set) && freed.is_none_or(is_set)
         };
         runs(part, is_wanted).filter(|run| run.count >= RUN_BLOCKS_MIN).collect()
     }

@@ -346,6 +346,12 @@ impl Division {
         self.extent_blocks.min(self.block_count.saturating_sub(start))
     }
 
+    /// The blocks of an extent, as a run.
+    pub(super) fn extent_run(self, index: u32) -> Run {
+        let start = Pba::new(u64::from(index) * self.extent_blocks);
+        Run { start, count: self.extent_length(index) }
+    }
+
     /// Cuts a run at the ends of regions.
     pub(super) fn by_region(self, run: Run) -> impl Iterator<Item = (u64, Run)> {
         let end = run.end().get();

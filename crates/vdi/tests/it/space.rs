@@ -5,11 +5,18 @@ use std::time::Duration;
 use base::ErrorKind;
 use disk::Request;
 use ondisk::ExtentKind;
+use runtime::Runtime;
 
 use crate::check::{Anatomy, assert_sound};
 use crate::ram::{Ram, run};
 use crate::{STORE_BLOCKS, disk, format_options, open, read, reopened, write};
 use parallax_vdi::{FormatOptions, GcPhase, GcReport, Store, Target};
+
+/// A new store, open.
+async fn new_store(ram: &Ram, runtime: &Runtime, options: &FormatOptions) -> Store {
+    Store::format(&ram.device(STORE_BLOCKS), runtime, options).await.unwrap();
+    open(ram, runtime).await.0
+}
 
 /// A checkpoint found no space for a node, so that no space was made, and the log filled up.
 #[test]
@@ -18,9 +25,7 @@ fn no_space_below_fails_writes_of_guests_and_nothing_else() {
         let ram = Ram::default();
         let device = ram.clone();
         run(1, move |runtime| async move {
-            let options = format_options();
-            Store::format(&device.device(STORE_BLOCKS), &runtime, &options).await.unwrap();
-            let (store, _) = open(&device, &runtime).await;
+            let store = new_store(&device, &runtime, &format_options()).await;
             device.limit_space(Some(space));
             if store.create("web01", 64 << 20).await.is_err() {
                 return;
@@ -85,9 +90,7 @@ fn no_space_below_fails_writes_of_guests_and_nothing_else() {
 fn data_has_its_space_below_before_it_comes() {
     let ram = Ram::default();
     run(1, move |runtime| async move {
-        let options = format_options();
-        Store::format(&ram.device(STORE_BLOCKS), &runtime, &options).await.unwrap();
-        let (store, _) = open(&ram, &runtime).await;
+        let store = new_store(&ram, &runtime, &format_options()).await;
         store.create("web01", 64 << 20).await.unwrap();
         let head = disk(&store, "web01").await;
         write(&head, 0, &[1; 4096]).await;
@@ -108,8 +111,7 @@ fn freed_space_goes_back_to_what_lies_below() {
         let device = ram.clone();
         run(1, move |runtime| async move {
             let options = FormatOptions { keep_space, ..format_options() };
-            Store::format(&device.device(STORE_BLOCKS), &runtime, &options).await.unwrap();
-            let (store, _) = open(&device, &runtime).await;
+            let store = new_store(&device, &runtime, &options).await;
             for name in ["kept", "deleted"] {
                 store.create(name, 64 << 20).await.unwrap();
                 let head = disk(&store, name).await;
@@ -152,9 +154,7 @@ fn what_is_deleted_is_collected_by_itself() {
     let ram = Ram::default();
     let device = ram.clone();
     run(1, move |runtime| async move {
-        let options = format_options();
-        Store::format(&device.device(STORE_BLOCKS), &runtime, &options).await.unwrap();
-        let (store, _) = open(&device, &runtime).await;
+        let store = new_store(&device, &runtime, &format_options()).await;
         store.create("web01", 64 << 20).await.unwrap();
         let head = disk(&store, "web01").await;
         for index in 0..4 {
