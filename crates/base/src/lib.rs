@@ -28,3 +28,13 @@ const _: () = assert!(BLOCK_SIZE_U64 == BLOCK_SIZE as u64);
 /// Most blocks that one request, one device operation or one log record covers: 1 MiB.
 /// A record of 256 hashes of 8 bytes fills half a log block, so that every record fits into one.
 pub const REQUEST_BLOCKS_MAX: usize = 256;
+
+/// Text as it stands in a field of `MAX` bytes, with its length in another one: what does not fit is cut.
+#[must_use]
+pub fn fixed_text<const MAX: usize>(text: &str) -> ([u8; MAX], u8) {
+    let mut bytes = [0; MAX];
+    for (to, from) in bytes.iter_mut().zip(text.bytes()) {
+        *to = from;
+    }
+    (bytes, u8::try_from(text.len().min(MAX)).unwrap_or(u8::MAX))
+}

@@ -161,7 +161,7 @@ impl TableRecord for DirectoryRecord {
     }
 
     fn encode(&self, into: &mut [u8]) {
-        let (name, name_length) = encode_text(&self.name);
+        let (name, name_length) = base::fixed_text(&self.name);
         let raw = RawDirectory {
             id: self.id.get().into(),
             parent: self.parent.get().into(),
@@ -304,7 +304,7 @@ impl TableRecord for SnapshotRecord {
     }
 
     fn encode(&self, into: &mut [u8]) {
-        let (label, label_length) = encode_text(&self.label);
+        let (label, label_length) = base::fixed_text(&self.label);
         let raw = RawSnapshot {
             number: self.number.get().into(),
             position: self.position.get().into(),
@@ -399,14 +399,6 @@ impl TableRecord for ExtentRecord {
 
 fn snapshot_number(raw: U64) -> Result<SnapshotNumber, DecodeError> {
     below(raw.get(), RECORD_NUMBER_END, "snapshot number").map(SnapshotNumber::new)
-}
-
-fn encode_text<const MAX: usize>(text: &str) -> ([u8; MAX], u8) {
-    let mut bytes = [0; MAX];
-    for (to, from) in bytes.iter_mut().zip(text.bytes()) {
-        *to = from;
-    }
-    (bytes, u8::try_from(text.len().min(MAX)).unwrap_or(u8::MAX))
 }
 
 fn decode_text(bytes: &[u8], length: u8) -> Result<String, DecodeError> {

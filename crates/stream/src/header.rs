@@ -73,8 +73,8 @@ pub struct Header {
 impl Header {
     /// Encodes it; also the checksum that the first frame goes on from.
     pub(crate) fn encode(&self) -> ([u8; STREAM_HEADER_BYTES], u64) {
-        let (name, name_length) = encode_text(&self.name);
-        let (label, label_length) = encode_text(&self.label);
+        let (name, name_length) = base::fixed_text(&self.name);
+        let (label, label_length) = base::fixed_text(&self.label);
         let mut raw = RawHeader {
             magic: MAGIC,
             version: VERSION.into(),
@@ -139,14 +139,6 @@ impl Header {
 fn checksum(raw: &RawHeader) -> u64 {
     let covered = raw.as_bytes().get(..STREAM_HEADER_BYTES - 8);
     xxh3_64_with_seed(covered.unwrap_or_default(), SEED)
-}
-
-fn encode_text<const MAX: usize>(text: &str) -> ([u8; MAX], u8) {
-    let mut bytes = [0; MAX];
-    for (to, from) in bytes.iter_mut().zip(text.bytes()) {
-        *to = from;
-    }
-    (bytes, u8::try_from(text.len().min(MAX)).unwrap_or(u8::MAX))
 }
 
 fn decode_text(bytes: &[u8], length: u8) -> Result<String, Error> {

@@ -24,6 +24,7 @@ use tokio::net::UnixStream as Connection;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::kernel::Mount;
+use crate::commands::background::Interrupts;
 use crate::output;
 
 /// How often the next daemon is looked for. A daemon that is started anew takes longer than that.
@@ -69,7 +70,7 @@ pub(super) async fn keep(
     ready: impl FnOnce() -> Result<(), Error>,
 ) -> Result<(), Error> {
     // Before there is anything that a signal could leave behind.
-    let mut signals = Signals::new().map_err(|e| Error::system("catch signals", &e))?;
+    let mut signals = Signals::catch()?;
     let mount = Mount::new(dir)?;
     let mut ready = Some(ready);
     let first = greet(door, &mount).map_err(|e| Error::system("greet the daemon", &e))?;
@@ -165,23 +166,21 @@ async fn read(connection: &Connection, into: &mut [u8]) -> usize {
 
 /// The signals that ask to unmount.
 struct Signals {
-    interrupt: Signal,
-    terminate: Signal,
+    interrupts: Interrupts,
     /// The terminal has gone.
     hangup: Signal,
 }
 
 impl Signals {
-    fn new() -> std::io::Result<Self> {
-        let interrupt = signal(SignalKind::interrupt())?;
-        let terminate = signal(SignalKind::terminate())?;
-        Ok(Self { interrupt, terminate, hangup: signal(SignalKind::hangup())? })
+    fn catch() -> Result<Self, Error> {
+        let interrupts = Interrupts::catch()?;
+        let hangup = signal(SignalKind::hangup());
+        Ok(Self { interrupts, hangup: hangup.map_err(|e| Error::system("catch signals", &e))? })
     }
 
     async fn any(&mut self) {
         tokio::select! {
-            _ = self.interrupt.recv() => {}
-            _ = self.terminate.recv() => {}
+            () = self.interrupts.any() => {}
             _ = self.hangup.recv() => {}
         }
     }
