@@ -89,6 +89,11 @@ async fn make(
         write(&wide, lba, 7).await?;
     }
     store.snapshot("a", Some("first")).await?;
+    for byte in 90..94 {
+        write(&a, 3, byte).await?;
+        write(&a, 600 + u64::from(byte % 4), byte).await?;
+        store.snapshot("a", None).await?;
+    }
     write(&a, 3, 99).await?;
     store.clone_vdi(&Target::parse("a@first"), "b").await?;
     write(&disk(&store, "b").await?, 4, 98).await?;

@@ -7,7 +7,7 @@ use base::{BLOCK_SIZE, Block, Epoch, HostId, Pba};
 use blockstore::Geometry;
 use ondisk::{
     Checksums, HOST_SLOT_LAYOUT, HostSlot, LOG_BLOCK_LAYOUT, Layout, SNAPSHOT_LAYOUT,
-    SUPERBLOCK_COPIES, StructureKind, Superblock, VDI_LAYOUT,
+    SUPERBLOCK_COPIES, StructureKind, Superblock, VDI_LAYOUT, VERSION_LAYOUT,
 };
 
 use crate::ram::Ram;
@@ -26,6 +26,7 @@ enum Contents {
     Pages,
     Vdis,
     Snapshots,
+    Versions,
 }
 
 /// Where everything of a store stands.
@@ -149,7 +150,17 @@ impl Sealer {
                 (field(&VDI_LAYOUT, "root"), Contents::Data),
                 (field(&VDI_LAYOUT, "snapshots"), Contents::Snapshots),
             ],
-            Contents::Snapshots => &[(field(&SNAPSHOT_LAYOUT, "root"), Contents::Data)],
+            Contents::Snapshots => &[
+                (field(&SNAPSHOT_LAYOUT, "root"), Contents::Data),
+                (field(&SNAPSHOT_LAYOUT, "versions"), Contents::Versions),
+            ],
+            Contents::Versions => {
+                let entry = field(&VERSION_LAYOUT, "entry");
+                for version in page.0.chunks_exact_mut(VERSION_LAYOUT.size) {
+                    self.entry(ram, &mut version[entry..entry + ENTRY_BYTES], 0, Contents::Data);
+                }
+                return;
+            }
             Contents::Data | Contents::Pages => return,
         };
         for record in (0..BLOCK_SIZE).step_by(RECORD_BYTES) {

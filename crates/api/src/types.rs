@@ -400,6 +400,10 @@ stats! {
     checkpoints,
     /// Tree nodes written by checkpoints.
     nodes_written,
+    /// Snapshots that checkpoints gave a history instead of a tree.
+    histories,
+    /// Versions of blocks that these histories hold.
+    versions_written,
     /// Cycles of garbage collection completed.
     collections,
     /// Blocks that garbage collection freed.

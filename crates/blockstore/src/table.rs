@@ -11,7 +11,11 @@ use crate::tree::{self, Births, Change, OnDamage, TreeWriter};
 use crate::{Error, NodeStore};
 
 /// Tables share nothing: every page and node is private.
-const TABLE_BIRTHS: Births = Births { label: BirthLabel::new(1), shared_up_to: BirthLabel::new(0) };
+const TABLE_BIRTHS: Births = Births {
+    label: BirthLabel::new(1),
+    shared_up_to: BirthLabel::new(0),
+    shared_before: Lsn::new(0),
+};
 
 /// Nodes or pages that a walk reads at once.
 const BLOCKS_AT_ONCE: usize = 64;

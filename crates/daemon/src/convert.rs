@@ -89,6 +89,8 @@ pub(crate) fn stats(
         log_used_percent: stats.log_used_percent,
         checkpoints: stats.checkpoints,
         nodes_written: stats.nodes_written,
+        histories: stats.histories,
+        versions_written: stats.versions_written,
         collections: stats.collections,
         collected_blocks: stats.collected_blocks,
         trimmed_blocks: stats.trimmed_blocks,

@@ -69,6 +69,14 @@ impl Entry {
         Self(bytes)
     };
 
+    pub(crate) const fn to_bytes(self) -> [u8; ENTRY_BYTES] {
+        self.0
+    }
+
+    pub(crate) const fn from_bytes(bytes: [u8; ENTRY_BYTES]) -> Self {
+        Self(bytes)
+    }
+
     /// The entry that stands for `state` without naming a block.
     #[must_use]
     pub const fn uniform(state: EntryState) -> Self {

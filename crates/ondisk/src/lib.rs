@@ -29,12 +29,13 @@ pub use layout::{Field, Layout};
 pub use log::{LOG_BLOCK_LAYOUT, LOG_PAYLOAD_BYTES, LogBlock, LogBlockBuilder, Seal};
 pub use record::{RECORD_HEADER_LAYOUT, RangeState, Record, RecordBody};
 pub use superblock::{
-    COMPATIBLE_KEEPS_SPACE, Features, KNOWN_INCOMPATIBLE, KNOWN_READ_ONLY_COMPATIBLE,
-    SUPERBLOCK_COPIES, SUPERBLOCK_LAYOUT, Superblock,
+    COMPATIBLE_KEEPS_SPACE, Features, INCOMPATIBLE_HISTORY, KNOWN_INCOMPATIBLE,
+    KNOWN_READ_ONLY_COMPATIBLE, SUPERBLOCK_COPIES, SUPERBLOCK_LAYOUT, Superblock,
 };
 pub use table::{
-    DIRECTORY_LAYOUT, DirectoryRecord, EXTENT_LAYOUT, ExtentKind, ExtentRecord, LABEL_BYTES_MAX,
-    NAME_BYTES_MAX, SNAPSHOT_LAYOUT, SnapshotRecord, TableRecord, VDI_LAYOUT, VdiRecord,
+    DIRECTORY_LAYOUT, DirectoryRecord, EXTENT_LAYOUT, ExtentKind, ExtentRecord,
+    HISTORY_VERSIONS_MAX, History, LABEL_BYTES_MAX, NAME_BYTES_MAX, SNAPSHOT_LAYOUT,
+    SnapshotRecord, TableRecord, VDI_LAYOUT, VERSION_LAYOUT, VdiRecord, VersionRecord,
 };
 
 /// Why bytes are not the structure that they should be.
@@ -62,5 +63,6 @@ pub const LAYOUTS: &[Layout] = &[
     DIRECTORY_LAYOUT,
     VDI_LAYOUT,
     SNAPSHOT_LAYOUT,
+    VERSION_LAYOUT,
     EXTENT_LAYOUT,
 ];

@@ -21,8 +21,10 @@ const HASH_XXH3: u32 = 1;
 
 /// The compatible feature: the space of free blocks stays allocated below.
 pub const COMPATIBLE_KEEPS_SPACE: u64 = 1;
+/// The incompatible feature: snapshots may be histories over a tree, and have none of their own.
+pub const INCOMPATIBLE_HISTORY: u64 = 1;
 /// Feature flags of the format that this build knows; see docs/on-disk-format.md.
-pub const KNOWN_INCOMPATIBLE: u64 = 0;
+pub const KNOWN_INCOMPATIBLE: u64 = INCOMPATIBLE_HISTORY;
 /// Unknown ones of these allow reading only.
 pub const KNOWN_READ_ONLY_COMPATIBLE: u64 = 0;
 

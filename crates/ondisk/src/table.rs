@@ -8,15 +8,18 @@ use base::{
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::bounds::{COUNTER_END, RECORD_NUMBER_END, below, vdi_size};
+use crate::bounds::{BLOCKS_MAX, COUNTER_END, RECORD_NUMBER_END, below, vdi_size};
 use crate::layout::layout;
-use crate::{DecodeError, RootRef};
+use crate::{DecodeError, Entry, EntryState, RootRef};
 
 /// Longest name of a VDI in bytes.
 pub const NAME_BYTES_MAX: usize = 191;
 
 /// Longest label of a snapshot in bytes.
 pub const LABEL_BYTES_MAX: usize = 127;
+
+/// Most versions of one history: 2 MiB of them.
+pub const HISTORY_VERSIONS_MAX: u32 = 1 << 16;
 
 /// A record of fixed size in a page of a table. All-zero bytes mean: no record.
 pub trait TableRecord: Sized {
@@ -106,15 +109,24 @@ layout! {
         number: U64,
         position: U64,
         claim: U32,
-        flags: U32,
+        version_count: U32,
         root: [u8; RootRef::BYTES],
         block_count: U64,
         wall_ns: U64,
         store_ns: U64,
         label: [u8; LABEL_BYTES_MAX],
         label_length: u8,
-        reserved: [u8; 32],
+        versions: [u8; RootRef::BYTES],
         origin: [u8; 16],
+    }
+}
+
+layout! {
+    /// Fields of a version record.
+    struct RawVersion as "version record" = VERSION_LAYOUT {
+        block: U64,
+        lsn: U64,
+        entry: [u8; 16],
     }
 }
 
@@ -132,6 +144,7 @@ layout! {
 const _: () = assert!(DIRECTORY_LAYOUT.size == 256);
 const _: () = assert!(VDI_LAYOUT.size == 256);
 const _: () = assert!(SNAPSHOT_LAYOUT.size == 256);
+const _: () = assert!(VERSION_LAYOUT.size == 32);
 const _: () = assert!(EXTENT_LAYOUT.size == 16);
 
 /// What rarely changes about a VDI; in the control tree.
@@ -282,8 +295,10 @@ pub struct SnapshotRecord {
     pub position: Lsn,
     /// Claim generation of that position.
     pub claim: ClaimGeneration,
-    /// Its tree.
+    /// Its tree, or the one that its history changes.
     pub root: RootRef,
+    /// What had changed since that tree was made; `None` if it is the snapshot's own.
+    pub history: Option<History>,
     /// Size of the VDI then, in blocks.
     pub block_count: u64,
     /// Wall time.
@@ -294,6 +309,69 @@ pub struct SnapshotRecord {
     pub label: String,
     /// What it was known by where it was received from; zeroes if it was taken here.
     pub origin: SnapshotUuid,
+}
+
+/// The versions that blocks had while several snapshots were taken of a VDI. All these snapshots
+/// have it in common: what of it has an LSN below a snapshot's position is in the snapshot, the newest
+/// of a block counts, and of a block that has none a tree tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct History {
+    /// A table of [`VersionRecord`]s, by block and then by LSN, without gaps.
+    pub versions: RootRef,
+    /// How many they are: 1 to [`HISTORY_VERSIONS_MAX`].
+    pub count: u32,
+}
+
+impl History {
+    fn decode(versions: [u8; RootRef::BYTES], count: u32) -> Result<Option<Self>, DecodeError> {
+        if count == 0 && versions == [0; RootRef::BYTES] {
+            return Ok(None);
+        }
+        let versions = RootRef::from_bytes(versions)?;
+        match (count, versions.entry.state()) {
+            (1..=HISTORY_VERSIONS_MAX, EntryState::Mapped) => Ok(Some(Self { versions, count })),
+            _ => Err(DecodeError::Invalid("history of a snapshot")),
+        }
+    }
+}
+
+/// A version of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VersionRecord {
+    /// Which block of the VDI.
+    pub block: u64,
+    /// The record that made it so; not 0.
+    pub lsn: Lsn,
+    /// What stood there.
+    pub entry: Entry,
+}
+
+impl TableRecord for VersionRecord {
+    const BYTES: usize = VERSION_LAYOUT.size;
+
+    fn encode(&self, into: &mut [u8]) {
+        let raw = RawVersion {
+            block: self.block.into(),
+            lsn: self.lsn.get().into(),
+            entry: self.entry.to_bytes(),
+        };
+        into.copy_from_slice(raw.as_bytes());
+    }
+
+    fn decode(bytes: &[u8]) -> Result<Option<Self>, DecodeError> {
+        let raw = RawVersion::ref_from_bytes(bytes)
+            .map_err(|_| DecodeError::Invalid("version record"))?;
+        if raw.lsn.get() == 0 {
+            return Ok(None);
+        }
+        let entry = Entry::from_bytes(raw.entry);
+        if !entry.is_valid() {
+            return Err(DecodeError::Invalid("entry of a version"));
+        }
+        let block = below(raw.block.get(), BLOCKS_MAX, "block of a version")?;
+        let lsn = Lsn::new(below(raw.lsn.get(), COUNTER_END, "LSN of a version")?);
+        Ok(Some(Self { block, lsn, entry }))
+    }
 }
 
 impl TableRecord for SnapshotRecord {
@@ -309,14 +387,16 @@ impl TableRecord for SnapshotRecord {
             number: self.number.get().into(),
             position: self.position.get().into(),
             claim: self.claim.get().into(),
-            flags: 0.into(),
+            version_count: self.history.map_or(0, |history| history.count).into(),
             root: self.root.to_bytes(),
             block_count: self.block_count.into(),
             wall_ns: self.wall_ns.into(),
             store_ns: self.store_ns.into(),
             label,
             label_length,
-            reserved: [0; 32],
+            versions: self
+                .history
+                .map_or([0; RootRef::BYTES], |history| history.versions.to_bytes()),
             origin: self.origin.0,
         };
         into.copy_from_slice(raw.as_bytes());
@@ -333,6 +413,7 @@ impl TableRecord for SnapshotRecord {
             position: Lsn::new(below(raw.position.get(), COUNTER_END, "snapshot position")?),
             claim: ClaimGeneration::new(raw.claim.get()),
             root: RootRef::from_bytes(raw.root)?,
+            history: History::decode(raw.versions, raw.version_count.get())?,
             block_count: vdi_size(raw.block_count.get())?,
             wall_ns: raw.wall_ns.get(),
             store_ns: raw.store_ns.get(),

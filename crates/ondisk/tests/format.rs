@@ -7,10 +7,10 @@ use base::{
     REQUEST_BLOCKS_MAX, RingPosition, SnapshotNumber, SnapshotUuid, StoreUuid, VdiId,
 };
 use parallax_ondisk::{
-    BLOCKS_MAX, COUNTER_END, Checksums, Entry, EntryState, FANOUT, HEIGHT_MAX, KNOWN_INCOMPATIBLE,
-    KNOWN_READ_ONLY_COMPATIBLE, LABEL_BYTES_MAX, LAYOUTS, LOG_PAYLOAD_BYTES, LOG_SEGMENTS_MAX,
-    LogBlockBuilder, NAME_BYTES_MAX, Node, RECORD_NUMBER_END, RangeState, Record, RecordBody,
-    RootRef, SUPERBLOCK_COPIES, Seal, StructureKind,
+    BLOCKS_MAX, COUNTER_END, Checksums, Entry, EntryState, FANOUT, HEIGHT_MAX,
+    HISTORY_VERSIONS_MAX, KNOWN_INCOMPATIBLE, KNOWN_READ_ONLY_COMPATIBLE, LABEL_BYTES_MAX, LAYOUTS,
+    LOG_PAYLOAD_BYTES, LOG_SEGMENTS_MAX, LogBlockBuilder, NAME_BYTES_MAX, Node, RECORD_NUMBER_END,
+    RangeState, Record, RecordBody, RootRef, SUPERBLOCK_COPIES, Seal, StructureKind,
 };
 
 const DOCUMENT: &str = include_str!("../../../docs/on-disk-format.md");
@@ -78,7 +78,7 @@ fn types_fit_their_sizes() {
 #[test]
 fn constants_are_documented_as_they_are() {
     let [first, second] = SUPERBLOCK_COPIES.map(Pba::get);
-    let expected: [(&str, u64); 15] = [
+    let expected: [(&str, u64); 16] = [
         ("bytes in a block", BLOCK_SIZE as u64),
         ("entries in a node", FANOUT as u64),
         ("greatest height of a tree", u64::from(HEIGHT_MAX)),
@@ -87,6 +87,7 @@ fn constants_are_documented_as_they_are() {
         ("blocks that one write record names, at most", REQUEST_BLOCKS_MAX as u64),
         ("bytes of a VDI's name, at most", NAME_BYTES_MAX as u64),
         ("bytes of a snapshot's label, at most", LABEL_BYTES_MAX as u64),
+        ("versions of a history, at most", u64::from(HISTORY_VERSIONS_MAX)),
         ("blocks of a VDI or a store, at most", BLOCKS_MAX),
         ("LSNs, epochs, sequences and ring positions stay below", COUNTER_END),
         ("ids of VDIs and numbers of snapshots stay below", RECORD_NUMBER_END),

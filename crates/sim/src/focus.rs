@@ -33,13 +33,15 @@ pub enum Focus {
     FlushErrors,
     /// Snapshots, clones and what drops them.
     Branches,
+    /// Many snapshots between two checkpoints, which are read, cloned and deleted.
+    History,
     /// The power goes while snapshots and clones wait for the flush that makes them durable.
     Unsettled,
 }
 
 impl Focus {
     /// All of them, with the names that the command line knows.
-    pub const ALL: [(Self, &str); 12] = [
+    pub const ALL: [(Self, &str); 13] = [
         (Self::SlowReads, "slow-reads"),
         (Self::SlowWrites, "slow-writes"),
         (Self::Laps, "laps"),
@@ -51,6 +53,7 @@ impl Focus {
         (Self::WriteErrors, "write-errors"),
         (Self::FlushErrors, "flush-errors"),
         (Self::Branches, "branches"),
+        (Self::History, "history"),
         (Self::Unsettled, "unsettled"),
     ];
 
@@ -111,6 +114,7 @@ impl Plan {
                 });
             }
             Focus::Branches => self.branch_out(random),
+            Focus::History => self.remember(random),
             Focus::Unsettled => self.leave_unsettled(random),
         }
     }
@@ -185,6 +189,28 @@ impl Plan {
             self.weights.management.push((20, kind));
         }
         self.live(3, 150, random, |random| (Ending::PowerCut, after_promise(random)));
+    }
+
+    fn remember(&mut self, random: &mut Random) {
+        self.reuse = Reuse::Soon;
+        self.layout = Layout::new(&[(0, random.between(4, 40))]);
+        self.weights.management_per_mille = random.between(200, 500);
+        self.weights.blocks_max = random.magnitude(4);
+        for (weight, kind) in [
+            (200, ManagementKind::Snapshot),
+            (10, ManagementKind::CloneSnapshot),
+            (10, ManagementKind::Rollback),
+            (60, ManagementKind::RemoveSnapshot),
+            (10, ManagementKind::Checkpoint),
+            (20, ManagementKind::CollectGarbage),
+        ] {
+            self.weights.management.push((weight, kind));
+        }
+        self.weights.requests.push((100, RequestKind::Write));
+        self.live(3, 200, random, |random| {
+            let ending = if random.chance(500) { Ending::Kill } else { Ending::PowerCut };
+            (ending, after_promise(random))
+        });
     }
 
     fn leave_unsettled(&mut self, random: &mut Random) {

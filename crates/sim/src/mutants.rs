@@ -211,6 +211,42 @@ pub const ALL: &[Mutant] = &[
         focus: Some(Focus::Branches),
     },
     Mutant {
+        name: "history_is_taken_for_private",
+        rule: "21",
+        breaks: "lets a checkpoint free what a history names",
+        focus: Some(Focus::History),
+    },
+    Mutant {
+        name: "history_dies_with_what_replaces_it",
+        rule: "21",
+        breaks: "frees a version that only a history names when it is replaced",
+        focus: Some(Focus::History),
+    },
+    Mutant {
+        name: "history_replays_one_too_many",
+        rule: "30",
+        breaks: "shows a snapshot a version that was written behind it",
+        focus: Some(Focus::History),
+    },
+    Mutant {
+        name: "clone_forgets_history",
+        rule: "36",
+        breaks: "continues the keyframe where a clone continues a later snapshot",
+        focus: Some(Focus::History),
+    },
+    Mutant {
+        name: "gc_misses_histories",
+        rule: "37",
+        breaks: "does not mark what only histories reach",
+        focus: Some(Focus::History),
+    },
+    Mutant {
+        name: "gc_thins_history_too_far",
+        rule: "37",
+        breaks: "frees a version that one snapshot sees, and those behind it do not",
+        focus: Some(Focus::History),
+    },
+    Mutant {
         name: "labels_wrap",
         rule: "42",
         breaks: "starts birth labels anew when few bits are used up",

@@ -18,6 +18,7 @@ pub const DECLARED: &[(&str, &str)] = &[
     ("open: failed under faults", "opening failed with an error that was injected"),
     ("log: lapped", "the log was written round once"),
     ("checkpoint: published", "a checkpoint came to its end"),
+    ("checkpoint: made histories", "snapshots got a history instead of a tree"),
     ("cache: missed", "a node was read from the device"),
     ("request: sub-block write", "a write of a part of a block"),
     ("request: concurrent on a block", "two changes of one block were under way together"),

@@ -522,6 +522,7 @@ impl Run {
         probes.add("log: lapped", u64::from(lapped));
         probes.add("log: over half full at an end", u64::from(stats.log_used_percent > 50));
         probes.add("checkpoint: published", stats.checkpoints);
+        probes.add("checkpoint: made histories", stats.histories);
         probes.add("cache: missed", stats.cache_misses);
     }
 

@@ -8,12 +8,13 @@
 //!              └───────────── generation           branch of a clone of web01@1
 //! ```
 //!
-//! Until a checkpoint has merged a point into a tree of its own, reads at it look through the
-//! branch's overlays, at versions below its position. So a snapshot, a clone and a rollback are
+//! Until a checkpoint has made a tree or a history (`history.rs`) of a point, reads at it look through
+//! the branch's overlays, at versions below its position. So a snapshot, a clone and a rollback are
 //! one log record each, and cost the same whatever was written before.
 //!
 //! Invariants: a base is older than its branch; generations are ordered, all LSNs of one lie below
-//! those of the next; a point that is not resolved lies above everything in the branch's root.
+//! those of the next; a point that no checkpoint has met lies above everything in the branch's
+//! root.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -23,7 +24,9 @@ use base::{BirthLabel, Lsn, Pba};
 use blockstore::tree::Change;
 use ondisk::{Entry, RootRef};
 
-use crate::overlay::Overlay;
+use crate::engine::as_u64;
+use crate::history::Past;
+use crate::overlay::{Overlay, Separation};
 
 /// Changes between two checkpoints.
 #[derive(Debug, Default)]
@@ -33,21 +36,55 @@ pub(crate) struct Generation {
     pub(crate) dead: RefCell<Vec<Pba>>,
 }
 
+/// Where a point's blocks stand.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Contents {
+    /// In the branch's overlays: no checkpoint has met it.
+    Pending,
+    /// In a history and the tree that it changes.
+    Past(Past),
+    /// In a tree of its own.
+    Tree(RootRef),
+}
+
 /// A log position at which a branch is read or continued by others.
 #[derive(Debug)]
 pub(crate) struct Point {
     /// What has a lower LSN is in.
     pub(crate) position: Lsn,
-    /// Its tree, once a checkpoint has made one.
-    pub(crate) root: Cell<Option<RootRef>>,
-    /// Newest birth label in that tree.
+    pub(crate) contents: Cell<Contents>,
+    /// Newest birth label in its tree.
     pub(crate) label: Cell<BirthLabel>,
+    /// Whether a history is not enough: somebody continues it, or compares it with another.
+    pub(crate) needs_tree: Cell<bool>,
 }
 
 impl Point {
-    /// A point that has its tree.
-    pub(crate) fn resolved(position: Lsn, root: RootRef, label: BirthLabel) -> Rc<Self> {
-        Rc::new(Self { position, root: Cell::new(Some(root)), label: Cell::new(label) })
+    /// A point that a checkpoint has met.
+    pub(crate) fn met(position: Lsn, contents: Contents, label: BirthLabel) -> Rc<Self> {
+        Rc::new(Self {
+            position,
+            contents: Cell::new(contents),
+            label: Cell::new(label),
+            needs_tree: Cell::new(false),
+        })
+    }
+
+    /// Its tree, once a checkpoint has made one.
+    pub(crate) fn root(&self) -> Option<RootRef> {
+        match self.contents.get() {
+            Contents::Tree(root) => Some(root),
+            Contents::Pending | Contents::Past(_) => None,
+        }
+    }
+
+    /// Where its blocks stand, but for those of one that is pending.
+    fn place(&self) -> Option<Place> {
+        match self.contents.get() {
+            Contents::Pending => None,
+            Contents::Past(past) => Some(Place::Past(past, self.position)),
+            Contents::Tree(root) => Some(Place::Tree(root)),
+        }
     }
 }
 
@@ -85,6 +122,8 @@ pub(crate) enum Place {
     Entry(Entry),
     /// This tree knows.
     Tree(RootRef),
+    /// This history knows, by what has lower LSNs in it, or its tree.
+    Past(Past, Lsn),
 }
 
 impl Branch {
@@ -117,15 +156,28 @@ impl Branch {
 
     /// Marks `position` as a point.
     pub(crate) fn add_point(&self, position: Lsn) -> Rc<Point> {
-        let point = Rc::new(Point {
-            position,
-            root: Cell::new(None),
-            label: Cell::new(BirthLabel::default()),
-        });
+        let point = Point::met(position, Contents::Pending, BirthLabel::default());
         let mut points = self.points.borrow_mut();
         assert!(points.last().is_none_or(|last| last.position < position));
         points.push(Rc::clone(&point));
         point
+    }
+
+    /// How many nodes a merge writes at most if it makes a tree of a point, and not a history.
+    pub(crate) fn nodes_of(&self, point: &Point) -> u64 {
+        /// Leaves that one record changes, and those of ranges their ends at each level.
+        const NODES_PER_RECORD: u64 = 4;
+        let points = self.points.borrow();
+        let index = points.partition_point(|other| other.position < point.position);
+        // The first one gets a tree anyway.
+        let Some(before) = index.checked_sub(1).and_then(|index| points.get(index)) else {
+            return 0;
+        };
+        let generations = self.generations.borrow();
+        let nodes: usize =
+            generations.iter().map(|generation| generation.overlay.borrow().node_count()).sum();
+        let records = point.position.distance_from(before.position);
+        records.saturating_mul(NODES_PER_RECORD).min(as_u64(nodes))
     }
 
     /// Applies a change that was recorded while `generation` was active.
@@ -133,10 +185,16 @@ impl Branch {
         let points = self.points.borrow();
         let separated = |older: Lsn, newer: Lsn| {
             if base::mutant::active("overlay_forgets_snapshots") {
-                return false;
+                return Separation::Nothing;
             }
             let next = points.partition_point(|point| point.position <= older);
-            points.get(next).is_some_and(|point| point.position <= newer)
+            let mut between = points.iter().skip(next);
+            match between.next() {
+                Some(point) if point.position > newer => Separation::Nothing,
+                Some(point) if point.needs_tree.get() => Separation::Tree,
+                Some(_) => Separation::History,
+                None => Separation::Nothing,
+            }
         };
         let dead = generation.overlay.borrow_mut().insert(change, separated);
         generation.dead.borrow_mut().extend(dead);
@@ -155,7 +213,7 @@ impl Branch {
             let base = branch.base.borrow().clone();
             match base {
                 Base::Root(_) => return bound,
-                Base::Point(_, point) if point.root.get().is_some() => {
+                Base::Point(_, point) if point.place().is_some() => {
                     return bound.max(u64::from(point.label.get().get()) + above);
                 }
                 Base::Point(older, _) => branch = older,
@@ -205,8 +263,8 @@ impl Branch {
             let base = branch.base.borrow().clone();
             match base {
                 Base::Root(root) => return Place::Tree(root),
-                Base::Point(older, point) => match point.root.get() {
-                    Some(root) => return Place::Tree(root),
+                Base::Point(older, point) => match point.place() {
+                    Some(place) => return place,
                     None => {
                         before = point.position;
                         branch = older;
@@ -231,10 +289,9 @@ impl View {
     pub(crate) fn place(&self, index: u64) -> Place {
         match self {
             Self::Head(branch) => branch.place(index, Lsn::new(u64::MAX)),
-            Self::Point(branch, point) => match point.root.get() {
-                Some(root) => Place::Tree(root),
-                None => branch.place(index, point.position),
-            },
+            Self::Point(branch, point) => {
+                point.place().unwrap_or_else(|| branch.place(index, point.position))
+            }
         }
     }
 
@@ -242,8 +299,8 @@ impl View {
     pub(crate) fn run(&self, index: u64) -> (Place, u64) {
         match self {
             Self::Head(branch) => branch.run(index, Lsn::new(u64::MAX)),
-            Self::Point(branch, point) => match point.root.get() {
-                Some(root) => (Place::Tree(root), u64::MAX),
+            Self::Point(branch, point) => match point.place() {
+                Some(place) => (place, u64::MAX),
                 None => branch.run(index, point.position),
             },
         }
@@ -267,7 +324,7 @@ mod tests {
         let rolled_back = Branch::new(3, base(), BirthLabel::new(200), zero);
         assert_eq!(rolled_back.label_bound(), 203);
         point.label.set(BirthLabel::new(90));
-        point.root.set(Some(RootRef::empty(1)));
+        point.contents.set(Contents::Tree(RootRef::empty(1)));
         assert_eq!(clone.label_bound(), 93, "the base has its tree, and advances no more");
     }
 }

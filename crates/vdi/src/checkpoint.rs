@@ -25,7 +25,7 @@ use runtime::Time;
 use runtime::sync::{Permits, Semaphore, Signal};
 
 use crate::Error;
-use crate::branch::{Base, Branch};
+use crate::branch::{Base, Branch, Contents};
 use crate::damage::{DamagedTables, Table};
 use crate::engine::{Engine, as_u64};
 use crate::vdi::{Snapshot, Vdi};
@@ -94,6 +94,7 @@ struct Frozen {
     /// not take away what the cut contains.
     branches: Vec<(Rc<Branch>, bool)>,
     vdi_id_next: u64,
+    owed_nodes: u64,
 }
 
 /// A VDI as it was at the cut.
@@ -117,6 +118,9 @@ struct Prepared {
     replaced: Vec<Pba>,
     vdi_id_next: u64,
     nodes_written: u64,
+    versions_written: u64,
+    /// Snapshots that got a history and no tree.
+    histories: u64,
 }
 
 impl Engine {
@@ -236,7 +240,19 @@ impl Engine {
             }
         }
         let vdi_id_next = registry.id_next;
-        Frozen { cut, segment, roots, rewritten, directory, vdis, deleted, branches, vdi_id_next }
+        let owed_nodes = self.owed_nodes.get();
+        Frozen {
+            cut,
+            segment,
+            roots,
+            rewritten,
+            directory,
+            vdis,
+            deleted,
+            branches,
+            vdi_id_next,
+            owed_nodes,
+        }
     }
 
     /// Takes back what a failed checkpoint had frozen. Generations stay as they are: the next
@@ -261,14 +277,14 @@ impl Engine {
     /// Lets readers go to the new trees, in one breath.
     fn swap(self: &Rc<Self>, frozen: &Frozen, merge: Merge, done: Done) -> Prepared {
         let mut shed = Vec::new();
+        let mut histories = 0;
+        for met in merge.points.into_values() {
+            histories += u64::from(matches!(met.contents, Contents::Past(_)));
+            met.point.label.set(met.label);
+            met.point.contents.set(met.contents);
+        }
         for merged in done.branches {
             let branch = merged.branch;
-            for point in &merged.points {
-                if let Some(&(root, label)) = merge.points.get(&Rc::as_ptr(point)) {
-                    point.label.set(label);
-                    point.root.set(Some(root));
-                }
-            }
             branch.points.borrow_mut().retain(|point| point.position > frozen.cut);
             branch.label.set(merged.label);
             branch.shared_up_to.set(merged.shared_up_to);
@@ -289,6 +305,7 @@ impl Engine {
         let nodes: usize =
             shed.iter().map(|generation| generation.overlay.borrow().node_count()).sum();
         self.changed_nodes.set(self.changed_nodes.get().saturating_sub(as_u64(nodes)));
+        self.owed_nodes.set(self.owed_nodes.get().saturating_sub(frozen.owed_nodes));
         self.checkpoints.merged.notify();
         self.shed(shed);
         *self.checkpoints.last_cut.borrow_mut() = Some(frozen.segment);
@@ -302,6 +319,8 @@ impl Engine {
             replaced,
             vdi_id_next: frozen.vdi_id_next,
             nodes_written: merge.nodes_written,
+            versions_written: merge.versions_written,
+            histories,
         }
     }
 
@@ -371,6 +390,8 @@ impl Engine {
         let mut stats = self.stats.borrow_mut();
         stats.checkpoints += 1;
         stats.nodes_written += prepared.nodes_written;
+        stats.versions_written += prepared.versions_written;
+        stats.histories += prepared.histories;
         Ok(())
     }
 

@@ -87,9 +87,9 @@ impl Subject {
         let settled = match view {
             View::Head(branch) => match &*branch.base.borrow() {
                 Base::Root(root) => Some((*root, Some(branch.shared_up_to.get()))),
-                Base::Point(_, point) => point.root.get().map(|root| (root, None)),
+                Base::Point(_, point) => point.root().map(|root| (root, None)),
             },
-            View::Point(_, point) => point.root.get().map(|root| (root, None)),
+            View::Point(_, point) => point.root().map(|root| (root, None)),
         };
         Ok(settled.map(|(root, shared_up_to)| Settled { root, shared_up_to }))
     }
@@ -230,6 +230,9 @@ impl Engine {
 
     async fn subject(self: &Rc<Self>, target: &Target) -> Result<Subject, Error> {
         let (vdi, snapshot) = self.find_durable(target).await?;
+        if let Some(snapshot) = &snapshot {
+            self.want_tree(&vdi, snapshot);
+        }
         Ok(Subject::Of { vdi, snapshot, target: target.clone() })
     }
 

@@ -4,15 +4,15 @@
 //! does not lie below it. Shows what is published: what the log adds to it, [`Dump::log`] lists.
 //! The lines are for reading, not for parsing: they may change with any version.
 
-use base::{BLOCK_SIZE_U64, ErrorKind, HostId, SnapshotNumber, StoreUuid};
+use base::{BLOCK_SIZE_U64, ErrorKind, HostId, Lsn, SnapshotNumber, StoreUuid};
 use blockstore::log::survey;
 use blockstore::slots::{SlotPair, read_slots};
 use blockstore::{Geometry, NodeStore, WriteScheduler, superblock, table, tree};
 use device::Device;
 use ondisk::{
-    Checksums, DecodeError, DirectoryRecord, Entry, EntryState, ExtentRecord, Heartbeat, HostSlot,
-    LogBlock, Record, RecordBody, RootRef, SUPERBLOCK_COPIES, SlotState, SnapshotRecord,
-    Superblock, VdiRecord,
+    Checksums, DecodeError, DirectoryRecord, Entry, EntryState, ExtentRecord, Heartbeat, History,
+    HostSlot, LogBlock, Record, RecordBody, RootRef, SUPERBLOCK_COPIES, SlotState, SnapshotRecord,
+    Superblock, VdiRecord, VersionRecord,
 };
 use runtime::Runtime;
 
@@ -37,6 +37,12 @@ pub struct Dump {
     geometry: Geometry,
     checksums: Checksums,
     nodes: NodeStore,
+}
+
+/// A tree that is shown, with the history and the position of a snapshot that has no other.
+struct Shown {
+    root: RootRef,
+    history: Option<(History, Lsn)>,
 }
 
 impl Dump {
@@ -223,12 +229,17 @@ impl Dump {
         ));
         let shown = table::scan(&self.nodes, &vdi.snapshots, |_, snapshot: SnapshotRecord| {
             line(format!(
-                "  @{} {:?}: position {}, {} blocks, root {}, {}",
+                "  @{} {:?}: position {}, {} blocks, root {}{}, {}",
                 snapshot.number,
                 snapshot.label,
                 snapshot.position,
                 snapshot.block_count,
                 root(&snapshot.root),
+                snapshot.history.map_or_else(String::new, |history| format!(
+                    " with {} versions in {}",
+                    history.count,
+                    root(&history.versions)
+                )),
                 time(snapshot.wall_ns)
             ));
             true
@@ -243,7 +254,19 @@ impl Dump {
     /// # Errors
     /// `NotFound`; `Corrupt` if what leads to the tree is damaged; device errors.
     pub async fn tree(&self, target: &Target, line: Lines<'_>) -> Result<(), Error> {
-        let root = self.find(target).await?;
+        let Shown { root, history } = self.find(target).await?;
+        if let Some((history, position)) = history {
+            line(format!("{target}: what has a version below {position} is in no tree:"));
+            let versions =
+                table::scan(&self.nodes, &history.versions, |_, version: VersionRecord| {
+                    let VersionRecord { block, lsn, entry } = version;
+                    line(format!("  block {block} since {lsn}: {entry:?}"));
+                    true
+                });
+            if let Err(error) = versions.await {
+                line(format!("  its history cannot be read: {error}"));
+            }
+        }
         line(format!("{target}: height {}, root {}", root.height, self::root(&root)));
         let mut shown = BlockSet::default();
         let mut stack = vec![(root.entry, root.height, 0u64)];
@@ -282,7 +305,7 @@ impl Dump {
         Ok(())
     }
 
-    async fn find(&self, target: &Target) -> Result<RootRef, Error> {
+    async fn find(&self, target: &Target) -> Result<Shown, Error> {
         let not_found =
             || Error::refused(ErrorKind::NotFound, format!("{target} is not in the tables"));
         let roots = self.newest().await?.newest.roots;
@@ -295,14 +318,18 @@ impl Dump {
         let id = id.ok_or_else(not_found)?;
         let vdi = table::get::<VdiRecord>(&self.nodes, &roots.vdis, id.get()).await?;
         let vdi = vdi.ok_or_else(not_found)?;
-        let Some(wanted) = &target.snapshot else { return Ok(vdi.root) };
+        let Some(wanted) = &target.snapshot else {
+            return Ok(Shown { root: vdi.root, history: None });
+        };
         let number = wanted.parse().ok().map(SnapshotNumber::new);
         let (mut by_label, mut by_number) = (None, None);
         table::scan(&self.nodes, &vdi.snapshots, |_, snapshot: SnapshotRecord| {
+            let history = snapshot.history.map(|history| (history, snapshot.position));
+            let shown = Shown { root: snapshot.root, history };
             if snapshot.label == *wanted {
-                by_label = Some(snapshot.root);
+                by_label = Some(shown);
             } else if Some(snapshot.number) == number {
-                by_number = Some(snapshot.root);
+                by_number = Some(shown);
             }
             by_label.is_none()
         })

@@ -18,10 +18,11 @@ use ondisk::{
 use runtime::Runtime;
 use runtime::sync::{OneshotReceiver, Semaphore, Signal};
 
-use crate::branch::{Base, Branch, Generation, Point};
+use crate::branch::{Base, Branch, Contents, Generation, Point};
 use crate::checkpoint::Checkpoints;
 use crate::damage::{Table, is_damage};
 use crate::gc::Collector;
+use crate::history::Past;
 use crate::release::Releases;
 use crate::reserve::Reserve;
 use crate::trim::Trimmer;
@@ -76,6 +77,10 @@ pub(crate) struct Engine {
     pub(crate) unflushed: Cell<u64>,
     /// Tree nodes with changes that no checkpoint has merged yet.
     pub(crate) changed_nodes: Cell<u64>,
+    /// Tree nodes that snapshots need beside those, which get a tree in place of a history.
+    pub(crate) owed_nodes: Cell<u64>,
+    /// Whether snapshots may have a history in place of a tree.
+    pub(crate) keeps_history: Cell<bool>,
     /// Set when even forced checkpoints freed nothing; cleared when something is dropped or freed.
     pub(crate) full: Cell<bool>,
     /// When the log was told so.
@@ -281,7 +286,11 @@ impl Engine {
     fn adopt(&self, record: &VdiRecord, snapshots: Vec<SnapshotRecord>) -> Rc<Vdi> {
         let branch = self.new_branch(Base::Root(record.root), record.label, record.shared_up_to);
         let snapshots = snapshots.into_iter().map(|snapshot| {
-            let point = Point::resolved(snapshot.position, snapshot.root, record.label);
+            let contents = match snapshot.history {
+                Some(history) => Contents::Past(Past { root: snapshot.root, history }),
+                None => Contents::Tree(snapshot.root),
+            };
+            let point = Point::met(snapshot.position, contents, record.label);
             let branch = Rc::clone(&branch);
             Rc::new(loaded_snapshot(snapshot, branch, point))
         });

@@ -18,7 +18,7 @@
 //!   continues, directly or over points that have no tree yet,
 //!   - its own tree as of the cut: the head of a VDI that existed then, even if it was deleted or
 //!     rolled back since, for that is a record above the cut: `R` reaches it;
-//!   - a point with a tree: of a snapshot that was there when the branch began. Nobody can clone,
+//!   - a point with a tree, or a history that the checkpoint makes a tree of: of a snapshot that was there when the branch began. Nobody can clone,
 //!     roll back to or open a deleted one, so its deletion is a record above the cut too: `R`
 //!     reaches it. The origin of a clone of a running VDI is passed by the same checkpoint as the
 //!     clone: from then on the clone has a root of its own;
@@ -37,16 +37,20 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
 
-use base::{ErrorKind, Pba};
+use base::{ErrorKind, Lsn, Pba};
 use blockstore::NodeStore;
 use blockstore::allocator::BITMAP_PAGE_BLOCKS;
-use ondisk::{Entry, Node, RootRef, Roots, SlotState, SnapshotRecord, TableRecord, VdiRecord};
+use ondisk::{
+    Entry, EntryState, History, Node, RootRef, Roots, SlotState, SnapshotRecord, TableRecord,
+    VdiRecord, VersionRecord,
+};
 use runtime::Time;
 use runtime::sync::Semaphore;
 
 use crate::Error;
 use crate::damage::Table;
 use crate::engine::{Engine, as_u64};
+use crate::history::seen_by;
 use crate::mark::{BlockSet, Marker, Named, Walk};
 use crate::trim::Scope;
 
@@ -377,6 +381,8 @@ impl Engine {
             for record in vdis {
                 mark.walk(&[record.root]).await?;
                 mark.give_up();
+                // Snapshots with the same history follow each other.
+                let mut history: Option<(History, Vec<Lsn>)> = None;
                 for page in mark.pages(&record.snapshots).await? {
                     let snapshots = mark.records::<SnapshotRecord>(page).await?;
                     mark.note_damage(Table::Snapshots(record.id));
@@ -387,8 +393,24 @@ impl Engine {
                         snapshots.iter().map(|snapshot| snapshot.root).collect();
                     mark.walk(&roots).await?;
                     mark.give_up();
+                    for snapshot in snapshots {
+                        let Some(of_snapshot) = snapshot.history else { continue };
+                        if let Some((of_last, positions)) = &mut history
+                            && *of_last == of_snapshot
+                        {
+                            positions.push(snapshot.position);
+                            continue;
+                        }
+                        if let Some(last) = history.replace((of_snapshot, vec![snapshot.position]))
+                        {
+                            mark.history(last).await?;
+                        }
+                    }
                 }
                 mark.note_damage(Table::Snapshots(record.id));
+                if let Some(last) = history {
+                    mark.history(last).await?;
+                }
             }
         }
         mark.note_damage(Table::Vdis);
@@ -545,6 +567,26 @@ impl Mark<'_> {
             let marked_blocks = self.found.marked.len();
             collector.status.set(GcStatus { marked_blocks, ..collector.status.get() });
             began = self.engine.keep_pace(began).await;
+        }
+        Ok(())
+    }
+
+    /// Marks a history, and what the snapshots at these positions see of it (design rule 37).
+    async fn history(&mut self, (history, positions): (History, Vec<Lsn>)) -> Result<(), Error> {
+        if base::mutant::active("gc_misses_histories") {
+            return Ok(());
+        }
+        let mut versions = Vec::new();
+        for page in self.pages(&history.versions).await? {
+            if as_u64(versions.len()) < u64::from(history.count) {
+                versions.extend(self.records::<VersionRecord>(page).await?);
+            }
+        }
+        self.give_up();
+        for version in seen_by(&versions, &positions) {
+            if version.entry.state() == EntryState::Mapped {
+                self.found.marked.insert(version.entry.pba());
+            }
         }
         Ok(())
     }

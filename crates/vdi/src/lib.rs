@@ -28,6 +28,7 @@ mod engine;
 mod error;
 mod gc;
 mod handle;
+mod history;
 mod manage;
 mod mark;
 mod overlay;

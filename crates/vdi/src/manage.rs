@@ -12,8 +12,8 @@ use base::{
     VdiId,
 };
 use ondisk::{
-    BLOCKS_MAX, DirectoryRecord, LABEL_BYTES_MAX, NAME_BYTES_MAX, RangeState, Record, RecordBody,
-    RootRef,
+    BLOCKS_MAX, DirectoryRecord, FANOUT, LABEL_BYTES_MAX, NAME_BYTES_MAX, RangeState, Record,
+    RecordBody, RootRef,
 };
 
 use blockstore::log::Admission;
@@ -21,7 +21,7 @@ use device::DeviceError;
 use runtime::sync::{OneshotReceiver, Permits};
 
 use crate::Error;
-use crate::branch::{Base, Branch};
+use crate::branch::{Base, Branch, Contents};
 use crate::engine::{Engine, as_u64};
 use crate::ranges::RangeGuard;
 use crate::types::Target;
@@ -251,7 +251,7 @@ impl Engine {
         let snapshot = source(&vdi)?;
         vdi.sever();
         let appended = self.append(room, &vdi, RecordBody::Rollback { number: snapshot.number });
-        self.apply_rollback(&vdi, &snapshot);
+        self.apply_rollback(&vdi, &vdi, &snapshot);
         drop((all, one));
         self.settle(appended).await
     }
@@ -416,10 +416,7 @@ impl Engine {
         name: &str,
     ) {
         let (base, block_count) = match snapshot {
-            Some(snapshot) => {
-                let base = Base::Point(Rc::clone(&snapshot.branch), Rc::clone(&snapshot.point));
-                (base, snapshot.block_count)
-            }
+            Some(snapshot) => (self.base_of(source, snapshot), snapshot.block_count),
             None => (self.point_now(source, lsn), source.block_count.get()),
         };
         let number = snapshot.map_or(SnapshotNumber::new(0), |snapshot| snapshot.number);
@@ -440,10 +437,34 @@ impl Engine {
         self.apply_create(id, 1, wall_ns, name, parent, Base::Root(RootRef::empty(1)));
     }
 
+    /// A snapshot of `vdi` as a base for others.
+    fn base_of(&self, vdi: &Vdi, snapshot: &Snapshot) -> Base {
+        self.want_tree(vdi, snapshot);
+        Base::Point(Rc::clone(&snapshot.branch), Rc::clone(&snapshot.point))
+    }
+
+    /// Has the next checkpoint make a tree of a snapshot of `vdi`, unless it has one.
+    pub(crate) fn want_tree(&self, vdi: &Vdi, snapshot: &Snapshot) {
+        let point = &snapshot.point;
+        let nodes = match point.contents.get() {
+            Contents::Tree(_) => return,
+            Contents::Past(past) => u64::from(past.history.count),
+            Contents::Pending => snapshot.branch.nodes_of(point),
+        };
+        if point.needs_tree.replace(true) {
+            return;
+        }
+        let leaf_count = snapshot.block_count.div_ceil(as_u64(FANOUT));
+        self.owed_nodes.set(self.owed_nodes.get() + nodes.min(leaf_count));
+        vdi.snapshots_dirty.borrow_mut().entry(snapshot.number).or_insert(true);
+        self.touch(vdi);
+    }
+
     /// The head of `vdi` as a base for others.
     fn point_now(&self, vdi: &Vdi, lsn: Lsn) -> Base {
         let branch = Rc::clone(&vdi.branch.borrow());
         let point = branch.add_point(lsn);
+        point.needs_tree.set(true);
         self.touch(vdi);
         Base::Point(branch, point)
     }
@@ -546,12 +567,13 @@ impl Engine {
         registry.dirty_directory.insert(id);
     }
 
-    pub(crate) fn apply_rollback(&self, vdi: &Vdi, snapshot: &Snapshot) {
+    /// Makes `vdi` what a snapshot of `owner`, itself or another VDI, is.
+    pub(crate) fn apply_rollback(&self, vdi: &Vdi, owner: &Vdi, snapshot: &Snapshot) {
         let old = Rc::clone(&vdi.branch.borrow());
         self.touch(vdi);
         self.collector.dropped(self.runtime.now());
         old.is_head.set(false);
-        let base = Base::Point(Rc::clone(&snapshot.branch), Rc::clone(&snapshot.point));
+        let base = self.base_of(owner, snapshot);
         // Above every label that the old branch may still give (design rule 33): its next merge
         // advances it by at most one.
         let floor = BirthLabel::new(old.label.get().get().saturating_add(2));

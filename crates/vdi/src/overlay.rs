@@ -22,6 +22,8 @@ pub(crate) struct Overlay {
     nodes: BTreeMap<(u8, u64), Changes>,
     level_max: u8,
     node_count: usize,
+    /// Versions that only histories will tell of.
+    past_versions: usize,
 }
 
 /// The changes of one node.
@@ -29,8 +31,24 @@ pub(crate) struct Overlay {
 struct Changes {
     /// LSN of the newest.
     newest: Lsn,
+    /// Whether it is counted for the first of the snapshots, and for what follows the last.
+    counted_twice: bool,
     versions: Vec<Version>,
 }
+
+/// What lies between two changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Separation {
+    /// No snapshot.
+    Nothing,
+    /// Snapshots; the first of them may do with a history.
+    History,
+    /// Snapshots; the first of them needs a tree.
+    Tree,
+}
+
+/// Versions of a history that take as much memory as a node here, and some of a page there.
+const VERSIONS_PER_NODE: usize = 64;
 
 /// Versions of each level that are looked at to find the end of a run; a node of older ones alone
 /// counts as one. Who asks goes on where that ended, and pays for another step.
@@ -53,13 +71,13 @@ struct Found {
 }
 
 impl Overlay {
-    /// Adds a change. `separated(older, newer)` tells whether a snapshot lies between two LSNs.
+    /// Adds a change. `separated(older, newer)` tells what lies between two LSNs.
     /// Returns the block that nothing can reach any more because of it: that of the version that
     /// it replaced, or its own if a newer version was there already.
     pub(crate) fn insert(
         &mut self,
         change: &Change,
-        separated: impl Fn(Lsn, Lsn) -> bool,
+        separated: impl Fn(Lsn, Lsn) -> Separation,
     ) -> Option<Pba> {
         let node = change.start / (span(change.level) * 256);
         let slot = u8::try_from(slot(change.start, change.level)).unwrap_or(u8::MAX);
@@ -67,11 +85,19 @@ impl Overlay {
         let node_count = &mut self.node_count;
         let changes = self.nodes.entry((change.level, node)).or_insert_with(|| {
             *node_count += 1;
-            Changes { newest: change.lsn, versions: Vec::new() }
+            Changes { newest: change.lsn, ..Changes::default() }
         });
-        // A merge writes the node once for each interval in which it changed.
-        if separated(changes.newest.min(change.lsn), changes.newest.max(change.lsn)) {
-            *node_count += 1;
+        // A merge writes the node once for each tree that it makes in an interval in which it changed:
+        // for the first snapshot, for those that need one, and for the newest state.
+        match separated(changes.newest.min(change.lsn), changes.newest.max(change.lsn)) {
+            Separation::Nothing => {}
+            Separation::History if change.level == 0 && changes.counted_twice => {
+                self.past_versions += 1;
+            }
+            Separation::History | Separation::Tree => {
+                *node_count += 1;
+                changes.counted_twice = true;
+            }
         }
         changes.newest = changes.newest.max(change.lsn);
         let versions = &mut changes.versions;
@@ -80,13 +106,13 @@ impl Overlay {
         let replaced = at.checked_sub(1).and_then(|before| versions.get_mut(before));
         if let Some(replaced) = replaced
             && replaced.slot == slot
-            && !separated(replaced.lsn, change.lsn)
+            && separated(replaced.lsn, change.lsn) == Separation::Nothing
         {
             return mapped(std::mem::replace(replaced, version).entry);
         }
         if let Some(newer) = versions.get_mut(at)
             && newer.slot == slot
-            && !separated(change.lsn, newer.lsn)
+            && separated(change.lsn, newer.lsn) == Separation::Nothing
         {
             if base::mutant::active("last_completed_wins") {
                 return mapped(std::mem::replace(newer, version).entry);
@@ -210,9 +236,9 @@ impl Overlay {
         true
     }
 
-    /// Number of nodes that have changes: what a merge rewrites at least.
+    /// Number of nodes that a merge writes, at least.
     pub(crate) fn node_count(&self) -> usize {
-        self.node_count
+        self.node_count + self.past_versions / VERSIONS_PER_NODE
     }
 }
 
@@ -267,8 +293,12 @@ mod tests {
         Change { level: 0, start, lsn: Lsn::new(lsn), entry }
     }
 
-    fn never(_: Lsn, _: Lsn) -> bool {
-        false
+    fn never(_: Lsn, _: Lsn) -> Separation {
+        Separation::Nothing
+    }
+
+    fn history(is_between: bool) -> Separation {
+        if is_between { Separation::History } else { Separation::Nothing }
     }
 
     fn at(overlay: &Overlay, index: u64, before: u64) -> Option<u64> {
@@ -281,7 +311,7 @@ mod tests {
         let mut overlay = Overlay::default();
         assert_eq!(overlay.insert(&block(7, 1, 100), never), None);
         assert_eq!(overlay.insert(&block(7, 2, 101), never), Some(Pba::new(100)));
-        let snapshot_at_3 = |older: Lsn, newer: Lsn| older.get() < 3 && newer.get() >= 3;
+        let snapshot_at_3 = |older: Lsn, newer: Lsn| history(older.get() < 3 && newer.get() >= 3);
         assert_eq!(overlay.insert(&block(7, 4, 102), snapshot_at_3), None);
         assert_eq!(overlay.insert(&block(7, 5, 103), snapshot_at_3), Some(Pba::new(102)));
         assert_eq!(at(&overlay, 7, 3), Some(101));
@@ -333,7 +363,7 @@ mod tests {
                     0 => block(start, lsn, 100 + lsn),
                     _ => Change { level, start, lsn: Lsn::new(lsn), entry: Entry::UNMAPPED },
                 };
-                overlay.insert(&change, |_, newer| newer.get().is_multiple_of(3));
+                overlay.insert(&change, |_, newer| history(newer.get().is_multiple_of(3)));
             }
             for before in [lsn_end / 2, u64::MAX] {
                 let before = Lsn::new(before);

@@ -7,11 +7,12 @@ use std::rc::Rc;
 use base::{BLOCK_SIZE, BLOCK_SIZE_U64, BlockSlice, ErrorKind, Pba, VdiId};
 use blockstore::tree::{self, Leaf};
 use disk::{Extent, ExtentState, ReadSegment};
-use ondisk::{Entry, EntryState, RootRef};
+use ondisk::{Entry, EntryState, History, RootRef};
 
 use crate::Error;
 use crate::branch::{Place, View};
 use crate::engine::{Engine, as_u64};
+use crate::history::Versions;
 
 /// Steps for one answer about the state of blocks: an overlay says what it knows of some, or a tree.
 /// The thread does nothing else meanwhile, and leaves are read in one read epoch. Who asks for the
@@ -138,23 +139,49 @@ impl Engine {
             Vec::with_capacity(usize::try_from(blocks.end - blocks.start).unwrap_or(1));
         // The leaf of the last lookup, with the tree that it belongs to and the blocks it covers.
         let mut near: Option<(RootRef, Range<u64>, Leaf)> = None;
-        for block in blocks {
-            entries.push(match view.place(block) {
-                Place::Entry(entry) => entry,
-                Place::Tree(root) => match &near {
-                    Some((of, range, leaf)) if *of == root && range.contains(&block) => {
-                        leaf.entry(block)
+        // What the history of the last lookup says of the blocks from there on.
+        let mut versions: Option<(History, Vec<(u64, Entry)>)> = None;
+        for block in blocks.clone() {
+            let root = match view.place(block) {
+                Place::Entry(entry) => {
+                    entries.push(entry);
+                    continue;
+                }
+                Place::Tree(root) => root,
+                Place::Past(past, before) => {
+                    let held = versions.take().filter(|(history, _)| *history == past.history);
+                    let (history, seen) = match held {
+                        Some(held) => held,
+                        None => {
+                            let mut history = Versions::new(&self.nodes, past.history);
+                            let seen = history.seen(block..blocks.end, before).await?;
+                            (past.history, seen)
+                        }
+                    };
+                    let found = seen.binary_search_by_key(&block, |&(block, _)| block);
+                    let entry =
+                        found.ok().and_then(|index| seen.get(index)).map(|&(_, entry)| entry);
+                    versions = Some((history, seen));
+                    if let Some(entry) = entry {
+                        entries.push(entry);
+                        continue;
                     }
-                    _ => {
-                        let leaf = match tree::leaf_cached(&self.nodes, &root, block) {
-                            Some(leaf) => leaf,
-                            None => tree::leaf(&self.nodes, &root, block).await?,
-                        };
-                        let entry = leaf.entry(block);
-                        near = Some((root, block..leaf.end(block), leaf));
-                        entry
-                    }
-                },
+                    past.root
+                }
+            };
+            entries.push(match &near {
+                Some((of, range, leaf)) if *of == root && range.contains(&block) => {
+                    leaf.entry(block)
+                }
+                _ => {
+                    let leaf = match tree::leaf_cached(&self.nodes, &root, block) {
+                        Some(leaf) => leaf,
+                        None => tree::leaf(&self.nodes, &root, block).await?,
+                    };
+                    let entry = leaf.entry(block);
+                    near = Some((root, block..leaf.end(block), leaf));
+                    entry
+                }
             });
         }
         Ok(entries)
@@ -186,6 +213,17 @@ impl Engine {
                 (Place::Tree(root), run_end) => {
                     steps += STEPS_OF_A_LEAF;
                     self.state_run(&root, block, run_end).await?
+                }
+                (Place::Past(past, before), run_end) => {
+                    steps += STEPS_OF_A_LEAF;
+                    let mut versions = Versions::new(&self.nodes, past.history);
+                    match versions.seen(block..block + 1, before).await?.first() {
+                        Some((_, entry)) => (extent_state(entry.state()), block + 1),
+                        None => {
+                            let run_end = versions.next_block(block + 1).await?.min(run_end);
+                            self.state_run(&past.root, block, run_end).await?
+                        }
+                    }
                 }
             };
             let next = next.saturating_mul(BLOCK_SIZE_U64).min(end);

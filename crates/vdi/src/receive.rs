@@ -93,7 +93,7 @@ impl Engine {
         vdi.sever();
         let body = RecordBody::Adopt { source: partial.id, number: source.number };
         let adopted = self.append(room, &vdi, body);
-        self.apply_rollback(&vdi, &source);
+        self.apply_rollback(&vdi, &partial, &source);
         let number = vdi.snapshot_next.get();
         let taken = self.append_snapshot(more_room, &vdi, label, received.uuid);
         drop((all, one));

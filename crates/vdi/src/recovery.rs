@@ -23,8 +23,8 @@ use blockstore::slots::{SlotPair, SlotWriter, check_vouched, read_slots};
 use blockstore::{Geometry, NodeStore, ReadEpochs, WriteScheduler, superblock, tree};
 use device::Device;
 use ondisk::{
-    COMPATIBLE_KEEPS_SPACE, Checksums, Entry, HostSlot, LOG_SEGMENTS_MAX, LogBlock, LogSegment,
-    Record, RecordBody, RootRef, SUPERBLOCK_COPIES, SlotState,
+    COMPATIBLE_KEEPS_SPACE, Checksums, Entry, HostSlot, INCOMPATIBLE_HISTORY, LOG_SEGMENTS_MAX,
+    LogBlock, LogSegment, Record, RecordBody, RootRef, SUPERBLOCK_COPIES, SlotState,
 };
 use runtime::Runtime;
 use runtime::sync::{Semaphore, Signal};
@@ -120,6 +120,7 @@ async fn open_as_is(
     if found.superblock.features.compatible & COMPATIBLE_KEEPS_SPACE != 0 {
         engine.trimmer.turn_off();
     }
+    engine.keeps_history.set(found.superblock.features.incompatible & INCOMPATIBLE_HISTORY != 0);
     engine.nodes.set_patient(true);
     engine.load_tables(&mut report).await.map_err(|error| match is_damage(&error) {
         true => NotOpened::ForTables(error),
@@ -294,6 +295,8 @@ fn build(
         ended: Cell::new(false),
         unflushed: Cell::new(0),
         changed_nodes: Cell::new(0),
+        owed_nodes: Cell::new(0),
+        keeps_history: Cell::new(false),
         full: Cell::new(false),
         full_told: Cell::new(None),
         branch_serial: Cell::new(0),
@@ -411,17 +414,19 @@ impl Engine {
             RecordBody::Rollback { number } => {
                 let snapshot = vdi.snapshots.borrow().get(*number).map(Rc::clone);
                 match snapshot {
-                    Some(snapshot) => self.apply_rollback(&vdi, &snapshot),
+                    Some(snapshot) => self.apply_rollback(&vdi, &vdi, &snapshot),
                     // Lost, and the VDI was nothing else any more.
                     None => self.lose(vdi.id),
                 }
             }
             RecordBody::Adopt { source, number } => {
                 let source = self.surviving(*source).await?;
-                let snapshot =
-                    source.and_then(|source| source.snapshots.borrow().get(*number).cloned());
+                let snapshot = source.and_then(|source| {
+                    let snapshot = source.snapshots.borrow().get(*number).cloned();
+                    snapshot.map(|snapshot| (source, snapshot))
+                });
                 match snapshot {
-                    Some(snapshot) => self.apply_rollback(&vdi, &snapshot),
+                    Some((source, snapshot)) => self.apply_rollback(&vdi, &source, &snapshot),
                     None => self.lose(vdi.id),
                 }
             }

@@ -111,7 +111,7 @@ impl Engine {
 
     /// Blocks that the next checkpoints may need.
     pub(crate) fn nodes_needed(&self) -> u64 {
-        2 * self.changed_nodes.get() + NODES_MARGIN
+        2 * (self.changed_nodes.get() + self.owed_nodes.get()) + NODES_MARGIN
     }
 
     /// Puts blocks into the reserve until it has so many. Whether it has.

@@ -211,6 +211,10 @@ pub struct Stats {
     pub checkpoints: u64,
     /// Tree nodes written by checkpoints.
     pub nodes_written: u64,
+    /// Snapshots that checkpoints gave a history instead of a tree.
+    pub histories: u64,
+    /// Versions of blocks that these histories hold.
+    pub versions_written: u64,
     /// Cycles of garbage collection completed.
     pub collections: u64,
     /// Blocks that they freed.

@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use base::{ClaimGeneration, Lsn, SnapshotNumber, SnapshotUuid, VdiId};
 use blockstore::allocator::Window;
-use ondisk::{RootRef, SnapshotRecord};
+use ondisk::{History, RootRef, SnapshotRecord};
 
 use crate::branch::{Branch, Point, View};
 use crate::ranges::RangeLocks;
@@ -96,13 +96,14 @@ impl Snapshot {
         View::Point(Rc::clone(&self.branch), Rc::clone(&self.point))
     }
 
-    /// As it is stored, with the tree that a checkpoint made of it.
-    pub(crate) fn record(&self, root: RootRef) -> SnapshotRecord {
+    /// As it is stored, with the tree or the history that a checkpoint made of it.
+    pub(crate) fn record(&self, root: RootRef, history: Option<History>) -> SnapshotRecord {
         SnapshotRecord {
             number: self.number,
             position: self.position,
             claim: self.claim,
             root,
+            history,
             block_count: self.block_count,
             wall_ns: self.wall_ns,
             store_ns: self.store_ns,

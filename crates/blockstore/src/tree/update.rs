@@ -38,6 +38,8 @@ pub struct Births {
     pub label: BirthLabel,
     /// What was born up to here may be shared, and is not reported as replaced.
     pub shared_up_to: BirthLabel,
+    /// Changes with lower LSNs are shared already: others name their blocks as well.
+    pub shared_before: Lsn,
 }
 
 /// What an update did.
@@ -212,7 +214,7 @@ impl Updater<'_, '_> {
                 continue;
             }
             let Some(entry) = entries.get_mut(slot(change.start, 0)) else { continue };
-            let new = self.births.stamp(change.entry);
+            let new = self.births.stamp(change);
             let old = std::mem::replace(entry, new);
             if old != new {
                 self.replace(old);
@@ -339,10 +341,13 @@ impl Births {
         entry.birth() > self.shared_up_to && !entry.is_shared()
     }
 
-    fn stamp(&self, entry: Entry) -> Entry {
-        match entry.state() {
-            EntryState::Mapped => entry.with_birth(self.label),
-            _ => entry,
+    fn stamp(&self, change: &Change) -> Entry {
+        let is_shared = change.lsn < self.shared_before
+            && !base::mutant::active("history_is_taken_for_private");
+        let label = if is_shared { self.shared_up_to } else { self.label };
+        match change.entry.state() {
+            EntryState::Mapped => change.entry.with_birth(label),
+            _ => change.entry,
         }
     }
 }

@@ -103,6 +103,8 @@ fn table(now: &Stats, rates: Option<&Rates<'_>>) -> String {
         ("device flushes", plain(|s| s.device_flushes)),
         ("checkpoints", plain(|s| s.checkpoints)),
         ("nodes written", plain(|s| s.nodes_written)),
+        ("histories", plain(|s| s.histories)),
+        ("versions", plain(|s| s.versions_written)),
         ("collections", plain(|s| s.collections)),
         ("collected", volume(|s| s.collected_blocks.saturating_mul(BLOCK_SIZE_U64))),
         ("trimmed", volume(|s| s.trimmed_blocks.saturating_mul(BLOCK_SIZE_U64))),

@@ -3,15 +3,15 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use base::{BirthLabel, Block, ErrorKind, HostId, Lsn, Pba, VdiId};
+use base::{BirthLabel, Block, ErrorKind, HostId, Lsn, Pba, SnapshotNumber, VdiId};
 use blockstore::allocator::BITMAP_PAGE_BLOCKS;
 use blockstore::log::{Break, Replayed, survey};
 use blockstore::slots::{SlotPair, check_vouched, read_slots};
 use blockstore::{Geometry, NodeStore, WriteScheduler, superblock};
 use device::Device;
 use ondisk::{
-    Checksums, DirectoryRecord, Entry, ExtentKind, ExtentRecord, HostSlot, Record, RecordBody,
-    RootRef, SlotState, SnapshotRecord, TableRecord, VdiRecord,
+    Checksums, DirectoryRecord, Entry, EntryState, ExtentKind, ExtentRecord, History, HostSlot,
+    Record, RecordBody, RootRef, SlotState, SnapshotRecord, TableRecord, VdiRecord, VersionRecord,
 };
 use runtime::Runtime;
 
@@ -21,7 +21,8 @@ use super::{CheckOptions, CheckProgress, CheckReport, CheckStage, FindingKind};
 use crate::Error;
 use crate::claim::{self, Place};
 use crate::engine::as_u64;
-use crate::mark::{BlockSet, Named, Walk, words_of};
+use crate::history::seen_by;
+use crate::mark::{BlockSet, Marker, Named, Walk, words_of};
 
 /// The one host that there is today.
 pub(super) const HOST: HostId = HostId::new(0);
@@ -517,13 +518,54 @@ impl Examiner<'_> {
         }
         self.audit.counts().snapshots += as_u64(snapshots.len());
         let mut trees = vec![(head_tree(&name, record), record.root)];
+        let mut histories = Histories::default();
         for (index, snapshot) in snapshots {
             if snapshot.number >= record.snapshot_next || snapshot.position > record.lsn {
                 self.wrong(format!("{name}@{index}: the record makes no sense"));
             }
             trees.push((snapshot_tree(&name, record, &snapshot), snapshot.root));
+            histories.add(&snapshot);
         }
         self.walk(trees).await;
+        self.histories(&name, record, histories).await;
+    }
+
+    /// Reads histories, and what snapshots see of them.
+    async fn histories(&mut self, name: &str, record: &VdiRecord, histories: Histories) {
+        for (history, numbers, positions) in histories.0.into_values() {
+            let title = match (numbers.first(), numbers.last()) {
+                (Some(first), Some(last)) => format!("{name}@{first} to {name}@{last}"),
+                _ => name.to_owned(),
+            };
+            let table = format!("the history of {title}");
+            let (versions, state) = self.table::<VersionRecord>(&table, history.versions).await;
+            let is_whole = versions.keys().copied().eq(0..u64::from(history.count));
+            let versions: Vec<VersionRecord> = versions.into_values().collect();
+            let is_sorted = versions.is_sorted_by_key(|version| (version.block, version.lsn));
+            if state.is_complete && !(is_whole && is_sorted) {
+                self.wrong(format!("{table}: versions are missing, or out of order"));
+            }
+            let tree = Tree {
+                title,
+                kind: TreeKind::Vdi,
+                exclusive_above: BirthLabel::new(u32::MAX),
+                label_max: record.label,
+                block_count: u64::MAX,
+            };
+            self.audit.trees = vec![tree];
+            for version in seen_by(&versions, &positions) {
+                let VersionRecord { block: start, entry, .. } = *version;
+                if entry.state() != EntryState::Mapped {
+                    continue;
+                }
+                let parent_birth = entry.birth();
+                self.audit.block(&Named { tree: 0, entry, level: 0, start, parent_birth });
+                if self.audit.unverified.len() >= GATHER_BLOCKS {
+                    self.verify().await;
+                }
+            }
+            self.verify().await;
+        }
     }
 
     /// Holds what is reached against the bitmaps.
@@ -593,10 +635,13 @@ impl Examiner<'_> {
             let title = format!("the older snapshots of {name}");
             let (snapshots, _) = self.table::<SnapshotRecord>(&title, record.snapshots).await;
             let mut trees = vec![(head_tree(&name, &record), record.root)];
+            let mut histories = Histories::default();
             for snapshot in snapshots.into_values() {
                 trees.push((snapshot_tree(&name, &record, &snapshot), snapshot.root));
+                histories.add(&snapshot);
             }
             self.walk(trees).await;
+            self.histories(&name, &record, histories).await;
         }
         Ok(())
     }
@@ -669,6 +714,21 @@ impl Examiner<'_> {
             let message = format!("log record {lsn} names block {pba} of the system or the log");
             self.audit.error(FindingKind::WrongExtent, Some(pba), message);
         }
+    }
+}
+
+/// Histories by where they stand, with the numbers and positions of their snapshots.
+#[derive(Default)]
+struct Histories(BTreeMap<Pba, (History, Vec<SnapshotNumber>, Vec<Lsn>)>);
+
+impl Histories {
+    fn add(&mut self, snapshot: &SnapshotRecord) {
+        let Some(history) = snapshot.history else { return };
+        let at = history.versions.entry.pba();
+        let (_, numbers, positions) =
+            self.0.entry(at).or_insert_with(|| (history, Vec::new(), Vec::new()));
+        numbers.push(snapshot.number);
+        positions.push(snapshot.position);
     }
 }
 

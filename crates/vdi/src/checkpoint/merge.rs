@@ -2,23 +2,27 @@
 //! one that fails is given back as a whole.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::rc::Rc;
 
 use base::{BLOCK_SIZE, BirthLabel, ErrorKind, ExtentIndex, Lsn, Pba};
 use blockstore::scheduler::Batch;
 use blockstore::table;
 use blockstore::tree::{self, Births, Change, OnDamage, Outcome, TreeWriter, span};
-use ondisk::{ExtentRecord, RootRef, Roots, SnapshotRecord, VdiRecord};
+use ondisk::{
+    EntryState, ExtentRecord, HISTORY_VERSIONS_MAX, History, RootRef, Roots, SnapshotRecord,
+    VdiRecord,
+};
 
 use super::{Frozen, NODES_PER_TURN};
 use crate::Error;
-use crate::branch::{Base, Branch, Point};
+use crate::branch::{Base, Branch, Contents, Point};
 use crate::damage::{Table, is_damage};
 use crate::engine::{Engine, as_u64};
+use crate::history::{self, Past};
 use crate::manage::labels_used_up;
 use crate::overlay::newest_only;
-use crate::vdi::Vdi;
+use crate::vdi::{Snapshot, Vdi};
 
 /// A checkpoint being merged.
 pub(super) struct Merge {
@@ -33,8 +37,11 @@ pub(super) struct Merge {
     cleared: usize,
     /// Never in any tree: they only stop being busy.
     pub(super) dead: Vec<Pba>,
-    pub(super) points: HashMap<*const Point, (RootRef, BirthLabel)>,
+    /// What points became. Each is held, so that no other takes its address.
+    pub(super) points: HashMap<*const Point, Met>,
     pub(super) nodes_written: u64,
+    /// Versions that histories took.
+    pub(super) versions_written: u64,
     /// What garbage collection found; among `replaced` too.
     garbage: Vec<Pba>,
     /// See [`Outcome::left`].
@@ -45,14 +52,26 @@ pub(super) struct Merge {
     pub(super) bad_known: Option<usize>,
 }
 
+/// What a point became.
+pub(super) struct Met {
+    pub(super) point: Rc<Point>,
+    pub(super) contents: Contents,
+    pub(super) label: BirthLabel,
+}
+
+/// Points behind a keyframe that get a history, and what changed from there to the last one.
+#[derive(Default)]
+struct Span {
+    points: Vec<Rc<Point>>,
+    versions: Vec<Change>,
+}
+
 /// What a branch became.
 pub(super) struct MergedBranch {
     pub(super) branch: Rc<Branch>,
     pub(super) root: RootRef,
     pub(super) label: BirthLabel,
     pub(super) shared_up_to: BirthLabel,
-    /// Points that were passed, with their trees if somebody wants them.
-    pub(super) points: Vec<Rc<Point>>,
     pub(super) generation_count: usize,
 }
 
@@ -76,6 +95,7 @@ impl Merge {
             dead: Vec::new(),
             points: HashMap::new(),
             nodes_written: 0,
+            versions_written: 0,
             garbage: Vec::new(),
             left: 0,
             extents: Vec::new(),
@@ -118,14 +138,15 @@ impl Merge {
         Ok(Done { branches, snapshot_tables, roots })
     }
 
-    /// Merges one branch: a tree for each point that somebody wants, and one for the head.
+    /// Merges one branch: a tree or a history for each point that somebody wants, and a tree for the
+    /// head.
     async fn merge_branch(
         &mut self,
         branch: &Rc<Branch>,
         is_head: bool,
         cut: Lsn,
     ) -> Result<MergedBranch, Error> {
-        let (mut root, label, shared_up_to) = self.start_of(branch)?;
+        let (mut root, label, shared_up_to) = self.start_of(branch).await?;
         let passed: Vec<Rc<Point>> = {
             let points = branch.points.borrow();
             points.iter().filter(|point| point.position <= cut).map(Rc::clone).collect()
@@ -136,8 +157,23 @@ impl Merge {
         let generation_count = branch.generations.borrow().len() - 1;
         let intervals = self.gather(branch, generation_count, &wanted).await;
         let last = intervals.len() - 1;
-        let mut births = Births { label, shared_up_to };
+        let shared_before = Lsn::default();
+        let mut births = Births { label, shared_up_to, shared_before };
+        let mut span = Span::default();
         for (index, changes) in intervals.into_iter().enumerate() {
+            let changes = newest_only(changes, &mut self.dead);
+            if let Some(point) = wanted.get(index)
+                && index > 0
+                && self.engine.keeps_history.get()
+                && span.takes(point, &changes)
+            {
+                span.versions.extend(changes);
+                span.points.push(Rc::clone(point));
+                continue;
+            }
+            births.shared_before = span.end();
+            let span = std::mem::take(&mut span);
+            let named = self.store_history(root, label, &span).await?;
             if index == last && !is_head {
                 // Nothing reads the head of a branch that a rollback or deletion has left.
                 self.dead.extend(changes.iter().filter_map(mapped));
@@ -150,10 +186,10 @@ impl Merge {
             if index == last && index > 0 {
                 births.label = next_label(label)?;
             }
-            let changes = newest_only(changes, &mut self.dead);
-            root = self.update(root, births, &changes).await?;
+            let changes = self.behind(span.versions, changes);
+            root = self.update(root, births, &changes, &named).await?;
             if let Some(point) = wanted.get(index) {
-                self.points.insert(Rc::as_ptr(point), (root, label));
+                self.meet(point, Contents::Tree(root), label);
             }
         }
         Ok(MergedBranch {
@@ -161,26 +197,112 @@ impl Merge {
             root,
             label: births.label,
             shared_up_to: births.shared_up_to,
-            points: passed,
             generation_count,
         })
     }
 
+    fn meet(&mut self, point: &Rc<Point>, contents: Contents, label: BirthLabel) {
+        let met = Met { point: Rc::clone(point), contents, label };
+        self.points.insert(Rc::as_ptr(point), met);
+    }
+
+    /// Stores the history of some points over the tree of `root`; returns the blocks that it names.
+    async fn store_history(
+        &mut self,
+        root: RootRef,
+        label: BirthLabel,
+        span: &Span,
+    ) -> Result<HashSet<Pba>, Error> {
+        if span.versions.is_empty() {
+            for point in &span.points {
+                self.meet(point, Contents::Tree(root), label);
+            }
+            return Ok(HashSet::new());
+        }
+        let mut versions = span.versions.clone();
+        for change in &mut versions {
+            if change.entry.state() == EntryState::Mapped {
+                change.entry = change.entry.with_birth(label);
+            }
+        }
+        versions.sort_unstable_by_key(|change| (change.start, change.lsn));
+        let named: HashSet<Pba> = versions.iter().filter_map(mapped).collect();
+        let count = u32::try_from(versions.len()).unwrap_or(u32::MAX);
+        let pages = history::pages(&self.engine.runtime, &versions);
+        let empty = RootRef::empty(1);
+        let store =
+            async |writer: &mut TreeWriter<'_>| table::store_pages(writer, empty, pages).await;
+        let (stored, outcome) = self.write(OnDamage::Fail, store).await;
+        self.account(outcome);
+        let past = Past { root, history: History { versions: stored?, count } };
+        for point in &span.points {
+            self.meet(point, Contents::Past(past), label);
+        }
+        self.added.extend(&named);
+        self.versions_written += u64::from(count);
+        Ok(named)
+    }
+
+    /// The changes of a history and those behind it, as one for the next tree. What the history names
+    /// does not die with what replaces it.
+    fn behind(&mut self, mut versions: Vec<Change>, changes: Vec<Change>) -> Vec<Change> {
+        if versions.is_empty() {
+            return changes;
+        }
+        versions.extend(changes);
+        let mut replaced = Vec::new();
+        let changes = newest_only(versions, &mut replaced);
+        if base::mutant::active("history_dies_with_what_replaces_it") {
+            self.dead.extend(replaced);
+        }
+        changes
+    }
+
     /// The tree that a branch continues, the label of its new entries, and what it shares.
-    fn start_of(&self, branch: &Branch) -> Result<(RootRef, BirthLabel, BirthLabel), Error> {
-        match &*branch.base.borrow() {
-            Base::Root(root) => Ok((*root, branch.label.get(), branch.shared_up_to.get())),
+    async fn start_of(
+        &mut self,
+        branch: &Branch,
+    ) -> Result<(RootRef, BirthLabel, BirthLabel), Error> {
+        let base = branch.base.borrow().clone();
+        match base {
+            Base::Root(root) => Ok((root, branch.label.get(), branch.shared_up_to.get())),
             Base::Point(_, point) => {
-                let merged = self.points.get(&Rc::as_ptr(point)).copied();
-                let resolved = point.root.get().map(|root| (root, point.label.get()));
-                let (root, label) = merged.or(resolved).ok_or_else(|| {
-                    Error::refused(ErrorKind::Corrupt, "a branch was merged before its base")
-                })?;
+                let (root, label) = self.tree_of(&point).await?;
                 // Everything that it starts with is shared; labels never go back (rule 33).
                 let shared_up_to = label.max(branch.label.get());
                 Ok((root, next_label(shared_up_to)?, shared_up_to))
             }
         }
+    }
+
+    fn contents_of(&self, point: &Rc<Point>) -> (Contents, BirthLabel) {
+        match self.points.get(&Rc::as_ptr(point)) {
+            Some(met) => (met.contents, met.label),
+            None => (point.contents.get(), point.label.get()),
+        }
+    }
+
+    /// The tree of a point, which is made if it has a history only.
+    async fn tree_of(&mut self, point: &Rc<Point>) -> Result<(RootRef, BirthLabel), Error> {
+        let (contents, label) = self.contents_of(point);
+        let past = match contents {
+            Contents::Tree(root) => return Ok((root, label)),
+            Contents::Past(past) => past,
+            Contents::Pending => {
+                let message = "a branch was merged before its base";
+                return Err(Error::refused(ErrorKind::Corrupt, message));
+            }
+        };
+        let engine = Rc::clone(&self.engine);
+        let mut changes = history::changes(&engine.nodes, past.history, point.position).await?;
+        if base::mutant::active("clone_forgets_history") {
+            changes.clear();
+        }
+        let named: HashSet<Pba> = changes.iter().filter_map(mapped).collect();
+        let births = Births { label, shared_up_to: label, shared_before: Lsn::default() };
+        let root = self.update(past.root, births, &changes, &named).await?;
+        self.meet(point, Contents::Tree(root), label);
+        Ok((root, label))
     }
 
     /// All changes of the frozen generations, by the interval between points that they lie in.
@@ -214,11 +336,13 @@ impl Merge {
         intervals
     }
 
+    /// Merges changes into a tree. Some of them may be of a history, which names their blocks.
     async fn update(
         &mut self,
         root: RootRef,
         births: Births,
         changes: &[Change],
+        named: &HashSet<Pba>,
     ) -> Result<RootRef, Error> {
         let height = changes.iter().fold(root.height, |height, change| {
             let end = change.start + span(change.level);
@@ -227,7 +351,10 @@ impl Merge {
         let update = async |writer: &mut TreeWriter<'_>| {
             tree::update(writer, births, root, height, changes).await
         };
-        let (updated, outcome) = self.write(OnDamage::Mark, update).await;
+        let (updated, mut outcome) = self.write(OnDamage::Mark, update).await;
+        // These are the history's, whether the tree names them too or not.
+        outcome.added.retain(|pba| !named.contains(pba));
+        outcome.overruled.retain(|pba| !named.contains(pba));
         self.account(outcome);
         Ok(updated?)
     }
@@ -291,12 +418,12 @@ impl Merge {
             let merged = branches.iter().find(|merged| Rc::ptr_eq(&merged.branch, &vdi.branch));
             let (root, label, shared_up_to) = match merged {
                 Some(merged) => (merged.root, merged.label, merged.shared_up_to),
-                None => self.start_of(&vdi.branch)?,
+                None => self.start_of(&vdi.branch).await?,
             };
             let mut snapshots: BTreeMap<u64, Option<SnapshotRecord>> = BTreeMap::new();
             for (&number, snapshot) in &vdi.snapshots {
                 let record = match snapshot {
-                    Some(snapshot) => Some(snapshot.record(self.root_of(&snapshot.point)?)),
+                    Some(snapshot) => Some(self.snapshot_record(snapshot).await?),
                     None => None,
                 };
                 snapshots.insert(number, record);
@@ -324,11 +451,20 @@ impl Merge {
         Ok((records, tables))
     }
 
-    fn root_of(&self, point: &Rc<Point>) -> Result<RootRef, Error> {
-        let merged = self.points.get(&Rc::as_ptr(point)).map(|&(root, _)| root);
-        merged.or(point.root.get()).ok_or_else(|| {
-            Error::refused(ErrorKind::Corrupt, "a snapshot was stored before its tree")
-        })
+    async fn snapshot_record(&mut self, snapshot: &Snapshot) -> Result<SnapshotRecord, Error> {
+        let point = &snapshot.point;
+        if point.needs_tree.get() {
+            self.tree_of(point).await?;
+        }
+        let (root, history) = match self.contents_of(point).0 {
+            Contents::Tree(root) => (root, None),
+            Contents::Past(Past { root, history }) => (root, Some(history)),
+            Contents::Pending => {
+                let message = "a snapshot was stored before a checkpoint had met it";
+                return Err(Error::refused(ErrorKind::Corrupt, message));
+            }
+        };
+        Ok(snapshot.record(root, history))
     }
 
     fn extent_records(&mut self) -> BTreeMap<u64, Option<ExtentRecord>> {
@@ -448,8 +584,23 @@ impl Merge {
     }
 }
 
+impl Span {
+    /// Whether a point, and what changed before it, may follow.
+    fn takes(&self, point: &Point, changes: &[Change]) -> bool {
+        let count = self.versions.len() + changes.len();
+        let fits = u32::try_from(count).is_ok_and(|count| count <= HISTORY_VERSIONS_MAX);
+        // A discard of a large range would have its history keep all that it dropped.
+        fits && !point.needs_tree.get() && changes.iter().all(|change| change.level == 0)
+    }
+
+    /// Position of the last point.
+    fn end(&self) -> Lsn {
+        self.points.last().map_or(Lsn::default(), |point| point.position)
+    }
+}
+
 fn mapped(change: &Change) -> Option<Pba> {
-    (change.entry.state() == ondisk::EntryState::Mapped).then(|| change.entry.pba())
+    (change.entry.state() == EntryState::Mapped).then(|| change.entry.pba())
 }
 
 fn next_label(label: BirthLabel) -> Result<BirthLabel, Error> {

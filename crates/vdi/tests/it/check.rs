@@ -88,7 +88,7 @@ impl Anatomy {
         &self.pair.newest
     }
 
-    fn node(&self, entry: Entry) -> Node {
+    pub(crate) fn node(&self, entry: Entry) -> Node {
         Node::from_verified(std::rc::Rc::new(Buffer::from_bytes(&self.ram.block(entry.pba()).0)))
     }
 

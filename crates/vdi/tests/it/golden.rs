@@ -14,7 +14,10 @@ use crate::check::{assert_sound, checked};
 use crate::ram::{Ram, run};
 use crate::{STORE_BLOCKS, disk, open, read, with_store, write};
 
-const VERSIONS: [&str; 1] = ["v1"];
+const VERSIONS: [&str; 2] = ["v1", HISTORY];
+
+/// Snapshots may have a history.
+const HISTORY: &str = "v1-history";
 
 fn path(version: &str, name: &str) -> PathBuf {
     let tests = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
@@ -98,6 +101,13 @@ async fn fill(store: &Store) {
     write(&disk(store, "rolled").await, 0, &[10; 4096]).await;
     store.snapshot("rolled", Some("good")).await.unwrap();
     write(&disk(store, "rolled").await, 0, &[11; 4096]).await;
+    store.create("past", 1 << 30).await.unwrap();
+    let past = disk(store, "past").await;
+    for number in 1..=4 {
+        write(&past, 1 << 20, &[20 + number; 4096]).await;
+        write(&past, (2 << 20) + (u64::from(number) << 12), &[30 + number; 4096]).await;
+        store.snapshot("past", None).await.unwrap();
+    }
     store.checkpoint().await.unwrap();
     // From here on it stands in the log, until the store is closed.
     store.snapshot("web01", None).await.unwrap();
@@ -119,14 +129,27 @@ async fn fill(store: &Store) {
     store.rollback("rolled", "good").await.unwrap();
 }
 
-async fn look(store: &Store) {
+async fn look(store: &Store, version: &str) {
     for (target, offset, length, byte) in CONTENTS {
         let bytes = read(&disk(store, target).await, offset, length).await;
         assert!(bytes.iter().all(|&found| found == byte), "{target} at {offset}");
     }
     let names: Vec<_> =
         store.list(None, 10).await.unwrap().into_iter().map(|entry| entry.name).collect();
-    assert_eq!(names, ["clone", "renamed", "rolled", "web01"]);
+    if version == HISTORY {
+        assert_eq!(names, ["clone", "past", "renamed", "rolled", "web01"]);
+        for number in 1..=4 {
+            let past = disk(store, &format!("past@{number}")).await;
+            assert_eq!(read(&past, 1 << 20, 4096).await, [20 + number; 4096]);
+            for other in 1..=4 {
+                let offset = (2 << 20) + (u64::from(other) << 12);
+                let byte = if other <= number { 30 + other } else { 0 };
+                assert_eq!(read(&past, offset, 4096).await, [byte; 4096], "{other} at {number}");
+            }
+        }
+    } else {
+        assert_eq!(names, ["clone", "renamed", "rolled", "web01"]);
+    }
     assert_eq!(store.info("web01").await.unwrap().snapshot_count, 2);
     assert_eq!(store.info("clone").await.unwrap().parent_name.as_deref(), Some("web01"));
 }
@@ -159,10 +182,10 @@ fn golden_images_open_and_hold_what_was_written() {
             run(8, |runtime| async move {
                 let (store, report) = open(&device, &runtime).await;
                 assert!(report.alarms.is_empty(), "{report:?}");
-                look(&store).await;
+                look(&store, version).await;
                 write(&disk(&store, "clone").await, 1 << 20, &[12; 4096]).await;
                 store.checkpoint().await.unwrap();
-                look(&store).await;
+                look(&store, version).await;
                 store.close().await.unwrap();
             });
             assert_sound(&ram, 0);
@@ -178,7 +201,7 @@ fn new_stores_hold_what_the_golden_images_hold() {
         assert_sound(&ram, 0);
         run(8, |runtime| async move {
             let (store, _) = open(&ram, &runtime).await;
-            look(&store).await;
+            look(&store, VERSIONS[VERSIONS.len() - 1]).await;
         });
     }
 }

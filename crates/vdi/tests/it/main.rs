@@ -14,6 +14,7 @@ mod gate;
 mod gc;
 mod golden;
 mod guarantees;
+mod history;
 mod hostile;
 mod machines;
 mod model;

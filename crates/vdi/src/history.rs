@@ -1,0 +1,284 @@
+//! Snapshots without a tree of their own.
+//!
+//! A tree for each of a thousand snapshots that were taken between two checkpoints would cost each of
+//! them a path of nodes for every leaf that changed. So the checkpoint makes a tree of the first one, a
+//! *keyframe*, and of what changed from there to the last one a *history*: 32 bytes for each version of
+//! a block that one of them sees, by block and then by LSN. All that makes a snapshot one of them is its
+//! position:
+//!
+//! ```text
+//!            keyframe     17       18        19          head
+//!   tree ───── tree ───────┼────────┼─────────┼────────── tree
+//!                └ history: 5@101   5@107    9@110
+//!
+//!   block 5 at snapshot 18: the newest of its versions below position 18, 5@101;
+//!   block 7 at snapshot 18: none, so what the keyframe's tree says.
+//! ```
+//!
+//! - A read finds a version by halving: as many pages as a tree is high, twice, whatever the number of
+//!   snapshots.
+//! - They may be deleted in any order, and the keyframe too: each record names the tree and the history,
+//!   which stay as long as one of them does. Garbage collection keeps a version only as long as a
+//!   snapshot sees it (design rule 37). Blocks of the tree are not judged one by one: what a deleted
+//!   keyframe alone sees, [`ondisk::HISTORY_VERSIONS_MAX`] blocks at most, stays until the last of them goes.
+//! - What is continued (a clone, a rollback) or compared gets a tree by the next checkpoint.
+//! - The blocks of versions are in no tree, or in the head's too: they carry labels that count as
+//!   shared, so that none but garbage collection frees them (design rules 21, 34).
+
+use std::ops::Range;
+
+use base::{Buffer, Lsn};
+use blockstore::tree::Change;
+use blockstore::{NodeStore, table};
+use ondisk::{BLOCKS_MAX, Entry, HEIGHT_MAX, History, Node, RootRef, TableRecord, VersionRecord};
+use runtime::Runtime;
+
+use crate::Error;
+use crate::overlay::subtrees;
+
+/// Versions on a page.
+const PER_PAGE: u64 = VersionRecord::PER_PAGE;
+
+/// What a snapshot without a tree of its own is made of.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Past {
+    /// The tree of the keyframe.
+    pub(crate) root: RootRef,
+    pub(crate) history: History,
+}
+
+/// Looks into a history.
+pub(crate) struct Versions<'a> {
+    nodes: &'a NodeStore,
+    history: History,
+    count: u64,
+    /// The page that was looked at last, and its number.
+    page: Option<(u64, Node)>,
+}
+
+impl<'a> Versions<'a> {
+    pub(crate) fn new(nodes: &'a NodeStore, history: History) -> Self {
+        Self { nodes, history, count: history.count.into(), page: None }
+    }
+
+    /// The blocks of a range that have versions with LSNs below `before`, in order, each with the newest
+    /// of these.
+    ///
+    /// # Errors
+    /// If a page is damaged or cannot be read.
+    pub(crate) async fn seen(
+        &mut self,
+        blocks: Range<u64>,
+        before: Lsn,
+    ) -> Result<Vec<(u64, Entry)>, Error> {
+        let mut seen = Vec::new();
+        let mut index = self.search((blocks.start, Lsn::default())).await?;
+        while index < self.count {
+            let first = self.at(index).await?;
+            if first.block >= blocks.end {
+                break;
+            }
+            // One too many is the first that the snapshot does not see.
+            let before = match base::mutant::active("history_replays_one_too_many") {
+                true => before.plus(2),
+                false => before,
+            };
+            let end = self.search((first.block, before)).await?;
+            if end > index {
+                let newest = self.at(end - 1).await?;
+                seen.push((newest.block, newest.entry));
+            }
+            index = self.search((first.block + 1, Lsn::default())).await?;
+        }
+        Ok(seen)
+    }
+
+    /// The first block at or behind `block` that has a version; `u64::MAX` if none has.
+    ///
+    /// # Errors
+    /// As [`Self::seen`].
+    pub(crate) async fn next_block(&mut self, block: u64) -> Result<u64, Error> {
+        let index = self.search((block, Lsn::default())).await?;
+        match index < self.count {
+            true => Ok(self.at(index).await?.block),
+            false => Ok(u64::MAX),
+        }
+    }
+
+    /// How many versions come before `key`, a block and an LSN.
+    async fn search(&mut self, key: (u64, Lsn)) -> Result<u64, Error> {
+        let (mut low, mut high) = (0, self.count);
+        // Most searches end where the one before did.
+        if let Some((number, _)) = self.page {
+            let first = number * PER_PAGE;
+            let last = (first + PER_PAGE).min(high) - 1;
+            if key_of(&self.at(first).await?) < key && key <= key_of(&self.at(last).await?) {
+                (low, high) = (first + 1, last);
+            }
+        }
+        while low < high {
+            let middle = low + (high - low) / 2;
+            match key_of(&self.at(middle).await?) < key {
+                true => low = middle + 1,
+                false => high = middle,
+            }
+        }
+        Ok(low)
+    }
+
+    async fn at(&mut self, index: u64) -> Result<VersionRecord, Error> {
+        let number = index / PER_PAGE;
+        let page = match &self.page {
+            Some((held, page)) if *held == number => page,
+            _ => {
+                let page = table::page(self.nodes, &self.history.versions, number).await?;
+                let page = page.ok_or_else(|| damaged(&self.history))?;
+                &self.page.insert((number, page)).1
+            }
+        };
+        match VersionRecord::get(page.block(), index) {
+            Ok(Some(version)) => Ok(version),
+            Ok(None) | Err(_) => Err(damaged(&self.history)),
+        }
+    }
+}
+
+fn key_of(version: &VersionRecord) -> (u64, Lsn) {
+    (version.block, version.lsn)
+}
+
+fn damaged(history: &History) -> Error {
+    let at = history.versions.entry.pba();
+    blockstore::Error::Damaged { what: "history of snapshots", at }.into()
+}
+
+/// What has to be changed in the tree of the keyframe to have that of position `before`, in order. Where a page is damaged, all that it may tell of is lost.
+///
+/// # Errors
+/// If a page cannot be read for another reason.
+pub(crate) async fn changes(
+    nodes: &NodeStore,
+    history: History,
+    before: Lsn,
+) -> Result<Vec<Change>, Error> {
+    let mut changes: Vec<Change> = Vec::new();
+    let mut lost: Vec<Range<u64>> = Vec::new();
+    let (mut last_block, mut is_damaged) = (0, false);
+    for number in 0..u64::from(history.count).div_ceil(PER_PAGE) {
+        let versions = match page_of(nodes, &history, number).await {
+            Err(error) if crate::damage::is_damage(&error) => {
+                is_damaged = true;
+                continue;
+            }
+            versions => versions?,
+        };
+        for version in versions {
+            if std::mem::take(&mut is_damaged) {
+                lost.push(last_block..version.block + 1);
+            }
+            last_block = version.block;
+            if version.lsn >= before {
+                continue;
+            }
+            let VersionRecord { block: start, lsn, entry } = version;
+            let change = Change { level: 0, start, lsn, entry };
+            match changes.last_mut() {
+                Some(last) if last.start == start => *last = change,
+                _ => changes.push(change),
+            }
+        }
+    }
+    if is_damaged {
+        lost.push(last_block..BLOCKS_MAX);
+    }
+    if lost.is_empty() {
+        return Ok(changes);
+    }
+    changes.retain(|change| !lost.iter().any(|range| range.contains(&change.start)));
+    let pieces = lost.iter().flat_map(|range| subtrees(range.start, range.end, HEIGHT_MAX - 1));
+    let damaged = |(level, start)| Change { level, start, lsn: before, entry: Entry::DAMAGED };
+    changes.extend(pieces.map(damaged));
+    changes.sort_unstable_by_key(Change::order);
+    changes.dedup_by_key(|change| change.order());
+    Ok(changes)
+}
+
+/// The versions of a page.
+async fn page_of(
+    nodes: &NodeStore,
+    history: &History,
+    number: u64,
+) -> Result<Vec<VersionRecord>, Error> {
+    let page = table::page(nodes, &history.versions, number).await?;
+    let page = page.ok_or_else(|| damaged(history))?;
+    let end = ((number + 1) * PER_PAGE).min(history.count.into());
+    let versions = (number * PER_PAGE..end).map(|index| {
+        let version = VersionRecord::get(page.block(), index);
+        version.ok().flatten().ok_or_else(|| damaged(history))
+    });
+    versions.collect()
+}
+
+/// Which of some versions, in order, the snapshots at `positions`, in order, see: those that are the
+/// newest of their block below one of them.
+pub(crate) fn seen_by<'a>(
+    versions: &'a [VersionRecord],
+    positions: &'a [Lsn],
+) -> impl Iterator<Item = &'a VersionRecord> {
+    let newer = versions.iter().skip(1).map(Some).chain([None]);
+    versions.iter().zip(newer).filter_map(|(version, newer)| {
+        let replaced = newer.filter(|newer| newer.block == version.block).map(|newer| newer.lsn);
+        let next = positions.partition_point(|&position| position <= version.lsn);
+        let next = next + usize::from(base::mutant::active("gc_thins_history_too_far"));
+        let is_seen = positions
+            .get(next)
+            .is_some_and(|&position| replaced.is_none_or(|replaced| position <= replaced));
+        is_seen.then_some(version)
+    })
+}
+
+/// The pages of a history of these versions, in order.
+pub(crate) fn pages(runtime: &Runtime, versions: &[Change]) -> Vec<(u64, Buffer)> {
+    let per_page = usize::try_from(PER_PAGE).unwrap_or(1);
+    let chunks = (0u64..).zip(versions.chunks(per_page));
+    let page = |(number, chunk): (u64, &[Change])| {
+        let mut buffer = runtime.buffers().take_to_keep(1);
+        buffer.bytes_mut().fill(0);
+        if let Some(block) = buffer.blocks_mut().first_mut() {
+            for (index, change) in (0u64..).zip(chunk) {
+                let Change { start: block_number, lsn, entry, .. } = *change;
+                let version = VersionRecord { block: block_number, lsn, entry };
+                VersionRecord::set(block, index, Some(&version));
+            }
+        }
+        (number, buffer)
+    };
+    chunks.map(page).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use base::{BirthLabel, Pba};
+
+    use super::*;
+
+    fn version(block: u64, lsn: u64) -> VersionRecord {
+        let entry = Entry::mapped(Pba::new(100 + lsn), 0, BirthLabel::new(1));
+        VersionRecord { block, lsn: Lsn::new(lsn), entry }
+    }
+
+    #[test]
+    fn a_version_is_seen_from_its_record_to_the_next() {
+        let versions = [version(5, 10), version(5, 20), version(7, 15)];
+        let seen = |positions: &[u64]| -> Vec<u64> {
+            let positions: Vec<Lsn> = positions.iter().copied().map(Lsn::new).collect();
+            seen_by(&versions, &positions).map(|version| version.lsn.get()).collect()
+        };
+        assert_eq!(seen(&[]), [0u64; 0]);
+        assert_eq!(seen(&[10]), [0u64; 0], "what has a lower LSN is in, and nothing else");
+        assert_eq!(seen(&[11]), [10]);
+        assert_eq!(seen(&[20]), [10, 15]);
+        assert_eq!(seen(&[21]), [20, 15]);
+        assert_eq!(seen(&[11, 30]), [10, 20, 15]);
+    }
+}
