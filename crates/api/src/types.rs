@@ -71,6 +71,8 @@ pub struct Vdi {
     pub snapshot_count: u64,
     /// Where it was cloned from.
     pub parent: Option<Parent>,
+    /// Which moments of it are kept by themselves, such as `every flush for 1d`; `off` for none.
+    pub history: String,
 }
 
 /// Where a VDI was cloned from. The VDI and the snapshot may be gone.
@@ -105,9 +107,12 @@ pub struct CreateVdi {
     /// `NAME` or `NAME@SNAPSHOT` to clone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,
+    /// Which moments of it are to be kept by themselves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub history: Option<String>,
 }
 
-/// Renames or resizes a VDI. Exactly one of `name` and `size_bytes` is given.
+/// Changes a VDI. Exactly one of `name`, `size_bytes` and `history` is given.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ChangeVdi {
@@ -120,6 +125,9 @@ pub struct ChangeVdi {
     /// Allows a smaller size: the contents beyond it are lost.
     #[serde(default)]
     pub shrink: bool,
+    /// Which moments of it are to be kept by themselves from now on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub history: Option<String>,
 }
 
 /// Space of a VDI or snapshot, counted by walking its tree.
@@ -157,6 +165,8 @@ pub struct Snapshot {
     pub created: Timestamp,
     /// What it is known by in every store that has it: it keeps it when it is sent.
     pub uuid: String,
+    /// Of a moment that was kept by itself: bytes changed since the one before.
+    pub changed_bytes: Option<u64>,
 }
 
 /// Snapshots of a VDI in order of number.
@@ -418,6 +428,8 @@ stats! {
     cache_bytes,
     /// Snapshots taken.
     snapshots,
+    /// Moments that histories kept by themselves.
+    moments,
     /// Clients that are connected over NBD.
     nbd_connections,
     /// Virtual machines that are connected over vhost-user.

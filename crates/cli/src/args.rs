@@ -114,11 +114,45 @@ pub(crate) enum Command {
         /// Logical size, such as 20G (units are powers of 1024); rounded up to whole 4 KiB blocks
         #[arg(long, value_name = "SIZE", value_parser = size(), allow_hyphen_values = true)]
         size: u64,
+        /// Keep its past: 24h, or rules as `set` takes them
+        #[arg(long, value_name = "HISTORY", value_parser = NonEmptyStringValueParser::new())]
+        history: Option<String>,
+    },
+
+    /// Change a setting of a disk: history=24h
+    ///
+    /// With a history, a disk can be opened, cloned and rolled back to as it was: NAME@TIME stands for
+    /// the newest moment at that time or before, such as web01@2026-11-22T10:15:30Z or
+    /// web01@'5 minutes ago'. `history=24h` keeps the moment after each flush for a day; rules keep
+    /// fewer of older ones: history='every flush for 1h, 1s for 1d, 1h for 30d'. `history=off` deletes
+    /// what was kept. Snapshots that were asked for stay.
+    Set {
+        #[command(flatten)]
+        name: Name,
+        /// What is to be set
+        #[arg(value_name = "history=HISTORY", value_parser = setting())]
+        setting: Setting,
+    },
+
+    /// Show what happened to a disk with a history, and when
+    ///
+    /// A row for each interval in which something was written: how much, what stands for the end of
+    /// it, and which snapshots were taken. To see more of an hour, give a shorter interval.
+    Log {
+        #[command(flatten)]
+        name: Name,
+        /// Length of an interval, such as 1s or 15m; without it, one that fits a screen
+        #[arg(long, value_name = "INTERVAL", value_parser = interval())]
+        every: Option<Duration>,
+        /// How many rows to show at most, the latest
+        #[arg(long, value_name = "COUNT", default_value_t = 40)]
+        rows: usize,
     },
 
     /// Make a new disk from a disk or snapshot, at once and without copying data
     Clone {
-        /// What to clone; without @SNAP the disk as it is now, even if it is in use
+        /// What to clone; without @SNAP the disk as it is now, even if it is in use; a time in place
+        /// of SNAP means the disk as it was then
         #[arg(value_name = "SRC[@SNAP]", value_parser = handle())]
         source: String,
         /// Name of the new disk
@@ -143,6 +177,9 @@ pub(crate) enum Command {
     Snapshots {
         #[command(flatten)]
         name: Name,
+        /// Also the moments that its history keeps, however many there are
+        #[arg(long)]
+        all: bool,
     },
 
     /// List disks
@@ -602,6 +639,28 @@ fn new_size() -> ValueParser {
     ValueParser::new(|text: &str| match text.strip_prefix('+') {
         Some(more) => parse_size(more).map(NewSize::More),
         None => parse_size(text).map(NewSize::Bytes),
+    })
+}
+
+/// What `set` sets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Setting {
+    /// Which moments are kept by themselves, as the daemon understands it.
+    History(String),
+}
+
+fn setting() -> ValueParser {
+    ValueParser::new(|text: &str| match text.split_once('=') {
+        Some(("history", history)) => Ok(Setting::History(history.to_owned())),
+        _ => Err("must be history=HISTORY, such as history=24h or history=off"),
+    })
+}
+
+fn interval() -> ValueParser {
+    ValueParser::new(|text: &str| {
+        let interval = text.parse::<jiff::SignedDuration>().ok().filter(|it| it.as_secs() > 0);
+        let interval = interval.map(jiff::SignedDuration::unsigned_abs);
+        interval.ok_or("must be an interval of 1s or more, such as 15m")
     })
 }
 

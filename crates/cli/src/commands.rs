@@ -8,6 +8,7 @@ mod docs;
 mod dump;
 mod format;
 mod gc;
+mod log;
 mod mount;
 mod progress;
 mod qemu_img;
@@ -24,7 +25,7 @@ mod vdis;
 
 use api::{Client, Error};
 
-use crate::args::{Cli, Command};
+use crate::args::{Cli, Command, Setting};
 use crate::{output, socket};
 
 /// What a command that talks to the daemon needs.
@@ -64,7 +65,13 @@ pub(crate) fn run(cli: Cli) -> Result<(), Error> {
 /// Carries out a command that talks to the daemon.
 async fn ask(context: Context, command: Command) -> Result<(), Error> {
     match command {
-        Command::Create { name, size } => vdis::create(&context, name.name, size).await,
+        Command::Create { name, size, history } => {
+            vdis::create(&context, name.name, size, history).await
+        }
+        Command::Set { name, setting: Setting::History(history) } => {
+            vdis::set(&context, &name.name, history).await
+        }
+        Command::Log { name, every, rows } => log::run(&context, &name.name, every, rows).await,
         Command::Clone { source, new } => vdis::clone(&context, source, new).await,
         Command::Ls { space } => vdis::ls(&context, space).await,
         Command::Info { target: t } => {
@@ -78,7 +85,7 @@ async fn ask(context: Context, command: Command) -> Result<(), Error> {
         Command::Snapshot { name, label } => {
             snapshots::take(&context, &name, label.as_deref()).await
         }
-        Command::Snapshots { name } => snapshots::list(&context, &name.name).await,
+        Command::Snapshots { name, all } => snapshots::list(&context, &name.name, all).await,
         Command::Rollback { target: (name, snapshot) } => {
             snapshots::rollback(&context, &name, &snapshot).await
         }

@@ -14,6 +14,7 @@ pub(crate) fn vdi(entry: vdi::VdiEntry) -> api::Vdi {
             name: entry.parent_name,
             snapshot: snapshot.get(),
         }),
+        history: entry.retention.to_string(),
     }
 }
 
@@ -29,6 +30,7 @@ pub(crate) fn snapshot(vdi_name: &str, entry: vdi::SnapshotEntry) -> api::Snapsh
         size_bytes: entry.size_bytes,
         created: time(entry.created_ns),
         uuid: entry.uuid.to_string(),
+        changed_bytes: entry.changed_bytes,
     }
 }
 
@@ -98,6 +100,7 @@ pub(crate) fn stats(
         cache_misses: stats.cache_misses,
         cache_bytes: stats.cache_bytes,
         snapshots: stats.snapshots,
+        moments: stats.moments,
         nbd_connections,
         vhost_connections,
     }
@@ -187,6 +190,7 @@ mod tests {
             size_bytes: 4096,
             created_ns: 1_500_000_000,
             uuid: base::SnapshotUuid([1; 16]),
+            changed_bytes: None,
         };
         assert_eq!(snapshot("web01", entry(None)).handle, "web01@17");
         let labelled = snapshot("web01", entry(Some("daily")));

@@ -34,8 +34,9 @@ pub use superblock::{
 };
 pub use table::{
     DIRECTORY_LAYOUT, DirectoryRecord, EXTENT_LAYOUT, ExtentKind, ExtentRecord,
-    HISTORY_VERSIONS_MAX, History, LABEL_BYTES_MAX, NAME_BYTES_MAX, SNAPSHOT_LAYOUT,
-    SnapshotRecord, TableRecord, VDI_LAYOUT, VERSION_LAYOUT, VdiRecord, VersionRecord,
+    HISTORY_VERSIONS_MAX, History, KEEP_RULE_LAYOUT, KEEP_RULES_MAX, KeepRule, LABEL_BYTES_MAX,
+    NAME_BYTES_MAX, Origin, SNAPSHOT_LAYOUT, SnapshotRecord, TableRecord, VDI_LAYOUT,
+    VERSION_LAYOUT, VdiRecord, VersionRecord,
 };
 
 /// Why bytes are not the structure that they should be.
@@ -62,6 +63,7 @@ pub const LAYOUTS: &[Layout] = &[
     RECORD_HEADER_LAYOUT,
     DIRECTORY_LAYOUT,
     VDI_LAYOUT,
+    KEEP_RULE_LAYOUT,
     SNAPSHOT_LAYOUT,
     VERSION_LAYOUT,
     EXTENT_LAYOUT,

@@ -3,14 +3,12 @@
 //! A record is a header and a body, padded to 8 bytes. The header names the VDI, the generation of
 //! its claim, the kind and the total length, so that a reader can tell what it does not know.
 
-use base::{
-    ClaimGeneration, Lba, Lsn, Pba, REQUEST_BLOCKS_MAX, SnapshotNumber, SnapshotUuid, VdiId,
-};
+use base::{ClaimGeneration, Lba, Lsn, Pba, REQUEST_BLOCKS_MAX, SnapshotNumber, VdiId};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::layout::layout;
-use crate::table::{LABEL_BYTES_MAX, NAME_BYTES_MAX};
+use crate::table::{KeepRule, LABEL_BYTES_MAX, NAME_BYTES_MAX, Origin};
 use crate::{DecodeError, bounds};
 
 layout! {
@@ -83,8 +81,8 @@ pub enum RecordBody {
         store_ns: u64,
         /// Its label; empty for none.
         label: String,
-        /// What it was known by where it was received from; zeroes if it was taken here.
-        origin: SnapshotUuid,
+        /// How it came to be.
+        origin: Origin,
     },
     /// A snapshot was deleted.
     DeleteSnapshot {
@@ -135,6 +133,11 @@ pub enum RecordBody {
         /// Which snapshot of it.
         number: SnapshotNumber,
     },
+    /// Other moments of the VDI are kept by themselves.
+    Retain {
+        /// Which; at most 6 rules, none for none.
+        rules: Vec<KeepRule>,
+    },
     /// A time mark.
     Time {
         /// Wall time.
@@ -159,9 +162,7 @@ const DELETE: u8 = 10;
 const ROLLBACK: u8 = 11;
 const TIME: u8 = 16;
 const ADOPT: u8 = 17;
-
-/// Bytes of the origin of a snapshot, which stands behind the label if there is one.
-const ORIGIN_BYTES: usize = 16;
+const RETAIN: u8 = 18;
 
 impl Record {
     /// Bytes that the record takes in a log block.
@@ -171,12 +172,13 @@ impl Record {
             RecordBody::Write { hashes, .. } => 16 + 8 * hashes.len(),
             RecordBody::Range { .. } => 17,
             RecordBody::Snapshot { label, origin, .. } => {
-                let origin_bytes = if is_none(*origin) { 0 } else { ORIGIN_BYTES };
+                let origin_bytes = if *origin == Origin::Asked { 0 } else { Origin::BYTES };
                 24 + label.len() + 2 + origin_bytes
             }
             RecordBody::Create { name, .. } => 16 + name.len() + 2,
             RecordBody::Clone { name, .. } => 24 + name.len() + 2,
             RecordBody::Rename { name } => name.len() + 2,
+            RecordBody::Retain { rules } => rules.len() * KeepRule::BYTES,
             RecordBody::Time { .. } | RecordBody::Adopt { .. } => 16,
             RecordBody::Void { .. }
             | RecordBody::DeleteSnapshot { .. }
@@ -198,7 +200,10 @@ impl Record {
         let header = RawHeader {
             length: u16::try_from(length).unwrap_or(u16::MAX).into(),
             kind: self.kind(),
-            flags: 0,
+            flags: match &self.body {
+                RecordBody::Snapshot { origin, .. } => origin.flags(),
+                _ => 0,
+            },
             claim: self.claim.get().into(),
             vdi: self.vdi.get().into(),
         };
@@ -222,8 +227,8 @@ impl Record {
                 word(*wall_ns);
                 word(*store_ns);
                 encode_text(label, into);
-                if !is_none(*origin) {
-                    into.extend_from_slice(&origin.0);
+                if *origin != Origin::Asked {
+                    into.extend_from_slice(&origin.to_bytes());
                 }
             }
             RecordBody::DeleteSnapshot { number } | RecordBody::Rollback { number } => {
@@ -243,6 +248,9 @@ impl Record {
             RecordBody::Rename { name } => encode_text(name, into),
             RecordBody::Resize { block_count } => word(*block_count),
             RecordBody::Delete => {}
+            RecordBody::Retain { rules } => {
+                rules.iter().for_each(|rule| into.extend_from_slice(&rule.to_bytes()));
+            }
             RecordBody::Time { wall_ns, store_ns } => {
                 word(*wall_ns);
                 word(*store_ns);
@@ -270,6 +278,7 @@ impl Record {
             RecordBody::Rollback { .. } => ROLLBACK,
             RecordBody::Time { .. } => TIME,
             RecordBody::Adopt { .. } => ADOPT,
+            RecordBody::Retain { .. } => RETAIN,
         }
     }
 
@@ -315,7 +324,7 @@ impl Record {
                 wall_ns: reader.word()?,
                 store_ns: reader.word()?,
                 label: reader.text(LABEL_BYTES_MAX)?,
-                origin: reader.origin(),
+                origin: reader.origin(header.flags),
             },
             DELETE_SNAPSHOT => RecordBody::DeleteSnapshot { number: reader.snapshot()? },
             CREATE => RecordBody::Create {
@@ -333,6 +342,7 @@ impl Record {
             RESIZE => RecordBody::Resize { block_count: bounds::vdi_size(reader.word()?)? },
             DELETE => RecordBody::Delete,
             ROLLBACK => RecordBody::Rollback { number: reader.snapshot()? },
+            RETAIN => RecordBody::Retain { rules: KeepRule::all_of(reader.0) },
             TIME => RecordBody::Time { wall_ns: reader.word()?, store_ns: reader.word()? },
             ADOPT => {
                 RecordBody::Adopt { source: VdiId::new(reader.word()?), number: reader.snapshot()? }
@@ -378,17 +388,15 @@ impl Reader<'_> {
     }
 
     /// What is behind a label: padding is shorter.
-    fn origin(&self) -> SnapshotUuid {
-        self.0.first_chunk().map(|&bytes| SnapshotUuid(bytes)).unwrap_or_default()
+    fn origin(&self, flags: u8) -> Origin {
+        self.0.first_chunk().map_or(Origin::Asked, |&bytes| Origin::from_bytes(flags, bytes))
     }
-}
-
-fn is_none(origin: SnapshotUuid) -> bool {
-    origin == SnapshotUuid::default()
 }
 
 #[cfg(test)]
 mod tests {
+    use base::SnapshotUuid;
+
     use super::*;
     use crate::{BLOCKS_MAX, RECORD_NUMBER_END};
 
@@ -403,15 +411,24 @@ mod tests {
                 wall_ns: 1,
                 store_ns: 2,
                 label: "before upgrade".into(),
-                origin: SnapshotUuid::default(),
+                origin: Origin::Asked,
             },
             RecordBody::Snapshot {
                 number: SnapshotNumber::new(18),
                 wall_ns: 1,
                 store_ns: 2,
                 label: "received".into(),
-                origin: SnapshotUuid([7; 16]),
+                origin: Origin::Received(SnapshotUuid([7; 16])),
             },
+            RecordBody::Snapshot {
+                number: SnapshotNumber::new(19),
+                wall_ns: 1,
+                store_ns: 2,
+                label: String::new(),
+                origin: Origin::Kept { changed_blocks: 0 },
+            },
+            RecordBody::Retain { rules: vec![KeepRule { every_ms: 0, for_s: 3600 }] },
+            RecordBody::Retain { rules: Vec::new() },
             RecordBody::DeleteSnapshot { number: SnapshotNumber::new(17) },
             RecordBody::Create { block_count: 8, wall_ns: 3, name: "web01".into() },
             RecordBody::Clone {

@@ -83,6 +83,17 @@ layout! {
     }
 }
 
+/// Most rules of a VDI's retention.
+pub const KEEP_RULES_MAX: usize = 6;
+
+layout! {
+    /// Fields of a rule of a VDI's retention.
+    struct RawKeepRule as "keep rule" = KEEP_RULE_LAYOUT {
+        every_ms: U32,
+        for_s: U32,
+    }
+}
+
 layout! {
     /// Fields of a VDI record.
     struct RawVdi as "VDI record" = VDI_LAYOUT {
@@ -99,7 +110,8 @@ layout! {
         snapshot_count: U64,
         history: [u8; RootRef::BYTES],
         rollbacks: U64,
-        reserved: [u8; 96],
+        retention: [u8; KEEP_RULES_MAX * KEEP_RULE_LAYOUT.size],
+        reserved: [u8; 48],
     }
 }
 
@@ -109,7 +121,8 @@ layout! {
         number: U64,
         position: U64,
         claim: U32,
-        version_count: U32,
+        last_version: U16,
+        flags: U16,
         root: [u8; RootRef::BYTES],
         block_count: U64,
         wall_ns: U64,
@@ -235,6 +248,36 @@ pub struct VdiRecord {
     pub history: RootRef,
     /// How often it was rolled back or shrunk.
     pub rollbacks: u64,
+    /// Which moments of it are kept by themselves; at most [`KEEP_RULES_MAX`].
+    pub retention: Vec<KeepRule>,
+}
+
+/// One rule of a retention: of the moments that are at most so old, one of each interval is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeepRule {
+    /// The interval in milliseconds; 0: every one.
+    pub every_ms: u32,
+    /// The age in seconds of store time; not 0.
+    pub for_s: u32,
+}
+
+impl KeepRule {
+    pub(crate) const BYTES: usize = KEEP_RULE_LAYOUT.size;
+
+    pub(crate) fn to_bytes(self) -> [u8; Self::BYTES] {
+        let raw = RawKeepRule { every_ms: self.every_ms.into(), for_s: self.for_s.into() };
+        let mut bytes = [0; Self::BYTES];
+        bytes.copy_from_slice(raw.as_bytes());
+        bytes
+    }
+
+    /// The rules that stand in `bytes`, up to one that is none.
+    pub(crate) fn all_of(bytes: &[u8]) -> Vec<Self> {
+        let (rules, _) = bytes.as_chunks::<{ Self::BYTES }>();
+        let rules = rules.iter().filter_map(|bytes| RawKeepRule::read_from_bytes(bytes).ok());
+        let rules = rules.map(|raw| Self { every_ms: raw.every_ms.get(), for_s: raw.for_s.get() });
+        rules.take_while(|rule| rule.for_s != 0).take(KEEP_RULES_MAX).collect()
+    }
 }
 
 impl TableRecord for VdiRecord {
@@ -245,6 +288,11 @@ impl TableRecord for VdiRecord {
     }
 
     fn encode(&self, into: &mut [u8]) {
+        let mut retention = [0; KEEP_RULES_MAX * KEEP_RULE_LAYOUT.size];
+        let places = retention.chunks_exact_mut(KeepRule::BYTES);
+        for (place, rule) in places.zip(&self.retention) {
+            place.copy_from_slice(&rule.to_bytes());
+        }
         let raw = RawVdi {
             id: self.id.get().into(),
             block_count: self.block_count.into(),
@@ -259,7 +307,8 @@ impl TableRecord for VdiRecord {
             snapshot_count: self.snapshot_count.into(),
             history: self.history.to_bytes(),
             rollbacks: self.rollbacks.into(),
-            reserved: [0; 96],
+            retention,
+            reserved: [0; 48],
         };
         into.copy_from_slice(raw.as_bytes());
     }
@@ -282,6 +331,7 @@ impl TableRecord for VdiRecord {
             snapshot_count: raw.snapshot_count.get(),
             history: RootRef::from_bytes(raw.history)?,
             rollbacks: raw.rollbacks.get(),
+            retention: KeepRule::all_of(&raw.retention),
         }))
     }
 }
@@ -307,8 +357,54 @@ pub struct SnapshotRecord {
     pub store_ns: u64,
     /// Its label; empty for none.
     pub label: String,
-    /// What it was known by where it was received from; zeroes if it was taken here.
-    pub origin: SnapshotUuid,
+    /// How it came to be.
+    pub origin: Origin,
+}
+
+/// How a snapshot came to be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Origin {
+    /// Somebody asked for it.
+    #[default]
+    Asked,
+    /// It was received from another store, where it is known by this.
+    Received(SnapshotUuid),
+    /// The VDI's retention did.
+    Kept {
+        /// Blocks that were changed since the one before that came so.
+        changed_blocks: u64,
+    },
+}
+
+/// Flag of a snapshot that a retention made, in tables and in the log.
+pub(crate) const KEPT: u8 = 1;
+
+impl Origin {
+    pub(crate) const BYTES: usize = 16;
+
+    pub(crate) fn flags(self) -> u8 {
+        if matches!(self, Self::Kept { .. }) { KEPT } else { 0 }
+    }
+
+    pub(crate) fn to_bytes(self) -> [u8; Self::BYTES] {
+        match self {
+            Self::Asked => [0; Self::BYTES],
+            Self::Received(uuid) => uuid.0,
+            Self::Kept { changed_blocks } => u128::from(changed_blocks).to_le_bytes(),
+        }
+    }
+
+    pub(crate) fn from_bytes(flags: u8, bytes: [u8; Self::BYTES]) -> Self {
+        let [b0, b1, b2, b3, b4, b5, b6, b7, ..] = bytes;
+        match bytes {
+            _ if flags & KEPT != 0 => {
+                let changed_blocks = u64::from_le_bytes([b0, b1, b2, b3, b4, b5, b6, b7]);
+                Self::Kept { changed_blocks }
+            }
+            bytes if bytes == [0; Self::BYTES] => Self::Asked,
+            bytes => Self::Received(SnapshotUuid(bytes)),
+        }
+    }
 }
 
 /// The versions that blocks had while several snapshots were taken of a VDI. All these snapshots
@@ -323,15 +419,19 @@ pub struct History {
 }
 
 impl History {
-    fn decode(versions: [u8; RootRef::BYTES], count: u32) -> Result<Option<Self>, DecodeError> {
-        if count == 0 && versions == [0; RootRef::BYTES] {
+    fn decode(versions: [u8; RootRef::BYTES], last: u16) -> Result<Option<Self>, DecodeError> {
+        if last == 0 && versions == [0; RootRef::BYTES] {
             return Ok(None);
         }
         let versions = RootRef::from_bytes(versions)?;
-        match (count, versions.entry.state()) {
-            (1..=HISTORY_VERSIONS_MAX, EntryState::Mapped) => Ok(Some(Self { versions, count })),
-            _ => Err(DecodeError::Invalid("history of a snapshot")),
+        if versions.entry.state() != EntryState::Mapped {
+            return Err(DecodeError::Invalid("history of a snapshot"));
         }
+        Ok(Some(Self { versions, count: u32::from(last) + 1 }))
+    }
+
+    fn last(&self) -> u16 {
+        u16::try_from(self.count.saturating_sub(1)).unwrap_or(u16::MAX)
     }
 }
 
@@ -387,7 +487,8 @@ impl TableRecord for SnapshotRecord {
             number: self.number.get().into(),
             position: self.position.get().into(),
             claim: self.claim.get().into(),
-            version_count: self.history.map_or(0, |history| history.count).into(),
+            last_version: self.history.map_or(0, |history| history.last()).into(),
+            flags: u16::from(self.origin.flags()).into(),
             root: self.root.to_bytes(),
             block_count: self.block_count.into(),
             wall_ns: self.wall_ns.into(),
@@ -397,7 +498,7 @@ impl TableRecord for SnapshotRecord {
             versions: self
                 .history
                 .map_or([0; RootRef::BYTES], |history| history.versions.to_bytes()),
-            origin: self.origin.0,
+            origin: self.origin.to_bytes(),
         };
         into.copy_from_slice(raw.as_bytes());
     }
@@ -413,12 +514,12 @@ impl TableRecord for SnapshotRecord {
             position: Lsn::new(below(raw.position.get(), COUNTER_END, "snapshot position")?),
             claim: ClaimGeneration::new(raw.claim.get()),
             root: RootRef::from_bytes(raw.root)?,
-            history: History::decode(raw.versions, raw.version_count.get())?,
+            history: History::decode(raw.versions, raw.last_version.get())?,
             block_count: vdi_size(raw.block_count.get())?,
             wall_ns: raw.wall_ns.get(),
             store_ns: raw.store_ns.get(),
             label: decode_text(&raw.label, raw.label_length)?,
-            origin: SnapshotUuid(raw.origin),
+            origin: Origin::from_bytes(raw.flags.get().to_le_bytes()[0], raw.origin),
         }))
     }
 }

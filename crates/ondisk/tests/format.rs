@@ -4,13 +4,14 @@
 
 use base::{
     BLOCK_SIZE, BirthLabel, Block, Buffer, ClaimGeneration, Epoch, Lba, Lsn, Pba,
-    REQUEST_BLOCKS_MAX, RingPosition, SnapshotNumber, SnapshotUuid, StoreUuid, VdiId,
+    REQUEST_BLOCKS_MAX, RingPosition, SnapshotNumber, StoreUuid, VdiId,
 };
 use parallax_ondisk::{
     BLOCKS_MAX, COUNTER_END, Checksums, Entry, EntryState, FANOUT, HEIGHT_MAX,
-    HISTORY_VERSIONS_MAX, KNOWN_INCOMPATIBLE, KNOWN_READ_ONLY_COMPATIBLE, LABEL_BYTES_MAX, LAYOUTS,
-    LOG_PAYLOAD_BYTES, LOG_SEGMENTS_MAX, LogBlockBuilder, NAME_BYTES_MAX, Node, RECORD_NUMBER_END,
-    RangeState, Record, RecordBody, RootRef, SUPERBLOCK_COPIES, Seal, StructureKind,
+    HISTORY_VERSIONS_MAX, KNOWN_INCOMPATIBLE, KNOWN_READ_ONLY_COMPATIBLE, KeepRule,
+    LABEL_BYTES_MAX, LAYOUTS, LOG_PAYLOAD_BYTES, LOG_SEGMENTS_MAX, LogBlockBuilder, NAME_BYTES_MAX,
+    Node, Origin, RECORD_NUMBER_END, RangeState, Record, RecordBody, RootRef, SUPERBLOCK_COPIES,
+    Seal, StructureKind,
 };
 
 const DOCUMENT: &str = include_str!("../../../docs/on-disk-format.md");
@@ -119,7 +120,7 @@ fn checksum_kinds_are_documented_as_they_are() {
 /// One record of every kind, and what the document calls it; texts of three bytes, two hashes.
 fn records() -> Vec<(&'static str, RecordBody)> {
     let (name, label) = ("abc".to_owned(), "abc".to_owned());
-    let (number, origin) = (SnapshotNumber::new(9), SnapshotUuid::default());
+    let (number, origin) = (SnapshotNumber::new(9), Origin::Asked);
     let (lba, pba) = (Lba::new(1), Pba::new(2));
     vec![
         ("write", RecordBody::Write { lba, pba, hashes: vec![3, 4] }),
@@ -143,6 +144,7 @@ fn records() -> Vec<(&'static str, RecordBody)> {
         ("rollback", RecordBody::Rollback { number }),
         ("time", RecordBody::Time { wall_ns: 1, store_ns: 2 }),
         ("adopt", RecordBody::Adopt { source: VdiId::new(8), number }),
+        ("retain", RecordBody::Retain { rules: vec![KeepRule { every_ms: 0, for_s: 1 }] }),
     ]
 }
 

@@ -16,6 +16,9 @@ const TICK: Duration = Duration::from_millis(250);
 /// Ticks after which acknowledged writes are flushed although nobody asked (design rule 16).
 const TICKS_PER_FLUSH: u64 = 4;
 
+/// Ticks after which it is looked for moments to keep, and for those whose time has come.
+const TICKS_PER_LOOK: u64 = 4;
+
 /// Written bytes after which they are flushed although nobody asked: what recovery verifies and
 /// writes again stays small.
 const UNFLUSHED_BYTES_MAX: u64 = 64 << 20;
@@ -26,6 +29,7 @@ pub(crate) fn start(engine: &Rc<Engine>) {
     drop(runtime.spawn(Rc::clone(engine).checkpoint_when_due()));
     drop(runtime.spawn(tick(Rc::clone(engine))));
     drop(runtime.spawn(beats(Rc::clone(engine))));
+    drop(runtime.spawn(Rc::clone(engine).load_retained()));
     let watched = Rc::clone(engine);
     drop(runtime.spawn(async move {
         watched.scheduler.failed().await;
@@ -60,6 +64,9 @@ async fn tick(engine: Rc<Engine>) {
             engine.request_checkpoint();
         }
         engine.collect_if_due();
+        if ticks.is_multiple_of(TICKS_PER_LOOK) {
+            engine.keep_moments().await;
+        }
     }
 }
 

@@ -28,6 +28,7 @@ use crate::Error;
 use crate::branch::{Base, Branch, Contents};
 use crate::damage::{DamagedTables, Table};
 use crate::engine::{Engine, as_u64};
+use crate::retention::Retention;
 use crate::vdi::{Snapshot, Vdi};
 
 use due::Forced;
@@ -103,6 +104,7 @@ struct FrozenVdi {
     branch: Rc<Branch>,
     block_count: u64,
     rollbacks: u64,
+    retention: Retention,
     snapshot_next: base::SnapshotNumber,
     snapshot_count: u64,
     /// Snapshots taken and deleted since the last checkpoint.
@@ -416,6 +418,7 @@ fn freeze_vdi(vdi: &Rc<Vdi>) -> FrozenVdi {
         branch: Rc::clone(&vdi.branch.borrow()),
         block_count: vdi.block_count.get(),
         rollbacks: vdi.rollbacks.get(),
+        retention: vdi.retention.borrow().clone(),
         snapshot_next: vdi.snapshot_next.get(),
         snapshot_count: as_u64(snapshots.count()),
         snapshots: dirty

@@ -17,6 +17,7 @@ use ondisk::{
 use runtime::Runtime;
 
 use crate::mark::{BlockSet, words_of};
+use crate::retention::Retention;
 use crate::{Error, Target};
 
 /// The one host that there is today.
@@ -509,6 +510,7 @@ fn describe(record: &Record) -> String {
         RecordBody::Snapshot { number, label, wall_ns, .. } => {
             format!("snapshot {number} {label:?}, {}", time(*wall_ns))
         }
+        RecordBody::Retain { rules } => format!("retain {}", Retention::new(rules.clone())),
         RecordBody::DeleteSnapshot { number } => format!("delete snapshot {number}"),
         RecordBody::Create { block_count, name, .. } => {
             format!("create {name:?} with {block_count} blocks")

@@ -25,6 +25,7 @@ use crate::gc::Collector;
 use crate::history::Past;
 use crate::release::Releases;
 use crate::reserve::Reserve;
+use crate::retention::Retention;
 use crate::trim::Trimmer;
 use crate::vdi::{Snapshot, Vdi};
 use crate::{Error, Stats};
@@ -312,6 +313,9 @@ impl Engine {
             snapshots_dirty: RefCell::default(),
             snapshot_table: Cell::new(record.snapshots),
             history: record.history,
+            retention: RefCell::new(Retention::new(record.retention.clone())),
+            moment_at: Cell::default(),
+            changed_blocks: Cell::new(0),
         })
     }
 
@@ -353,6 +357,14 @@ impl Engine {
         self.return_windows();
         if let Some(run) = self.take_data(vdi, count).await? {
             return Ok(run);
+        }
+        // Moments that nobody asked for are worth less than a write that somebody waits for.
+        while !gives_up() && self.thin_moments().await {
+            if self.collect_for_space(gives_up).await
+                && let Some(run) = self.take_data(vdi, count).await?
+            {
+                return Ok(run);
+            }
         }
         if self.collect_for_space(gives_up).await
             && let Some(run) = self.take_data(vdi, count).await?

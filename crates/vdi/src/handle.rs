@@ -175,6 +175,7 @@ async fn execute(
                 .await
                 .map_err(|error| DiskError::from_display(ErrorKind::Io, &error))?;
             engine.stats.borrow_mut().flushes += 1;
+            engine.note_flush(vdi);
             Ok(Response::Done)
         }
         Request::Discard { offset, length, fua } => {

@@ -38,6 +38,7 @@ mod receive;
 mod recovery;
 mod release;
 mod reserve;
+mod retention;
 mod snapshots;
 pub mod store;
 mod trim;
@@ -48,6 +49,7 @@ mod write;
 pub use blockstore::allocator::Reuse;
 pub use error::Error;
 pub use gc::{GcPhase, GcReport, GcStatus};
+pub use retention::Retention;
 pub use store::Store;
 pub use types::{
     DiffExtent, FormatOptions, OpenOptions, OpenReport, Received, SnapshotEntry, Stats, Target,

@@ -7,13 +7,10 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use base::{
-    BLOCK_SIZE_U64, BirthLabel, ClaimGeneration, ErrorKind, Lsn, SnapshotNumber, SnapshotUuid,
-    VdiId,
-};
+use base::{BLOCK_SIZE_U64, BirthLabel, ClaimGeneration, ErrorKind, Lsn, SnapshotNumber, VdiId};
 use ondisk::{
-    BLOCKS_MAX, DirectoryRecord, FANOUT, LABEL_BYTES_MAX, NAME_BYTES_MAX, RangeState, Record,
-    RecordBody, RootRef,
+    BLOCKS_MAX, DirectoryRecord, FANOUT, LABEL_BYTES_MAX, NAME_BYTES_MAX, Origin, RangeState,
+    Record, RecordBody, RootRef,
 };
 
 use blockstore::log::Admission;
@@ -24,6 +21,7 @@ use crate::Error;
 use crate::branch::{Base, Branch, Contents};
 use crate::engine::{Engine, as_u64};
 use crate::ranges::RangeGuard;
+use crate::retention::parse_time;
 use crate::types::Target;
 use crate::vdi::{Snapshot, Vdi};
 
@@ -74,7 +72,7 @@ impl Engine {
         let room = self.room().await?;
         self.refuse_taken(name)?;
         let snapshot = match &source.snapshot {
-            Some(label) => Some(find_snapshot(&vdi, &source.vdi, label)?),
+            Some(label) => Some(self.find_moment(&vdi, &source.vdi, label)?),
             None => None,
         };
         let branch = snapshot.as_ref().map(|snapshot| Rc::clone(&snapshot.branch));
@@ -98,15 +96,15 @@ impl Engine {
         name: &str,
         label: Option<&str>,
     ) -> Result<SnapshotNumber, Error> {
-        self.snapshot_from(name, label, SnapshotUuid::default()).await
+        self.snapshot_from(name, label, Origin::Asked).await
     }
 
-    /// As [`Self::snapshot`], of what was received from where it was known as `origin`.
+    /// As [`Self::snapshot`], of what may have been received.
     pub(crate) async fn snapshot_from(
         self: &Rc<Self>,
         name: &str,
         label: Option<&str>,
-        origin: SnapshotUuid,
+        origin: Origin,
     ) -> Result<SnapshotNumber, Error> {
         let _request = self.begin_change()?;
         self.reserve_metadata(|| false).await?;
@@ -133,7 +131,7 @@ impl Engine {
         room: Admission,
         vdi: &Vdi,
         label: &str,
-        origin: SnapshotUuid,
+        origin: Origin,
     ) -> Appended {
         let number = vdi.snapshot_next.get();
         let wall_ns = self.runtime.wall_ns().max(vdi.newest_snapshot_ns());
@@ -240,7 +238,7 @@ impl Engine {
     pub(crate) async fn rollback(self: &Rc<Self>, name: &str, label: &str) -> Result<(), Error> {
         let _request = self.begin_change()?;
         let source = |vdi: &Vdi| {
-            let snapshot = find_snapshot(vdi, name, label)?;
+            let snapshot = self.find_moment(vdi, name, label)?;
             refuse_without_labels(&vdi.branch.borrow())?;
             refuse_without_labels(&snapshot.branch)?;
             Ok(snapshot)
@@ -258,7 +256,7 @@ impl Engine {
 
     /// Finds a VDI, and keeps others from managing theirs. Loading it may take as long as its device
     /// does: that is waited for first.
-    async fn manage(self: &Rc<Self>, name: &str) -> Result<(Permits, Rc<Vdi>), Error> {
+    pub(crate) async fn manage(self: &Rc<Self>, name: &str) -> Result<(Permits, Rc<Vdi>), Error> {
         self.find(name).await?;
         let one = self.management.acquire(1).await;
         Ok((one, self.find(name).await?))
@@ -313,7 +311,7 @@ impl Engine {
     ) -> Result<(Rc<Vdi>, Option<Rc<Snapshot>>), Error> {
         let vdi = self.find(&target.vdi).await?;
         let snapshot = match &target.snapshot {
-            Some(label) => Some(find_snapshot(&vdi, &target.vdi, label)?),
+            Some(label) => Some(self.find_moment(&vdi, &target.vdi, label)?),
             None => None,
         };
         let born = snapshot.as_ref().map_or(vdi.born.get(), |snapshot| snapshot.position);
@@ -322,6 +320,23 @@ impl Engine {
             return Err(not_found(&target.vdi));
         }
         Ok((vdi, snapshot))
+    }
+
+    /// A snapshot by its label or number, or the newest one of a time.
+    pub(crate) fn find_moment(
+        &self,
+        vdi: &Vdi,
+        name: &str,
+        wanted: &str,
+    ) -> Result<Rc<Snapshot>, Error> {
+        if let Some(snapshot) = vdi.snapshot(wanted) {
+            return Ok(snapshot);
+        }
+        let Some(wall_ns) = parse_time(wanted, self.runtime.wall_ns()) else {
+            return find_snapshot(vdi, name, wanted);
+        };
+        let found = vdi.snapshots.borrow().at(wall_ns).map(Rc::clone);
+        found.ok_or_else(|| too_long_ago(name, wanted))
     }
 
     /// Whether a snapshot will be there after a crash.
@@ -384,6 +399,9 @@ impl Engine {
             snapshots_dirty: RefCell::default(),
             snapshot_table: Cell::new(RootRef::empty(1)),
             history: RootRef::empty(1),
+            retention: RefCell::default(),
+            moment_at: Cell::default(),
+            changed_blocks: Cell::new(0),
         });
         let record = DirectoryRecord {
             id,
@@ -475,7 +493,7 @@ impl Engine {
         number: SnapshotNumber,
         lsn: Lsn,
         (wall_ns, store_ns): (u64, u64),
-        (label, origin): (&str, SnapshotUuid),
+        (label, origin): (&str, Origin),
     ) {
         let branch: Rc<Branch> = Rc::clone(&vdi.branch.borrow());
         let point = branch.add_point(lsn);
@@ -611,12 +629,21 @@ pub(crate) fn labels_used_up() -> Error {
     Error::refused(ErrorKind::NoSpace, message)
 }
 
+/// A snapshot by its label or number.
 pub(crate) fn find_snapshot(vdi: &Vdi, name: &str, label: &str) -> Result<Rc<Snapshot>, Error> {
     vdi.snapshot(label).ok_or_else(|| {
         let message =
             format!("{name} has no snapshot {label}; `parallax snapshots {name}` lists them");
         Error::refused(ErrorKind::NotFound, message)
     })
+}
+
+/// What is older than everything that is kept of a VDI.
+fn too_long_ago(name: &str, time: &str) -> Error {
+    let message = format!(
+        "no moment of {name} is kept that is as old as {time}; `parallax log {name}` shows which are"
+    );
+    Error::refused(ErrorKind::NotFound, message)
 }
 
 pub(crate) fn not_found(name: &str) -> Error {

@@ -11,7 +11,7 @@
 use std::rc::Rc;
 
 use base::{BLOCK_SIZE_U64, ErrorKind, SnapshotNumber, SnapshotUuid};
-use ondisk::RecordBody;
+use ondisk::{Origin, RecordBody};
 
 use crate::Error;
 use crate::engine::Engine;
@@ -22,8 +22,8 @@ use crate::vdi::{Snapshot, Vdi};
 impl Engine {
     /// What a snapshot is known by in every store that has it.
     pub(crate) fn snapshot_uuid(&self, vdi: &Vdi, snapshot: &Snapshot) -> SnapshotUuid {
-        if snapshot.origin != SnapshotUuid::default() {
-            return snapshot.origin;
+        if let Origin::Received(uuid) = snapshot.origin {
+            return uuid;
         }
         self.checksums.snapshot_uuid(vdi.id, snapshot.number, snapshot.wall_ns)
     }
@@ -39,7 +39,8 @@ impl Engine {
                 self.refuse_taken(&received.name)?;
                 self.cut_partial(received).await?;
                 let label = received.label.as_deref();
-                let number = self.snapshot_from(&received.partial, label, received.uuid).await?;
+                let origin = Origin::Received(received.uuid);
+                let number = self.snapshot_from(&received.partial, label, origin).await?;
                 self.rename(&received.partial, &received.name).await?;
                 Ok(number)
             }
@@ -95,7 +96,8 @@ impl Engine {
         let adopted = self.append(room, &vdi, body);
         self.apply_rollback(&vdi, &partial, &source);
         let number = vdi.snapshot_next.get();
-        let taken = self.append_snapshot(more_room, &vdi, label, received.uuid);
+        let origin = Origin::Received(received.uuid);
+        let taken = self.append_snapshot(more_room, &vdi, label, origin);
         drop((all, one));
         self.settle(adopted).await?;
         self.settle(taken).await?;

@@ -38,6 +38,7 @@ use crate::gc::Collector;
 use crate::mark::BlockSet;
 use crate::release::Releases;
 use crate::reserve::Reserve;
+use crate::retention::Retention;
 use crate::trim::Trimmer;
 use crate::types::{OpenOptions, OpenReport};
 use crate::vdi::Vdi;
@@ -429,6 +430,9 @@ impl Engine {
                     Some((source, snapshot)) => self.apply_rollback(&vdi, &source, &snapshot),
                     None => self.lose(vdi.id),
                 }
+            }
+            RecordBody::Retain { rules } => {
+                self.apply_retain(&vdi, Retention::new(rules.clone()));
             }
             RecordBody::Create { .. }
             | RecordBody::Clone { .. }

@@ -16,6 +16,8 @@ pub(crate) struct Snapshots {
     by_number: BTreeMap<SnapshotNumber, Rc<Snapshot>>,
     /// Those that have a label.
     by_label: HashSet<Labelled>,
+    /// How many a retention made.
+    kept_count: usize,
 }
 
 /// A snapshot, as its label.
@@ -48,12 +50,14 @@ impl Snapshots {
         if !snapshot.label.is_empty() {
             self.by_label.insert(Labelled(Rc::clone(&snapshot)));
         }
+        self.kept_count += usize::from(snapshot.is_kept());
         self.by_number.insert(snapshot.number, snapshot);
     }
 
     pub(crate) fn remove(&mut self, number: SnapshotNumber) -> Option<Rc<Snapshot>> {
         let removed = self.by_number.remove(&number)?;
         self.by_label.remove(removed.label.as_str());
+        self.kept_count -= usize::from(removed.is_kept());
         Some(removed)
     }
 
@@ -63,6 +67,17 @@ impl Snapshots {
 
     pub(crate) fn get(&self, number: SnapshotNumber) -> Option<&Rc<Snapshot>> {
         self.by_number.get(&number)
+    }
+
+    /// Whether there are some that a retention made.
+    pub(crate) fn has_kept(&self) -> bool {
+        self.kept_count > 0
+    }
+
+    /// The newest that was taken at this time or before.
+    pub(crate) fn at(&self, wall_ns: u64) -> Option<&Rc<Snapshot>> {
+        // Times never go back from one to the next (design rule 38).
+        self.by_number.values().rev().find(|snapshot| snapshot.wall_ns <= wall_ns)
     }
 
     /// Finds one by label or number; labels win.

@@ -6,11 +6,13 @@ use std::rc::Rc;
 use base::{BLOCK_SIZE_U64, ErrorKind, SnapshotNumber, VdiId};
 use device::{Device, DeviceError};
 use disk::Disk;
+use ondisk::Origin;
 use runtime::Runtime;
 
 use crate::engine::{Engine, as_u64};
 use crate::handle::{SnapshotHandle, VdiHandle};
 use crate::manage::not_found;
+use crate::retention::Retention;
 use crate::trim::Scope;
 use crate::vdi::{Snapshot, Vdi};
 use crate::{GcReport, GcStatus, background, recovery};
@@ -219,6 +221,16 @@ impl Store {
         self.finish(async move { engine.space(&target).await }).await
     }
 
+    /// Changes which moments of a VDI are kept by themselves. Durable on return. Those that are not to be
+    /// kept any more are deleted soon.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub async fn retain(&self, name: &str, retention: Retention) -> Result<(), Error> {
+        let (engine, name) = (Rc::clone(&self.0), name.to_owned());
+        self.finish(async move { engine.retain(&name, retention).await }).await
+    }
+
     /// Renames a VDI. Durable on return. Open handles go on.
     ///
     /// # Errors
@@ -414,6 +426,7 @@ impl Store {
             snapshot_count: vdi.map_or(0, |vdi| self.0.durable_snapshot_count(vdi)),
             parent,
             parent_name,
+            retention: vdi.map_or_else(Retention::default, |vdi| vdi.retention.borrow().clone()),
         })
     }
 
@@ -424,6 +437,12 @@ impl Store {
             size_bytes: snapshot.block_count * BLOCK_SIZE_U64,
             created_ns: snapshot.wall_ns,
             uuid: self.0.snapshot_uuid(vdi, snapshot),
+            changed_bytes: match snapshot.origin {
+                Origin::Kept { changed_blocks } => {
+                    Some(changed_blocks.saturating_mul(BLOCK_SIZE_U64))
+                }
+                Origin::Asked | Origin::Received(_) => None,
+            },
         }
     }
 }

@@ -3,6 +3,8 @@
 use base::{SnapshotNumber, SnapshotUuid, VdiId};
 use blockstore::allocator::Reuse;
 
+use crate::Retention;
+
 /// How to format a store.
 #[derive(Clone, Debug)]
 pub struct FormatOptions {
@@ -103,6 +105,8 @@ pub struct VdiEntry {
     pub parent: Option<(VdiId, SnapshotNumber)>,
     /// Name of the parent if it still exists.
     pub parent_name: Option<String>,
+    /// Which moments of it are kept by themselves.
+    pub retention: Retention,
 }
 
 /// One snapshot in a listing.
@@ -118,6 +122,9 @@ pub struct SnapshotEntry {
     pub created_ns: u64,
     /// What it is known by in every store that has it.
     pub uuid: SnapshotUuid,
+    /// Of one that the VDI's retention made: bytes changed since the one before. `None` if somebody
+    /// asked for it.
+    pub changed_bytes: Option<u64>,
 }
 
 /// A disk into which a snapshot was received, and what is to become of it.
@@ -229,4 +236,6 @@ pub struct Stats {
     pub cache_bytes: u64,
     /// Snapshots taken.
     pub snapshots: u64,
+    /// Moments that retentions kept.
+    pub moments: u64,
 }

@@ -4,12 +4,14 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-use base::{ClaimGeneration, Lsn, SnapshotNumber, SnapshotUuid, VdiId};
+use base::{ClaimGeneration, Lsn, SnapshotNumber, VdiId};
 use blockstore::allocator::Window;
-use ondisk::{History, RootRef, SnapshotRecord};
+use ondisk::{History, Origin, RootRef, SnapshotRecord};
+use runtime::Time;
 
 use crate::branch::{Branch, Point, View};
 use crate::ranges::RangeLocks;
+use crate::retention::Retention;
 use crate::snapshots::Snapshots;
 
 /// A VDI that is in use.
@@ -41,8 +43,14 @@ pub(crate) struct Vdi {
     pub(crate) snapshots_dirty: RefCell<BTreeMap<SnapshotNumber, bool>>,
     /// The table of its snapshots as the last checkpoint wrote it.
     pub(crate) snapshot_table: Cell<RootRef>,
-    /// Kept as found until history exists.
+    /// Kept as found: stores that hosts share will have something there.
     pub(crate) history: RootRef,
+    /// Which moments are kept by themselves.
+    pub(crate) retention: RefCell<Retention>,
+    /// When the last of them was taken, in this run of the store.
+    pub(crate) moment_at: Cell<Option<Time>>,
+    /// Blocks that were changed since.
+    pub(crate) changed_blocks: Cell<u64>,
 }
 
 /// A snapshot.
@@ -57,8 +65,8 @@ pub(crate) struct Snapshot {
     pub(crate) wall_ns: u64,
     pub(crate) store_ns: u64,
     pub(crate) label: String,
-    /// What it was known by where it was received from; zeroes if it was taken here.
-    pub(crate) origin: SnapshotUuid,
+    /// How it came to be.
+    pub(crate) origin: Origin,
     pub(crate) deleted: Cell<bool>,
 }
 
@@ -84,6 +92,17 @@ impl Vdi {
         self.leaving.get() > 0
     }
 
+    /// Whether there is something to do for moments that are kept by themselves.
+    pub(crate) fn has_moments(&self) -> bool {
+        let has_any = !self.retention.borrow().is_off() || self.snapshots.borrow().has_kept();
+        has_any && !self.deleted.get()
+    }
+
+    /// Notes that so many blocks were changed.
+    pub(crate) fn note_changed(&self, blocks: u64) {
+        self.changed_blocks.set(self.changed_blocks.get().saturating_add(blocks));
+    }
+
     /// Ends every handle that is open now.
     pub(crate) fn sever(&self) {
         self.incarnation.set(self.incarnation.get() + 1);
@@ -91,6 +110,11 @@ impl Vdi {
 }
 
 impl Snapshot {
+    /// Whether the VDI's retention made it.
+    pub(crate) fn is_kept(&self) -> bool {
+        matches!(self.origin, Origin::Kept { .. })
+    }
+
     /// Its contents.
     pub(crate) fn view(&self) -> View {
         View::Point(Rc::clone(&self.branch), Rc::clone(&self.point))

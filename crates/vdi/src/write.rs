@@ -73,6 +73,7 @@ impl Engine {
             self.complete_blocks(vdi, offset, length, &data).await?
         };
         self.write_blocks(vdi, first, last - first, Rc::new(data)).await?;
+        vdi.note_changed(last - first);
         self.finish(fua).await
     }
 
@@ -94,6 +95,7 @@ impl Engine {
         let (first, last) = (offset.div_ceil(BLOCK_SIZE_U64), end / BLOCK_SIZE_U64);
         if last > first {
             self.write_range(vdi, incarnation, first, last - first, state).await?;
+            vdi.note_changed(last - first);
         }
         let head_end = end.min(first * BLOCK_SIZE_U64);
         if head_end > offset {

@@ -254,7 +254,7 @@ async fn begin(
     let size_bytes = header.size_bytes.saturating_add(PROGRESS_BYTES as u64);
     let (base_bytes, source) = base.unzip();
     let empty = source.is_none().then_some(size_bytes);
-    let request = CreateVdi { name: export.to_owned(), size_bytes: empty, source };
+    let request = CreateVdi { name: export.to_owned(), size_bytes: empty, source, history: None };
     context.client.create(&request).await?;
     let partial =
         Partial { name: export.to_owned(), progress: Progress::beginning(header), resumed: false };
@@ -288,7 +288,7 @@ async fn make_room(
 }
 
 async fn resize(context: &Context, name: &str, size_bytes: u64) -> Result<(), Error> {
-    let request = ChangeVdi { name: None, size_bytes: Some(size_bytes), shrink: true };
+    let request = ChangeVdi { size_bytes: Some(size_bytes), shrink: true, ..ChangeVdi::default() };
     context.client.change(name, &request).await.map(drop)
 }
 

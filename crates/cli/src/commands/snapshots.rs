@@ -11,13 +11,21 @@ pub(super) async fn take(context: &Context, name: &str, label: Option<&str>) -> 
     context.print(&snapshot, &snapshot.handle)
 }
 
-pub(super) async fn list(context: &Context, name: &str) -> Result<(), Error> {
-    let snapshots = context.client.snapshots(name).await?;
+pub(super) async fn list(context: &Context, name: &str, all: bool) -> Result<(), Error> {
+    let mut snapshots = context.client.snapshots(name).await?;
+    let count = snapshots.len();
+    if !all {
+        snapshots.retain(|snapshot| snapshot.changed_bytes.is_none());
+    }
+    let kept = output::count((count - snapshots.len()) as u64, "moment");
     if context.json {
         return output::print_json(&snapshots);
     }
     if snapshots.is_empty() {
-        let hint = format!("{name} has no snapshots; take one with: parallax snapshot {name}");
+        let hint = match count {
+            0 => format!("{name} has no snapshots; take one with: parallax snapshot {name}"),
+            _ => format!("{name} has no snapshots, but {kept} of its history: parallax log {name}"),
+        };
         return output::print(&hint);
     }
     let columns = [

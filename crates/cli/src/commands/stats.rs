@@ -95,6 +95,7 @@ fn table(now: &Stats, rates: Option<&Rates<'_>>) -> String {
         ("flushes", plain(|s| s.flushes)),
         ("discards", plain(|s| s.discards)),
         ("snapshots", plain(|s| s.snapshots)),
+        ("moments", plain(|s| s.moments)),
         ("failed", plain(|s| s.errors)),
         ("bad checksums", plain(|s| s.checksum_failures)),
         ("log used", format!("{:>13}%", now.log_used_percent)),

@@ -51,7 +51,7 @@ pub(super) async fn import(
     let mut interrupts = Interrupts::catch()?;
     let target = nbd_url(context, name).await?;
     let size_bytes = Some(status.virtual_size);
-    let request = CreateVdi { name: name.to_owned(), size_bytes, source: None };
+    let request = CreateVdi { name: name.to_owned(), size_bytes, source: None, history: None };
     let vdi = context.client.create(&request).await?;
     // A new disk reads as zeroes: holes need not be written (--target-is-zero). The default cache
     // mode of convert would never flush.

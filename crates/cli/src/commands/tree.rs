@@ -205,6 +205,7 @@ mod tests {
                 name: name.map(str::to_owned),
                 snapshot,
             }),
+            history: "off".to_owned(),
         }
     }
 
@@ -216,6 +217,7 @@ mod tests {
             size_bytes: 1 << 30,
             created: Timestamp::UNIX_EPOCH,
             uuid: "00000000-0000-0000-0000-000000000001".to_owned(),
+            changed_bytes: None,
         }
     }
 

@@ -10,14 +10,19 @@ use crate::output::{self, Column, bytes, count, time};
 /// What a list says that is empty.
 pub(super) const NO_DISKS: &str = "no disks yet; make one with: parallax create NAME --size 20G";
 
-pub(super) async fn create(context: &Context, name: String, size: u64) -> Result<(), Error> {
-    let request = CreateVdi { name, size_bytes: Some(size), source: None };
+pub(super) async fn create(
+    context: &Context,
+    name: String,
+    size: u64,
+    history: Option<String>,
+) -> Result<(), Error> {
+    let request = CreateVdi { name, size_bytes: Some(size), source: None, history };
     let vdi = context.client.create(&request).await?;
     context.print(&vdi, &format!("created {} ({})", vdi.name, bytes(vdi.size_bytes)))
 }
 
 pub(super) async fn clone(context: &Context, source: String, name: String) -> Result<(), Error> {
-    let request = CreateVdi { name, size_bytes: None, source: Some(source.clone()) };
+    let request = CreateVdi { name, size_bytes: None, source: Some(source.clone()), history: None };
     let vdi = context.client.create(&request).await?;
     let text = format!("cloned {source} to {} ({})", vdi.name, bytes(vdi.size_bytes));
     context.print(&vdi, &text)
@@ -128,6 +133,7 @@ fn describe_vdi(vdi: &Vdi, space: &Space) -> String {
         ("id", vdi.id.to_string()),
         ("created", time(vdi.created)),
         ("snapshots", vdi.snapshot_count.to_string()),
+        ("history", vdi.history.clone()),
     ];
     lines.extend(origin(vdi).map(|origin| ("cloned from", origin)));
     lines.extend(space_lines(vdi.size_bytes, space));
@@ -163,6 +169,12 @@ pub(super) async fn rename(context: &Context, name: &str, new: String) -> Result
     let request = ChangeVdi { name: Some(new), ..ChangeVdi::default() };
     let vdi = context.client.change(name, &request).await?;
     context.print(&vdi, &format!("renamed {name} to {}", vdi.name))
+}
+
+pub(super) async fn set(context: &Context, name: &str, history: String) -> Result<(), Error> {
+    let request = ChangeVdi { history: Some(history), ..ChangeVdi::default() };
+    let vdi = context.client.change(name, &request).await?;
+    context.print(&vdi, &format!("history of {name}: {}", vdi.history))
 }
 
 pub(super) async fn resize(
@@ -213,6 +225,7 @@ mod tests {
                 created: jiff::Timestamp::UNIX_EPOCH,
                 snapshot_count: 0,
                 parent,
+                history: "off".to_owned(),
             };
             assert_eq!(origin(&vdi).as_deref(), expected);
         };

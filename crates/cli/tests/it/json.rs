@@ -96,6 +96,7 @@ fn commands_print_what_is_described() {
     check("disk", &["clone", "a", "c"]);
     check("disk", &["rename", "c", "d"]);
     check("disk", &["resize", "d", "2M"]);
+    check("disk", &["set", "a", "history=24h"]);
     place.write("a", 2, 4096, 4096);
     check("diff", &["diff", "a@s", "a"]);
     check("list of disk", &["ls"]);
@@ -103,6 +104,7 @@ fn commands_print_what_is_described() {
     check("disk with space", &["info", "b"]);
     check("snapshot with space", &["info", "a@s"]);
     check("list of snapshot", &["snapshots", "a"]);
+    check("list of interval", &["log", "a"]);
     check("list of tree disk", &["tree"]);
     check("stats", &["stats"]);
     check("gc", &["gc"]);

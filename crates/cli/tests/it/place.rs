@@ -242,9 +242,14 @@ impl Deadline {
     }
 }
 
-#[expect(clippy::disallowed_methods, reason = "real processes run on real time")]
 pub(crate) fn pause() {
-    std::thread::sleep(Duration::from_millis(10));
+    wait(10);
+}
+
+/// Lets so much time pass, where time is what a test is about.
+#[expect(clippy::disallowed_methods, reason = "real processes run on real time")]
+pub(crate) fn wait(milliseconds: u64) {
+    std::thread::sleep(Duration::from_millis(milliseconds));
 }
 
 /// A file of `length` bytes that do not repeat soon.

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::place::Place;
+use crate::place::{Place, wait};
 
 #[test]
 fn handles_are_printed_and_taken() {
@@ -44,6 +44,38 @@ fn a_snapshot_stays_and_a_rollback_returns_to_it() {
     place.write("a", 3, 0, 4096);
     assert_eq!(place.json(&["rollback", "a@1"])["name"], "a");
     assert!(place.holds("a", 1, 0, 65_536));
+}
+
+#[test]
+fn a_disk_with_a_history_goes_back_in_time() {
+    let place = Place::with_store("1G");
+    let _served = place.serve(&[]);
+    let refused = place.fails(1, &["create", "a", "--size", "64M", "--history", "yesterday"]);
+    assert!(refused.contains("every 1s for 1h"), "{refused}");
+    place.ok(&["create", "a", "--size", "64M", "--history", "1h"]);
+    assert!(place.ok(&["info", "a"]).contains("every flush for 1h"));
+    place.write("a", 1, 0, 65_536);
+    place.tool("qemu-io", &["-f", "raw", "-c", "flush", &place.url("a")]);
+    wait(2500);
+    place.write("a", 2, 0, 65_536);
+    place.tool("qemu-io", &["-f", "raw", "-c", "flush", &place.url("a")]);
+    assert!(place.ok(&["snapshots", "a"]).contains("parallax log a"), "moments do not crowd lists");
+    wait(1500);
+    let log = place.json(&["log", "a", "--every", "1s"]);
+    let rows = log.as_array().unwrap();
+    assert!(rows.len() >= 2, "{log}");
+    assert!(rows.iter().all(|row| row["changed_bytes"].as_u64() >= Some(65_536)), "{log}");
+    let then = rows[0]["last"].as_str().unwrap();
+    place.ok(&["clone", then, "by-number"]);
+    place.ok(&["clone", "a@3 seconds ago", "by-time"]);
+    for clone in ["by-number", "by-time"] {
+        assert!(place.holds(clone, 1, 0, 65_536), "{clone}");
+    }
+    place.ok(&["rollback", "a@3s ago"]);
+    assert!(place.holds("a", 1, 0, 65_536));
+    assert!(place.ok(&["log", "a"]).contains('#'));
+    place.fails(2, &["clone", "a@1 day ago", "c"]);
+    assert_eq!(place.ok(&["set", "a", "history=off"]), "history of a: off");
 }
 
 #[test]

@@ -13,7 +13,7 @@ use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use base::{ErrorKind, SnapshotNumber, SnapshotUuid};
 use serde::Deserialize;
-use vdi::{GcReport, Received, Store, Target};
+use vdi::{GcReport, Received, Retention, Store, Target};
 
 use super::extract::{Body, Failure, Parameters, Segments};
 use crate::convert;
@@ -141,23 +141,27 @@ async fn create(
     State(current): State<Current>,
     Body(request): Body<CreateVdi>,
 ) -> Result<(StatusCode, Json<Vdi>), Failure> {
-    let CreateVdi { name, size_bytes, source } = request;
+    let CreateVdi { name, size_bytes, source, history } = request;
     let entry = current
         .call(async move |served: &Served| {
             let store = &served.store;
+            let retention = history.as_deref().map(Retention::parse).transpose()?;
             match (size_bytes, source) {
                 (Some(size_bytes), None) => store.create(&name, size_bytes).await?,
                 (None, Some(source)) => store.clone_vdi(&Target::parse(&source), &name).await?,
-                _ => return Err(exactly_one("size_bytes", "source")),
+                _ => return Err(exactly_one("size_bytes or source")),
             };
+            if let Some(retention) = retention {
+                store.retain(&name, retention).await?;
+            }
             store.info(&name).await
         })
         .await?;
     Ok((StatusCode::CREATED, Json(convert::vdi(entry))))
 }
 
-fn exactly_one(one: &str, other: &str) -> vdi::Error {
-    refused(ErrorKind::Invalid, format!("give either {one} or {other}"))
+fn exactly_one(what: &str) -> vdi::Error {
+    refused(ErrorKind::Invalid, format!("give either {what}"))
 }
 
 async fn info(State(current): State<Current>, Segments(name): Segments<String>) -> Answer<Vdi> {
@@ -172,15 +176,21 @@ async fn change(
 ) -> Answer<Vdi> {
     let answer = async move |served: &Served| {
         let store = &served.store;
-        match (request.name, request.size_bytes) {
-            (Some(new_name), None) => {
+        match (request.name, request.size_bytes, request.history) {
+            (Some(new_name), None, None) => {
                 store.rename(&name, &new_name).await?;
                 served.attachments.rename(&name, &new_name);
                 served.devices.rename(&name, &new_name);
                 store.info(&new_name).await
             }
-            (None, Some(size_bytes)) => resize(store, &name, size_bytes, request.shrink).await,
-            _ => Err(exactly_one("name", "size_bytes")),
+            (None, Some(size_bytes), None) => {
+                resize(store, &name, size_bytes, request.shrink).await
+            }
+            (None, None, Some(history)) => {
+                store.retain(&name, Retention::parse(&history)?).await?;
+                store.info(&name).await
+            }
+            _ => Err(exactly_one("name, size_bytes or history")),
         }
     };
     Ok(Json(convert::vdi(current.call(answer).await?)))
@@ -407,7 +417,7 @@ async fn attach(
                 Ok(served.attachments.attach(disk, &path))
             }
             (None, true) => Ok(served.devices.attach(disk).await),
-            _ => Err(exactly_one("vhost_user", "ublk")),
+            _ => Err(exactly_one("vhost_user or ublk")),
         }
     };
     Ok((StatusCode::CREATED, Json(current.call(answer).await??)))

@@ -445,6 +445,7 @@ impl Merge {
                 snapshot_count: vdi.snapshot_count,
                 history: vdi.vdi.history,
                 rollbacks: vdi.rollbacks,
+                retention: vdi.retention.rules().to_vec(),
             };
             records.insert(vdi.vdi.id.get(), Some(record));
         }

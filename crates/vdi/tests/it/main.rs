@@ -18,6 +18,7 @@ mod history;
 mod hostile;
 mod machines;
 mod model;
+mod moments;
 mod opening;
 mod ram;
 mod receive;

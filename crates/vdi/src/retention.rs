@@ -1,0 +1,433 @@
+//! Moments of a VDI that are kept by themselves, so that it can be opened as it was.
+//!
+//! A *retention* is a list of rules such as `every flush for 1h, every 1m for 1d`. Its first rule says
+//! when a snapshot is taken, all of them how long it stays: of each interval the first one, up to the
+//! rule's age. Ages are of store time, so that a clock that leaps deletes nothing (design rule 38).
+//!
+//! - A moment is taken after a flush of the guest, so it holds everything that the flush covered; and
+//!   when nobody flushes, after a second at most. None is taken while nothing is written.
+//! - It is a snapshot like others, with a number and no label, which a checkpoint gives a history
+//!   (`history.rs`); its record becomes durable with the next flush, and nobody waits for it.
+//! - What was the newest moment when all rules had run out stays: it is what the disk was at their
+//!   start.
+//! - When the store is full, older halves of them go before a guest's write is refused (design
+//!   rule 39).
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::rc::Rc;
+use std::time::Duration;
+
+use base::{ErrorKind, SnapshotNumber, VdiId};
+use blockstore::table;
+use ondisk::{KEEP_RULES_MAX, KeepRule, Origin, RecordBody, VdiRecord};
+
+use crate::Error;
+use crate::engine::{Engine, wait};
+use crate::manage::refuse_without_labels;
+use crate::vdi::Vdi;
+
+/// Shortest time between two moments: flushes that are closer share one.
+const INTERVAL_MIN: Duration = Duration::from_millis(10);
+
+/// Longest time between two moments of a VDI that is written and not flushed.
+const UNFLUSHED_MAX: Duration = Duration::from_secs(1);
+
+/// VDIs that are looked at between two breaths of the thread.
+const VDIS_PER_TURN: usize = 64;
+
+/// Moments that one look deletes at most.
+const DELETED_AT_ONCE: usize = 1024;
+
+/// Which moments are kept by themselves: rules by age, none for none.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Retention(Vec<KeepRule>);
+
+const MS: [(&str, u64); 8] = [
+    ("ms", 1),
+    ("s", 1000),
+    ("m", 60_000),
+    ("h", 3_600_000),
+    ("d", 86_400_000),
+    ("w", 7 * 86_400_000),
+    ("mo", 30 * 86_400_000),
+    ("y", 365 * 86_400_000),
+];
+
+impl Retention {
+    /// Parses `off`, `24h` (every flush, for a day), or rules with commas between them: `every 1s for
+    /// 1h, 1m for 1d`, with `flush` for an interval that leaves out nothing.
+    ///
+    /// # Errors
+    /// `Invalid`, with what would be right.
+    pub fn parse(text: &str) -> Result<Self, Error> {
+        let text = text.trim();
+        if text == "off" || text.is_empty() {
+            return Ok(Self::default());
+        }
+        let rules: Option<Vec<KeepRule>> = text.split(',').map(parse_rule).collect();
+        let refuse = |what: &str| {
+            let message = format!(
+                "'{text}' is no history: {what}; give `off`, an age such as `24h`, or rules such as \
+                 `every 1s for 1h, 1m for 1d, 1h for 30d`"
+            );
+            Error::refused(ErrorKind::Invalid, message)
+        };
+        let rules = rules.ok_or_else(|| refuse("a rule is not understood"))?;
+        if rules.len() > KEEP_RULES_MAX {
+            return Err(refuse(&format!("it has more than {KEEP_RULES_MAX} rules")));
+        }
+        let rises = |pair: &[KeepRule]| match pair {
+            [a, b] => a.for_s < b.for_s && a.every_ms < b.every_ms,
+            _ => true,
+        };
+        if !rules.windows(2).all(rises) {
+            return Err(refuse("ages and intervals must rise from rule to rule"));
+        }
+        Ok(Self(rules))
+    }
+
+    pub(crate) fn new(rules: Vec<KeepRule>) -> Self {
+        Self(rules)
+    }
+
+    pub(crate) fn rules(&self) -> &[KeepRule] {
+        &self.0
+    }
+
+    /// Whether nothing is kept by itself.
+    #[must_use]
+    pub fn is_off(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Time between two moments, and whether each flush makes one.
+    fn interval(&self) -> Option<(Duration, bool)> {
+        let first = self.0.first()?;
+        Some(match first.every_ms {
+            0 => (INTERVAL_MIN, true),
+            every => (Duration::from_millis(every.into()).max(INTERVAL_MIN), false),
+        })
+    }
+
+    /// Which of some moments, oldest first, with their store times in nanoseconds, are to go.
+    fn expired(
+        &self,
+        now_ns: u64,
+        moments: impl Iterator<Item = (SnapshotNumber, u64)>,
+    ) -> Vec<SnapshotNumber> {
+        let mut expired = Vec::new();
+        // The newest that is older than every rule.
+        let mut base = None;
+        let mut kept = None;
+        for (number, taken_ns) in moments {
+            let age_ms = now_ns.saturating_sub(taken_ns) / 1_000_000;
+            let rule = self.0.iter().position(|rule| age_ms <= u64::from(rule.for_s) * 1000);
+            let Some(rule) = rule else {
+                expired.extend(base.replace(number));
+                continue;
+            };
+            let every_ms = self.0.get(rule).map_or(0, |rule| u64::from(rule.every_ms));
+            let interval = (taken_ns / 1_000_000).checked_div(every_ms);
+            let place = interval.map(|interval| (rule, interval));
+            if place.is_some() && place == kept {
+                expired.push(number);
+            }
+            kept = place;
+        }
+        if self.is_off() {
+            expired.extend(base);
+        }
+        expired
+    }
+}
+
+/// `every 1s for 1h`, `1m for 1d`, `flush for 1h` or `24h`.
+fn parse_rule(text: &str) -> Option<KeepRule> {
+    let text = text.trim();
+    let (every, age) = match text.strip_prefix("every ") {
+        Some(rule) => rule.split_once(" for ")?,
+        None => text.split_once(" for ").unwrap_or(("flush", text)),
+    };
+    let every_ms = match every.trim() {
+        "flush" => 0,
+        every => parse_ms(every)?,
+    };
+    let for_ms = parse_ms(age.trim())?;
+    let rule = KeepRule {
+        every_ms: u32::try_from(every_ms).ok()?,
+        for_s: u32::try_from(for_ms.div_ceil(1000)).ok()?,
+    };
+    (rule.for_s > 0 && (every == "flush" || rule.every_ms > 0)).then_some(rule)
+}
+
+/// A time in nanoseconds since 1970, if `text` is one: RFC 3339 such as `2026-11-22T10:15:30.250Z`, or
+/// `5 minutes ago`.
+pub(crate) fn parse_time(text: &str, now_ns: u64) -> Option<u64> {
+    if let Ok(time) = text.parse::<jiff::Timestamp>() {
+        return u64::try_from(time.as_nanosecond()).ok();
+    }
+    let span = text.strip_suffix("ago")?.trim().parse::<jiff::Span>().ok()?;
+    let age = span.to_duration(jiff::SpanRelativeTo::days_are_24_hours()).ok()?;
+    now_ns.checked_sub(u64::try_from(age.as_nanos()).ok()?)
+}
+
+fn parse_ms(text: &str) -> Option<u64> {
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at_checked(digits)?;
+    let (_, ms) = MS.iter().find(|(name, _)| *name == unit.trim())?;
+    number.parse::<u64>().ok()?.checked_mul(*ms)
+}
+
+fn show_ms(ms: u64) -> String {
+    let whole = MS.iter().rev().find(|(_, unit)| ms.is_multiple_of(*unit));
+    whole.map_or_else(String::new, |(name, unit)| format!("{}{name}", ms / unit))
+}
+
+impl fmt::Display for Retention {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.is_off() {
+            return f.write_str("off");
+        }
+        for (index, rule) in self.0.iter().enumerate() {
+            let every = match rule.every_ms {
+                0 => "flush".to_owned(),
+                every => show_ms(every.into()),
+            };
+            let lead = if index == 0 { "every " } else { ", " };
+            write!(f, "{lead}{every} for {}", show_ms(u64::from(rule.for_s) * 1000))?;
+        }
+        Ok(())
+    }
+}
+
+impl Engine {
+    /// Changes which moments of a VDI are kept by themselves. Durable on return.
+    pub(crate) async fn retain(
+        self: &Rc<Self>,
+        name: &str,
+        retention: Retention,
+    ) -> Result<(), Error> {
+        let _request = self.begin_change()?;
+        self.reserve_metadata(|| false).await?;
+        let (one, vdi) = self.manage(name).await?;
+        let room = self.room().await?;
+        let body = RecordBody::Retain { rules: retention.rules().to_vec() };
+        let appended = self.append(room, &vdi, body);
+        self.apply_retain(&vdi, retention);
+        drop(one);
+        self.settle(appended).await
+    }
+
+    pub(crate) fn apply_retain(&self, vdi: &Vdi, retention: Retention) {
+        *vdi.retention.borrow_mut() = retention;
+        self.touch(vdi);
+    }
+
+    /// Notes that a guest's flush has succeeded.
+    pub(crate) fn note_flush(self: &Rc<Self>, vdi: &Rc<Vdi>) {
+        let interval = vdi.retention.borrow().interval();
+        if let Some((interval, true)) = interval {
+            self.keep_moment(vdi, interval);
+        }
+    }
+
+    /// Has the VDIs in use that moments are kept of, whose time comes though nobody opens them.
+    pub(crate) async fn load_retained(self: Rc<Self>) {
+        let ids: Vec<VdiId> = self.registry.borrow().directory.keys().copied().collect();
+        for ids in ids.chunks(VDIS_PER_TURN) {
+            for &id in ids {
+                if self.go_on().is_err() {
+                    return;
+                }
+                let record = {
+                    let _reader = self.epochs.enter();
+                    let vdis = self.roots.get().vdis;
+                    table::get::<VdiRecord>(&self.nodes, &vdis, id.get()).await
+                };
+                // What is damaged is told of when somebody opens it.
+                if record.is_ok_and(|record| record.is_some_and(|vdi| !vdi.retention.is_empty())) {
+                    let _ = self.vdi(id).await;
+                }
+            }
+            self.runtime.yield_now().await;
+        }
+    }
+
+    /// Takes the moments that are due by time, and deletes those whose time has come.
+    pub(crate) async fn keep_moments(self: &Rc<Self>) {
+        let retained: Vec<Rc<Vdi>> = {
+            let registry = self.registry.borrow();
+            let loaded = registry.loaded.values();
+            let mut retained: Vec<_> =
+                loaded.filter(|vdi| vdi.has_moments()).map(Rc::clone).collect();
+            retained.sort_by_key(|vdi| vdi.id);
+            retained
+        };
+        for vdi in retained {
+            let interval = vdi.retention.borrow().interval();
+            if let Some((interval, by_flush)) = interval {
+                self.keep_moment(&vdi, if by_flush { UNFLUSHED_MAX } else { interval });
+            }
+            let expired = {
+                let snapshots = vdi.snapshots.borrow();
+                // What somebody has open stays until it is closed.
+                let kept = snapshots
+                    .iter()
+                    .filter(|snapshot| snapshot.is_kept() && Rc::strong_count(snapshot) == 1);
+                let moments = kept.map(|snapshot| (snapshot.number, snapshot.store_ns));
+                vdi.retention.borrow().expired(self.store_ns(), moments)
+            };
+            if let Err(error) = self.delete_moments(&vdi, expired).await {
+                tracing::warn!(%error, "moments whose time has come could not be deleted");
+                return;
+            }
+        }
+    }
+
+    /// Takes a moment in the background, if something was written and the last one is old enough.
+    fn keep_moment(self: &Rc<Self>, vdi: &Rc<Vdi>, interval: Duration) {
+        let now = self.runtime.now();
+        let rested = vdi.moment_at.get().is_none_or(|at| now.since(at) >= interval);
+        if vdi.changed_blocks.get() == 0 || !rested || vdi.is_leaving() || self.read_only {
+            return;
+        }
+        vdi.moment_at.set(Some(now));
+        let (engine, vdi) = (Rc::clone(self), Rc::clone(vdi));
+        drop(self.runtime.spawn(async move {
+            if let Err(error) = engine.take_moment(&vdi).await {
+                let registry = engine.registry.borrow();
+                tracing::warn!(disk = registry.name(vdi.id), %error, "a moment could not be kept");
+            }
+        }));
+    }
+
+    async fn take_moment(self: &Rc<Self>, vdi: &Rc<Vdi>) -> Result<(), Error> {
+        let _request = self.begin_change()?;
+        self.reserve_metadata(|| vdi.is_leaving()).await?;
+        refuse_without_labels(&vdi.branch.borrow())?;
+        let room = self.room().await?;
+        if vdi.deleted.get() {
+            return Ok(());
+        }
+        let changed_blocks = vdi.changed_blocks.take();
+        let (lsn, appended) = self.append_snapshot(room, vdi, "", Origin::Kept { changed_blocks });
+        wait(appended, self.geometry.extent_start(base::ExtentIndex::new(0))).await?;
+        // Durable with the next flush, whoever asks for it.
+        self.log.complete(lsn);
+        self.stats.borrow_mut().moments += 1;
+        Ok(())
+    }
+
+    /// Deletes some moments of a VDI.
+    async fn delete_moments(
+        self: &Rc<Self>,
+        vdi: &Rc<Vdi>,
+        numbers: Vec<SnapshotNumber>,
+    ) -> Result<(), Error> {
+        for number in numbers.into_iter().take(DELETED_AT_ONCE) {
+            let _request = self.begin_change()?;
+            let one = self.management.acquire(1).await;
+            let room = self.room().await?;
+            if vdi.deleted.get() || vdi.snapshots.borrow().get(number).is_none() {
+                continue;
+            }
+            let (lsn, appended) = self.append(room, vdi, RecordBody::DeleteSnapshot { number });
+            self.apply_delete_snapshot(vdi, number);
+            drop(one);
+            wait(appended, self.geometry.extent_start(base::ExtentIndex::new(0))).await?;
+            self.log.complete(lsn);
+        }
+        Ok(())
+    }
+
+    /// Gives up the older half of all moments, for somebody who finds the store full. Whether there
+    /// were any.
+    pub(crate) async fn thin_moments(self: &Rc<Self>) -> bool {
+        let halves: BTreeMap<_, _> = {
+            let registry = self.registry.borrow();
+            let half = |vdi: &Rc<Vdi>| {
+                let snapshots = vdi.snapshots.borrow();
+                let kept: Vec<SnapshotNumber> = snapshots
+                    .iter()
+                    .filter(|snapshot| snapshot.is_kept())
+                    .map(|snapshot| snapshot.number)
+                    .collect();
+                let count = kept.len().div_ceil(2);
+                let older: Vec<_> = kept.into_iter().take(count).collect();
+                (!older.is_empty()).then(|| (vdi.id, (Rc::clone(vdi), older)))
+            };
+            registry.loaded.values().filter_map(half).collect()
+        };
+        let any = !halves.is_empty();
+        for (vdi, numbers) in halves.into_values() {
+            let count = numbers.len();
+            tracing::warn!(
+                disk = self.registry.borrow().name(vdi.id),
+                count,
+                "the store is full: the older half of the kept moments goes"
+            );
+            if self.delete_moments(&vdi, numbers).await.is_err() {
+                return false;
+            }
+        }
+        any
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retentions_are_understood_and_shown() {
+        for (text, shown) in [
+            ("24h", "every flush for 1d"),
+            ("off", "off"),
+            ("every 1s for 1h, 1m for 1d, 1h for 30d, 1d for 1y", ""),
+            ("every flush for 90m", "every flush for 90m"),
+            (" 250ms for 10s ", "every 250ms for 10s"),
+        ] {
+            let retention = Retention::parse(text).unwrap();
+            let again = Retention::parse(&retention.to_string()).unwrap();
+            assert_eq!(retention, again, "{text}");
+            assert!(shown.is_empty() || retention.to_string() == shown, "{retention}");
+        }
+        for nonsense in ["x", "1", "-1h", "every 1h", "0s", "1h for 1d, 1m for 2d", "5m for 1h, 1h"]
+        {
+            assert!(Retention::parse(nonsense).is_err(), "{nonsense}");
+        }
+    }
+
+    #[test]
+    fn moments_are_named_by_their_time() {
+        let now = 1_764_240_000_000_000_000;
+        assert_eq!(parse_time("2025-11-27T10:40:00.250Z", now), Some(now + 250_000_000));
+        assert_eq!(parse_time("5 minutes ago", now), Some(now - 300_000_000_000));
+        assert_eq!(parse_time("2 days 1h ago", now), Some(now - 49 * 3_600_000_000_000));
+        for nonsense in ["", "ago", "yesterday", "17", "-5 minutes ago", "5 minutes", "90000 y ago"]
+        {
+            assert_eq!(parse_time(nonsense, now), None, "{nonsense}");
+        }
+    }
+
+    #[test]
+    fn of_each_interval_one_moment_is_kept() {
+        let retention = Retention::parse("every flush for 10s, 5s for 60s").unwrap();
+        let second = |at: u64| at * 1_000_000_000;
+        let moments = |now: u64| (1..=now).map(|at| (SnapshotNumber::new(at), second(at)));
+        let expired = |now: u64| -> Vec<u64> {
+            let expired = retention.expired(second(now), moments(now));
+            expired.into_iter().map(SnapshotNumber::get).collect()
+        };
+        assert_eq!(expired(11), [0u64; 0]);
+        let gone = expired(100);
+        let kept: Vec<u64> = (1..=100).filter(|at| !gone.contains(at)).collect();
+        let mut expected = vec![39];
+        expected.extend((40..90).step_by(5));
+        expected.extend(90..=100);
+        assert_eq!(kept, expected, "the newest that is too old, one each five seconds, all");
+        let off = Retention::default();
+        assert_eq!(off.expired(second(5), moments(5)).len(), 5);
+    }
+}
