@@ -37,7 +37,7 @@ const fn guest(name: &'static str, file: &'static str) -> Package {
     Package { name, file, guests_only: true }
 }
 
-const PACKAGES: [Package; 18] = [
+const PACKAGES: [Package; 19] = [
     gate("fio", "/usr/bin/fio"),
     gate("libnbd-bin", "/usr/bin/nbdcopy"),
     gate("python3-libnbd", "/usr/lib/python3/dist-packages/nbd.py"),
@@ -50,6 +50,7 @@ const PACKAGES: [Package; 18] = [
     guest("busybox-static", "/bin/busybox"),
     guest("kmod", "/sbin/depmod"),
     guest("nbd-client", "/sbin/nbd-client"),
+    guest("netcat-openbsd", "/usr/bin/nc.openbsd"),
     guest("xz-utils", "/usr/bin/xz"),
     guest("mmdebstrap", "/usr/bin/mmdebstrap"),
     guest("extlinux", "/usr/bin/extlinux"),

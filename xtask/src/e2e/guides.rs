@@ -7,12 +7,14 @@
 
 mod sandbox;
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, ensure};
 
-use crate::console;
 use crate::process::Run;
 use crate::readme::{self, Block};
 use crate::workspace;
+use crate::{clock, console};
 
 use super::Bed;
 use super::debian::{BOOT_LIMIT, Debian};
@@ -53,6 +55,23 @@ pub(crate) fn host(bed: &mut Bed) -> Result<()> {
     follow_without(bed, "host.md", &mut sandbox, is_of_a_block_device, |_, _| Ok(false))
 }
 
+/// docs/guides/time-travel.md.
+///
+/// # Errors
+/// If something cannot be prepared.
+pub(crate) fn time_travel(bed: &mut Bed) -> Result<()> {
+    /// How long before its accident the disk lies as the guide has it.
+    const QUIET: Duration = Duration::from_secs(15);
+    let Some(mut sandbox) = sandbox(bed, &[])? else { return Ok(()) };
+    sandbox.serve("exec parallax serve store")?;
+    follow(bed, "time-travel.md", &mut sandbox, |_, block| {
+        if block.text.starts_with("rm ") {
+            clock::sleep(QUIET);
+        }
+        Ok(false)
+    })
+}
+
 /// The blocks of docs/guides/host.md that take more than this machine's kernel may have; the scenario
 /// `ublk` follows them.
 ///
@@ -78,16 +97,28 @@ pub(crate) fn qemu(bed: &mut Bed) -> Result<()> {
     let Some(mut sandbox) = sandbox(bed, &["/dev/kvm"])? else { return Ok(()) };
     image(&debian, &sandbox)?;
     sandbox.serve("exec parallax serve store")?;
-    let mut machine = None;
+    let (mut machine, mut moved) = (None, None);
     follow(bed, "qemu.md", &mut sandbox, |sandbox, block| {
+        if block.text.contains("-incoming") {
+            // The guest is there when it has moved.
+            moved = Some(sandbox.start("moved", &block.text)?);
+            sandbox.run("until [ -S /run/web01.migration ]; do sleep 0.1; done")?;
+            return Ok(true);
+        }
         if block.text.starts_with("qemu-system") {
             let machine = machine.insert(sandbox.start("machine", &block.text)?);
             machine.wait_for(LOGIN, BOOT_LIMIT)?;
             return Ok(true);
         }
+        if block.text.contains("echo quit") {
+            sandbox.run(&block.text)?;
+            // It has ended by itself.
+            drop(machine.take());
+            return Ok(true);
+        }
         if block.text.starts_with("parallax detach") {
             // As the guide has it: after the machine has ended.
-            machine.take().context("there is no machine")?.stop(sandbox)?;
+            moved.take().context("there is no machine")?.stop(sandbox)?;
         }
         Ok(false)
     })
