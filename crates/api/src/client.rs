@@ -182,13 +182,26 @@ impl Client {
     /// # Errors
     /// `NotFound`.
     pub async fn snapshots(&self, name: &str) -> Result<Vec<Snapshot>, Error> {
+        self.snapshot_pages(name, true).await
+    }
+
+    /// As [`Self::snapshots`], without the moments that the VDI's history keeps.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub async fn asked_snapshots(&self, name: &str) -> Result<Vec<Snapshot>, Error> {
+        self.snapshot_pages(name, false).await
+    }
+
+    async fn snapshot_pages(&self, name: &str, moments: bool) -> Result<Vec<Snapshot>, Error> {
         let mut snapshots = Vec::new();
-        let mut path = format!("{}/snapshots", vdi_path(name));
+        let first = format!("{}/snapshots?moments={moments}", vdi_path(name));
+        let mut path = first.clone();
         loop {
             let page: SnapshotPage = self.ask(Method::GET, &path, NOTHING).await?;
             snapshots.extend(page.snapshots);
             let Some(next) = page.next else { return Ok(snapshots) };
-            path = format!("{}/snapshots?after={next}", vdi_path(name));
+            path = format!("{first}&after={next}");
         }
     }
 

@@ -67,8 +67,10 @@ pub struct Vdi {
     pub size_bytes: u64,
     /// When it was created.
     pub created: Timestamp,
-    /// Number of its snapshots.
+    /// Number of its snapshots that were asked for.
     pub snapshot_count: u64,
+    /// Number of moments that its history keeps.
+    pub moment_count: u64,
     /// Where it was cloned from.
     pub parent: Option<Parent>,
     /// Which moments of it are kept by themselves, such as `every flush for 1d`; `off` for none.

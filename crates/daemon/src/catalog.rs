@@ -104,7 +104,7 @@ async fn push_snapshots(
     if room == 0 {
         return Ok(());
     }
-    for entry in store.snapshots(vdi, after, room).await? {
+    for entry in store.asked_snapshots(vdi, after, room).await? {
         let size_bytes = entry.size_bytes;
         let name = crate::convert::snapshot(vdi, entry).handle;
         exports.push(Export { name, size_bytes, read_only: true });

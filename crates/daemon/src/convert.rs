@@ -9,6 +9,7 @@ pub(crate) fn vdi(entry: vdi::VdiEntry) -> api::Vdi {
         size_bytes: entry.size_bytes,
         created: time(entry.created_ns),
         snapshot_count: entry.snapshot_count,
+        moment_count: entry.moment_count,
         parent: entry.parent.map(|(id, snapshot)| api::Parent {
             id: id.get(),
             name: entry.parent_name,

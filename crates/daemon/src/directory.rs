@@ -25,7 +25,8 @@ fn name(store: &Store, id: u64) -> Result<String, DiskError> {
 }
 
 fn disk_entry(entry: VdiEntry) -> DiskEntry {
-    let VdiEntry { id, name, size_bytes, created_ns, snapshot_count, .. } = entry;
+    let VdiEntry { id, name, size_bytes, created_ns, snapshot_count, moment_count, .. } = entry;
+    let snapshot_count = snapshot_count + moment_count;
     DiskEntry { id: id.get(), name, size_bytes, created_ns, snapshot_count }
 }
 

@@ -203,10 +203,13 @@ impl Plan {
             (60, ManagementKind::RemoveSnapshot),
             (10, ManagementKind::Checkpoint),
             (20, ManagementKind::CollectGarbage),
+            (40, ManagementKind::Retain),
+            (60, ManagementKind::ReadMoment),
         ] {
             self.weights.management.push((weight, kind));
         }
         self.weights.requests.push((100, RequestKind::Write));
+        self.weights.requests.push((20, RequestKind::Flush));
         self.live(3, 200, random, |random| {
             let ending = if random.chance(500) { Ending::Kill } else { Ending::PowerCut };
             (ending, after_promise(random))

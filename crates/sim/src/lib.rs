@@ -29,6 +29,7 @@ pub mod focus;
 pub mod management;
 pub mod medium;
 pub mod model;
+pub mod moments;
 pub mod mutants;
 pub mod plan;
 pub mod probes;

@@ -12,6 +12,7 @@ use vdi::{Error, Target};
 
 use crate::model::ops::Outcome;
 use crate::model::{Place, VdiRef};
+use crate::moments;
 use crate::plan::ManagementKind;
 use crate::random::{Random, to_u64, to_usize};
 use crate::requests;
@@ -45,6 +46,8 @@ pub async fn make(session: Rc<Session>, kind: ManagementKind, mut random: Random
         ManagementKind::List => list(&session).await,
         ManagementKind::Describe => describe(&session, random).await,
         ManagementKind::Diff => diff(&session, random).await,
+        ManagementKind::Retain => moments::retain(&session, random).await,
+        ManagementKind::ReadMoment => moments::read(&session, random).await,
     }
     world.progressed();
     world.trace.event([31, number, 0, 0], || format!("manage  #{number} ended"));

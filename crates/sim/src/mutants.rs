@@ -247,6 +247,12 @@ pub const ALL: &[Mutant] = &[
         focus: Some(Focus::History),
     },
     Mutant {
+        name: "thinning_takes_what_was_asked_for",
+        rule: "39",
+        breaks: "lets a history's rules delete snapshots that somebody asked for",
+        focus: Some(Focus::History),
+    },
+    Mutant {
         name: "labels_wrap",
         rule: "42",
         breaks: "starts birth labels anew when few bits are used up",

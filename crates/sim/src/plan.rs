@@ -179,6 +179,8 @@ pub enum ManagementKind {
     List,
     Describe,
     Diff,
+    Retain,
+    ReadMoment,
 }
 
 /// Everything that a seed decides.
@@ -366,6 +368,8 @@ impl Weights {
             (weight(3), ManagementKind::List),
             (weight(4), ManagementKind::Describe),
             (weight(4), ManagementKind::Diff),
+            (weight(3), ManagementKind::Retain),
+            (weight(6), ManagementKind::ReadMoment),
         ];
         Self {
             requests,

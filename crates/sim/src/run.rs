@@ -12,6 +12,7 @@ use vdi::{FormatOptions, OpenOptions, OpenReport, Store};
 use crate::client;
 use crate::executor::{Driven, Executor};
 use crate::model::block::Floor;
+use crate::moments;
 use crate::plan::{Ending, Life, Limits, Plan, Strike};
 use crate::probes::Probes;
 use crate::session::{Injected, Session};
@@ -362,8 +363,11 @@ impl Run {
         }
         let store = session.store.clone();
         let last = self.last;
+        let runtime = executor.runtime().clone();
         let outcome = executor.run(async move {
             if last {
+                // Moments whose time comes later would be garbage then.
+                moments::end_all(&store, &runtime).await?;
                 store.collect_garbage().await?;
             }
             store.close().await

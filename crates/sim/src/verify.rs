@@ -10,6 +10,7 @@ use crate::content;
 use crate::management::{add_snapshot, add_vdi, list_all};
 use crate::model::ops::Serial;
 use crate::model::{Place, VdiRef};
+use crate::moments;
 use crate::requests::{read_all, read_blocks};
 use crate::session::{Reach, Session};
 use crate::world::Pending;
@@ -48,6 +49,7 @@ pub async fn everything(session: Rc<Session>) {
 /// can be asked when metadata was damaged and then the log was cut or an older root was taken.
 pub async fn nothing_wrong(session: Rc<Session>) {
     let world = &session.world;
+    world.moments.borrow_mut().clear();
     let Some(entries) = list_all(&session, 5).await else { return };
     for entry in entries {
         let target = Target { vdi: entry.name, snapshot: None };
@@ -188,6 +190,8 @@ async fn reconcile_snapshots(session: &Session, vdi: VdiRef) {
             return;
         }
     }
+    moments::forget_others(session, vdi, &listed);
+    listed.retain(|entry| entry.changed_bytes.is_none());
     for entry in &listed {
         let number = entry.number.get();
         let known = world.model.borrow().vdi(vdi).snapshots.get(&number).cloned();

@@ -9,6 +9,7 @@ use crate::clock::SimClock;
 use crate::device::SimDevice;
 use crate::model::ops::Serial;
 use crate::model::{Asked, Contents, Model, Place, VdiRef};
+use crate::moments::Moments;
 use crate::plan::Plan;
 use crate::probes::Probes;
 use crate::random::Random;
@@ -93,6 +94,8 @@ pub struct World {
     /// When a client last got an answer.
     progress: Cell<Time>,
     promises: Cell<u64>,
+    /// What moments that the engine keeps by itself were seen to hold, by VDI and number.
+    pub moments: RefCell<Moments>,
     /// How much of what the device had lost was known when everything was last compared.
     pub lies_compared: Cell<u64>,
     /// Random numbers of what belongs to no client.
@@ -128,6 +131,7 @@ impl World {
             ids: RefCell::default(),
             progress: Cell::default(),
             promises: Cell::default(),
+            moments: RefCell::default(),
             lies_compared: Cell::default(),
             random: RefCell::new(Random::split(seed, "world")),
         }

@@ -344,12 +344,18 @@ impl Engine {
         self.scheduler.watermarks().durable() >= snapshot.position
     }
 
-    /// Number of a VDI's snapshots that are durable.
-    pub(crate) fn durable_snapshot_count(&self, vdi: &Vdi) -> u64 {
+    /// Number of a VDI's snapshots that are durable: of those that were asked for, and of moments.
+    pub(crate) fn durable_snapshot_counts(&self, vdi: &Vdi) -> (u64, u64) {
         let snapshots = vdi.snapshots.borrow();
-        let newest = snapshots.iter().rev();
-        let being_made = newest.take_while(|snapshot| !self.is_durable(snapshot)).count();
-        as_u64(snapshots.count() - being_made)
+        let (mut asked, mut moments) =
+            (snapshots.count() - snapshots.kept_count(), snapshots.kept_count());
+        for being_made in snapshots.iter().rev().take_while(|it| !self.is_durable(it)) {
+            match being_made.is_kept() {
+                true => moments -= 1,
+                false => asked -= 1,
+            }
+        }
+        (as_u64(asked), as_u64(moments))
     }
 
     fn record_of(&self, name: &str) -> Option<DirectoryRecord> {

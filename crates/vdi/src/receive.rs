@@ -115,7 +115,8 @@ impl Engine {
         let name = &received.name;
         let snapshots = vdi.snapshots.borrow();
         let is_base = |snapshot: &&Rc<Snapshot>| self.snapshot_uuid(vdi, snapshot) == base;
-        if snapshots.iter().next_back().is_some_and(|newest| is_base(&newest)) {
+        let mut asked = snapshots.iter().rev().filter(|snapshot| !snapshot.is_kept());
+        if asked.next().is_some_and(|newest| is_base(&newest)) {
             return Ok(());
         }
         let message = match snapshots.iter().find(is_base) {
@@ -130,7 +131,10 @@ impl Engine {
 
     /// Refuses a disk that was written since its newest snapshot.
     async fn refuse_changed(self: &Rc<Self>, vdi: &Vdi, received: &Received) -> Result<(), Error> {
-        let newest = vdi.snapshots.borrow().iter().next_back().map(Rc::clone);
+        let newest = {
+            let snapshots = vdi.snapshots.borrow();
+            snapshots.iter().rev().find(|snapshot| !snapshot.is_kept()).map(Rc::clone)
+        };
         let (name, Some(newest), false) = (&received.name, newest, received.force) else {
             return Ok(());
         };

@@ -69,9 +69,9 @@ impl Snapshots {
         self.by_number.get(&number)
     }
 
-    /// Whether there are some that a retention made.
-    pub(crate) fn has_kept(&self) -> bool {
-        self.kept_count > 0
+    /// How many a retention made.
+    pub(crate) fn kept_count(&self) -> usize {
+        self.kept_count
     }
 
     /// The newest that was taken at this time or before.

@@ -185,10 +185,34 @@ impl Store {
         after: SnapshotNumber,
         max: usize,
     ) -> Result<Vec<SnapshotEntry>, Error> {
+        self.snapshots_where(name, after, max, |_| true).await
+    }
+
+    /// As [`Self::snapshots`], without the moments that the VDI's retention keeps.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub async fn asked_snapshots(
+        &self,
+        name: &str,
+        after: SnapshotNumber,
+        max: usize,
+    ) -> Result<Vec<SnapshotEntry>, Error> {
+        self.snapshots_where(name, after, max, |snapshot| !snapshot.is_kept()).await
+    }
+
+    async fn snapshots_where(
+        &self,
+        name: &str,
+        after: SnapshotNumber,
+        max: usize,
+        is_wanted: impl Fn(&Snapshot) -> bool,
+    ) -> Result<Vec<SnapshotEntry>, Error> {
         let vdi = self.0.find(name).await?;
         let snapshots = vdi.snapshots.borrow();
         let durable = snapshots.after(after).take_while(|snapshot| self.0.is_durable(snapshot));
-        Ok(durable.take(max).map(|snapshot| self.snapshot_entry(&vdi, snapshot)).collect())
+        let wanted = durable.filter(|snapshot| is_wanted(snapshot));
+        Ok(wanted.take(max).map(|snapshot| self.snapshot_entry(&vdi, snapshot)).collect())
     }
 
     /// Describes one snapshot of a VDI, by its label or its number, when it is durable.
@@ -414,6 +438,8 @@ impl Store {
 
     /// Describes a VDI that exists, or what is left of a damaged one: its name.
     fn entry(&self, id: VdiId, vdi: Option<&Vdi>) -> Option<VdiEntry> {
+        let (snapshot_count, moment_count) =
+            vdi.map_or((0, 0), |vdi| self.0.durable_snapshot_counts(vdi));
         let registry = self.0.registry.borrow();
         let record = registry.directory.get(&id)?;
         let parent = (record.parent.get() != 0).then_some((record.parent, record.parent_snapshot));
@@ -423,7 +449,8 @@ impl Store {
             name: record.name.clone(),
             size_bytes: vdi.map_or(0, |vdi| vdi.block_count.get() * BLOCK_SIZE_U64),
             created_ns: record.created_ns,
-            snapshot_count: vdi.map_or(0, |vdi| self.0.durable_snapshot_count(vdi)),
+            snapshot_count,
+            moment_count,
             parent,
             parent_name,
             retention: vdi.map_or_else(Retention::default, |vdi| vdi.retention.borrow().clone()),

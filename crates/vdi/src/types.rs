@@ -99,8 +99,10 @@ pub struct VdiEntry {
     pub size_bytes: u64,
     /// When it was created, in nanoseconds since 1970.
     pub created_ns: u64,
-    /// Number of snapshots.
+    /// Number of snapshots that were asked for.
     pub snapshot_count: u64,
+    /// Number of moments that its retention keeps.
+    pub moment_count: u64,
     /// The VDI that it was cloned from, and the number of the snapshot there; names may be gone.
     pub parent: Option<(VdiId, SnapshotNumber)>,
     /// Name of the parent if it still exists.

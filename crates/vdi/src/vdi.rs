@@ -94,7 +94,7 @@ impl Vdi {
 
     /// Whether there is something to do for moments that are kept by themselves.
     pub(crate) fn has_moments(&self) -> bool {
-        let has_any = !self.retention.borrow().is_off() || self.snapshots.borrow().has_kept();
+        let has_any = !self.retention.borrow().is_off() || self.snapshots.borrow().kept_count() > 0;
         has_any && !self.deleted.get()
     }
 

@@ -169,7 +169,7 @@ async fn check_target(
 ) -> Result<Option<Snapshot>, Error> {
     let name = &arguments.name;
     let refuse = |kind, message| Err(Error::new(kind, message));
-    let snapshots = match context.client.snapshots(name).await {
+    let snapshots = match context.client.asked_snapshots(name).await {
         Ok(snapshots) => snapshots,
         Err(error) if error.kind == Kind::NotFound && header.base.is_none() => return Ok(None),
         Err(error) if error.kind == Kind::NotFound => {

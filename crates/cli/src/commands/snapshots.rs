@@ -12,19 +12,22 @@ pub(super) async fn take(context: &Context, name: &str, label: Option<&str>) -> 
 }
 
 pub(super) async fn list(context: &Context, name: &str, all: bool) -> Result<(), Error> {
-    let mut snapshots = context.client.snapshots(name).await?;
-    let count = snapshots.len();
-    if !all {
-        snapshots.retain(|snapshot| snapshot.changed_bytes.is_none());
-    }
-    let kept = output::count((count - snapshots.len()) as u64, "moment");
+    let snapshots = match all {
+        true => context.client.snapshots(name).await?,
+        false => context.client.asked_snapshots(name).await?,
+    };
     if context.json {
         return output::print_json(&snapshots);
     }
     if snapshots.is_empty() {
-        let hint = match count {
+        let hint = match context.client.vdi(name).await?.moment_count {
             0 => format!("{name} has no snapshots; take one with: parallax snapshot {name}"),
-            _ => format!("{name} has no snapshots, but {kept} of its history: parallax log {name}"),
+            count => {
+                let moments = output::count(count, "moment");
+                format!(
+                    "{name} has no snapshots, but {moments} in its history: parallax log {name}"
+                )
+            }
         };
         return output::print(&hint);
     }

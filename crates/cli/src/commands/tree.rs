@@ -200,6 +200,7 @@ mod tests {
             size_bytes: 1 << 30,
             created: Timestamp::UNIX_EPOCH,
             snapshot_count: 0,
+            moment_count: 0,
             parent: parent.map(|(id, name, snapshot)| Parent {
                 id,
                 name: name.map(str::to_owned),

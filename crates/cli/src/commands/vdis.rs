@@ -134,6 +134,7 @@ fn describe_vdi(vdi: &Vdi, space: &Space) -> String {
         ("created", time(vdi.created)),
         ("snapshots", vdi.snapshot_count.to_string()),
         ("history", vdi.history.clone()),
+        ("moments", vdi.moment_count.to_string()),
     ];
     lines.extend(origin(vdi).map(|origin| ("cloned from", origin)));
     lines.extend(space_lines(vdi.size_bytes, space));
@@ -224,6 +225,7 @@ mod tests {
                 size_bytes: 1,
                 created: jiff::Timestamp::UNIX_EPOCH,
                 snapshot_count: 0,
+                moment_count: 0,
                 parent,
                 history: "off".to_owned(),
             };

@@ -318,14 +318,26 @@ fn parse_uuid(text: &str) -> Result<SnapshotUuid, Error> {
     uuid.ok_or_else(|| Error::new(Kind::Invalid, format!("'{text}' is not a uuid")))
 }
 
+#[derive(Deserialize)]
+struct PageOfSnapshots {
+    after: Option<u64>,
+    max: Option<usize>,
+    /// Whether to list what the disk's history keeps, too; it does without a word.
+    moments: Option<bool>,
+}
+
 async fn snapshots(
     State(current): State<Current>,
     Segments(name): Segments<String>,
-    Parameters(page): Parameters<Page<u64>>,
+    Parameters(page): Parameters<PageOfSnapshots>,
 ) -> Answer<SnapshotPage> {
-    let (max, vdi) = (page.max(), name.clone());
+    let max = page.max.unwrap_or(PAGE_MAX).clamp(1, PAGE_MAX);
+    let (vdi, with_moments) = (name.clone(), page.moments.unwrap_or(true));
     let after = SnapshotNumber::new(page.after.unwrap_or(0));
-    let answer = async move |served: &Served| served.store.snapshots(&vdi, after, max).await;
+    let answer = async move |served: &Served| match with_moments {
+        true => served.store.snapshots(&vdi, after, max).await,
+        false => served.store.asked_snapshots(&vdi, after, max).await,
+    };
     let entries = current.call(answer).await?;
     let snapshots: Vec<Snapshot> =
         entries.into_iter().map(|entry| convert::snapshot(&name, entry)).collect();

@@ -1,0 +1,138 @@
+//! Moments that the engine keeps by itself. The model does not know when they were taken, so what one
+//! holds is not judged by it: all that is written in it must belong where it stands, and whoever
+//! looks again must see the same, until it is gone.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use base::{ErrorKind, SnapshotNumber};
+use runtime::Runtime;
+use vdi::{Retention, SnapshotEntry, Store, Target};
+
+use crate::content;
+use crate::management::pick;
+use crate::model::{Place, VdiRef};
+use crate::random::Random;
+use crate::requests::read_blocks;
+use crate::session::{Reach, Session};
+
+/// Blocks that were seen, by LBA.
+type Seen = BTreeMap<u64, Vec<u8>>;
+
+/// What was seen of each moment, by VDI and number.
+pub type Moments = BTreeMap<(VdiRef, u64), Seen>;
+
+/// Moments of which is remembered what they hold.
+const REMEMBERED_MAX: usize = 64;
+
+/// Blocks of a moment that are looked at.
+const BLOCKS_MAX: u64 = 8;
+
+/// What a VDI's history may be set to: runs last seconds.
+const RETENTIONS: [&str; 5] =
+    ["off", "1h", "2s", "every flush for 1s, 100ms for 5s", "every 20ms for 500ms, 1s for 1h"];
+
+/// Changes which moments of a VDI are kept.
+pub async fn retain(session: &Session, random: &mut Random) {
+    let Some(vdi) = pick(session, random) else { return };
+    let Some(Ok(retention)) = random.pick(&RETENTIONS).map(Retention::parse) else { return };
+    let name = session.world.name_of(Place::Head(vdi));
+    match session.store.retain(&name, retention).await {
+        Ok(()) => session.world.probe("moments: retention changed"),
+        // Deleted or renamed meanwhile.
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        Err(error) => session.excuse("retain", error.kind(), &error, Reach::Metadata),
+    }
+}
+
+/// Reads some blocks of a moment.
+pub async fn read(session: &Session, random: &mut Random) {
+    let world = &session.world;
+    let Some(vdi) = pick(session, random) else { return };
+    let name = world.name_of(Place::Head(vdi));
+    let listed = session.store.snapshots(&name, SnapshotNumber::new(0), usize::MAX).await;
+    let Ok(listed) = listed else { return };
+    // It may be another one of that name by now.
+    let id = world.model.borrow().vdi(vdi).id;
+    let info = session.store.info(&name).await;
+    if !info.is_ok_and(|info| Some(info.id.get()) == id) {
+        return;
+    }
+    let kept = listed.into_iter().filter(|entry| entry.changed_bytes.is_some());
+    let kept: Vec<u64> = kept.map(|entry| entry.number.get()).collect();
+    let Some(number) = random.pick(&kept) else { return };
+    let target = Target { vdi: name.clone(), snapshot: Some(number.to_string()) };
+    let Ok(disk) = session.store.open_disk(&target).await else { return };
+    let block_count = disk.size_bytes() / base::BLOCK_SIZE_U64;
+    let layout = world.plan.layout.clone();
+    for _ in 0..random.between(1, BLOCKS_MAX) {
+        let slots = u64::try_from(layout.slot_count()).unwrap_or(1);
+        let slot = usize::try_from(random.below(slots)).unwrap_or(0);
+        let lba = layout.lba(slot);
+        if lba >= block_count {
+            continue;
+        }
+        match read_blocks(session, &disk, lba, 1).await {
+            Ok(bytes) => {
+                let damaged = world.device.with_atlas(|atlas| atlas.may_have_undone(lba));
+                if world.check(content::check_belongs(lba, &bytes)).is_none() || damaged {
+                    return;
+                }
+                remember(session, vdi, number, lba, bytes);
+            }
+            Err(_) if disk.severed() => return,
+            Err(error) => session.excuse(
+                &format!("read of block {lba} of {target}"),
+                error.kind,
+                &error,
+                Reach::Blocks(lba, lba + 1),
+            ),
+        }
+    }
+    world.probe("moments: read");
+}
+
+fn remember(session: &Session, vdi: VdiRef, number: u64, lba: u64, bytes: Vec<u8>) {
+    let mut moments = session.world.moments.borrow_mut();
+    if moments.len() >= REMEMBERED_MAX && !moments.contains_key(&(vdi, number)) {
+        moments.pop_first();
+    }
+    let seen = moments.entry((vdi, number)).or_default();
+    match seen.get(&lba) {
+        Some(before) if *before != bytes => {
+            session.world.fail(format!("{vdi:?}@{number}, block {lba}: the moment has changed"));
+        }
+        Some(_) => session.world.probe("moments: read again"),
+        None => {
+            seen.insert(lba, bytes);
+        }
+    }
+}
+
+/// Ends all histories, and waits until nothing of them is left.
+///
+/// # Errors
+/// If the store has failed.
+pub async fn end_all(store: &Store, runtime: &Runtime) -> Result<(), vdi::Error> {
+    for vdi in store.list(None, usize::MAX).await? {
+        match store.retain(&vdi.name, Retention::default()).await {
+            // Of what is damaged nothing is kept.
+            Err(error) if error.kind() == ErrorKind::Corrupt => {}
+            retained => retained?,
+        }
+    }
+    loop {
+        let vdis = store.list(None, usize::MAX).await?;
+        if vdis.iter().all(|vdi| vdi.moment_count == 0) {
+            return Ok(());
+        }
+        runtime.sleep(Duration::from_millis(500)).await;
+    }
+}
+
+/// Forgets the moments of a VDI that are not listed: numbers of what a crash took are given again.
+pub fn forget_others(session: &Session, vdi: VdiRef, listed: &[SnapshotEntry]) {
+    session.world.moments.borrow_mut().retain(|&(of, number), _| {
+        of != vdi || listed.iter().any(|entry| entry.number.get() == number)
+    });
+}
