@@ -70,10 +70,12 @@ pub struct Vdi {
     /// Number of its snapshots that were asked for.
     pub snapshot_count: u64,
     /// Number of moments that its history keeps.
+    #[serde(default)]
     pub moment_count: u64,
     /// Where it was cloned from.
     pub parent: Option<Parent>,
     /// Which moments of it are kept by themselves, such as `every flush for 1d`; `off` for none.
+    #[serde(default)]
     pub history: String,
 }
 

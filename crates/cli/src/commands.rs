@@ -72,10 +72,13 @@ async fn ask(context: Context, command: Command) -> Result<(), Error> {
             vdis::set(&context, &name.name, history).await
         }
         Command::Log { name, every, rows } => log::run(&context, &name.name, every, rows).await,
-        Command::Clone { source, new } => vdis::clone(&context, source, new).await,
+        Command::Clone { source, new } => {
+            vdis::clone(&context, context.pinned(source).await?, new).await
+        }
         Command::Ls { space } => vdis::ls(&context, space).await,
         Command::Info { target: t } => {
-            vdis::info(&context, &t.target.0, t.target.1.as_deref()).await
+            let (name, snapshot) = context.pinned_target(t.target).await?;
+            vdis::info(&context, &name, snapshot.as_deref()).await
         }
         Command::Rename { name, new } => vdis::rename(&context, &name.name, new).await,
         Command::Resize { name, size, shrink } => {
@@ -87,10 +90,14 @@ async fn ask(context: Context, command: Command) -> Result<(), Error> {
         }
         Command::Snapshots { name, all } => snapshots::list(&context, &name.name, all).await,
         Command::Rollback { target: (name, snapshot) } => {
+            let snapshot = context.pinned_snapshot(&name, snapshot).await?;
             snapshots::rollback(&context, &name, &snapshot).await
         }
         Command::Tree { all } => tree::run(&context, all).await,
-        Command::Diff { from, to } => diff::run(&context, &from, &to).await,
+        Command::Diff { from, to } => {
+            let (from, to) = (context.pinned(from).await?, context.pinned(to).await?);
+            diff::run(&context, &from, &to).await
+        }
         Command::Stats { watch, interval } => stats::run(&context, watch.then_some(interval)).await,
         Command::Gc { status: true } => gc::status(&context).await,
         Command::Gc { status: false } => gc::run(&context).await,
@@ -98,14 +105,16 @@ async fn ask(context: Context, command: Command) -> Result<(), Error> {
             transfer::import(&context, &file, &name.name, format).await
         }
         Command::Export { target: t, file, format, force } => {
-            let target = transfer::Source { name: t.target.0, snapshot: t.target.1 };
+            let (name, snapshot) = context.pinned_target(t.target).await?;
+            let target = transfer::Source { name, snapshot };
             transfer::export(&context, target, &file, format, force).await
         }
         Command::Send(arguments) => send::run(&context, arguments).await,
         Command::Receive(arguments) => receive::run(&context, &arguments).await,
         // Without a socket it is a block device.
         Command::Attach { target: t, vhost_user, .. } => {
-            attachments::attach(&context, t.target, vhost_user.as_deref()).await
+            let target = context.pinned_target(t.target).await?;
+            attachments::attach(&context, target, vhost_user.as_deref()).await
         }
         Command::Detach { path } => attachments::detach(&context, &path).await,
         Command::Attachments => attachments::list(&context).await,
@@ -133,6 +142,34 @@ fn block_on<T>(future: impl Future<Output = T>) -> Result<T, Error> {
 }
 
 impl Context {
+    /// The same disk or snapshot, by its number where it was by a time: whoever asks twice would get
+    /// another one.
+    async fn pinned(&self, handle: String) -> Result<String, Error> {
+        let Some((name, snapshot)) = handle.split_once('@') else { return Ok(handle) };
+        let snapshot = self.pinned_snapshot(name, snapshot.to_owned()).await?;
+        Ok(format!("{name}@{snapshot}"))
+    }
+
+    async fn pinned_target(
+        &self,
+        (name, snapshot): (String, Option<String>),
+    ) -> Result<(String, Option<String>), Error> {
+        let Some(snapshot) = snapshot else { return Ok((name, None)) };
+        let snapshot = self.pinned_snapshot(&name, snapshot).await?;
+        Ok((name, Some(snapshot)))
+    }
+
+    async fn pinned_snapshot(&self, name: &str, snapshot: String) -> Result<String, Error> {
+        if !snapshot.contains(':') && !snapshot.ends_with("ago") {
+            return Ok(snapshot);
+        }
+        let found = self.client.snapshot_status(name, &snapshot).await?;
+        match found.label {
+            Some(label) if label == snapshot => Ok(label),
+            _ => Ok(found.number.to_string()),
+        }
+    }
+
     /// Prints `text`, or `value` with --json.
     fn print(&self, value: &impl serde::Serialize, text: &str) -> Result<(), Error> {
         if self.json { output::print_json(value) } else { output::print(text) }

@@ -33,7 +33,14 @@ impl Catalog for StoreCatalog {
     fn open(&self, name: &str) -> LocalBoxFuture<Result<Rc<dyn Disk>, DiskError>> {
         let store = self.0.clone();
         let target = Target::parse(name);
-        Box::pin(async move { Ok(store.open_disk(&target).await?) })
+        Box::pin(async move {
+            // Each connection of a client would get another moment.
+            if target.snapshot.as_ref().is_some_and(|wanted| wanted.ends_with(" ago")) {
+                let message = "name a snapshot, or a time such as 2026-11-22T10:15:30Z";
+                return Err(DiskError::new(base::ErrorKind::NotFound, message));
+            }
+            Ok(store.open_disk(&target).await?)
+        })
     }
 }
 

@@ -2,7 +2,7 @@
 //! are verified by the hash in the tree, so that records need no checksum of their own.
 
 use base::{
-    BLOCK_SIZE, BirthLabel, Block, ClaimGeneration, Epoch, HostId, Lsn, SnapshotNumber,
+    BLOCK_SIZE, BirthLabel, Block, ClaimGeneration, Epoch, HostId, Lsn, Pba, SnapshotNumber,
     SnapshotUuid, VdiId,
 };
 use zerocopy::little_endian::{U16, U32, U64};
@@ -428,6 +428,12 @@ impl History {
             return Err(DecodeError::Invalid("history of a snapshot"));
         }
         Ok(Some(Self { versions, count: u32::from(last) + 1 }))
+    }
+
+    /// Where it stands.
+    #[must_use]
+    pub fn at(&self) -> Pba {
+        self.versions.entry.pba()
     }
 
     fn last(&self) -> u16 {

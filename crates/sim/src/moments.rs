@@ -30,7 +30,7 @@ const BLOCKS_MAX: u64 = 8;
 
 /// What a VDI's history may be set to: runs last seconds.
 const RETENTIONS: [&str; 5] =
-    ["off", "1h", "2s", "every flush for 1s, 100ms for 5s", "every 20ms for 500ms, 1s for 1h"];
+    ["off", "1h", "2s", "every flush for 1s, 100ms for 5s", "every 1s for 5s, 2s for 1h"];
 
 /// Changes which moments of a VDI are kept.
 pub async fn retain(session: &Session, random: &mut Random) {
@@ -126,6 +126,8 @@ pub async fn end_all(store: &Store, runtime: &Runtime) -> Result<(), vdi::Error>
         if vdis.iter().all(|vdi| vdi.moment_count == 0) {
             return Ok(());
         }
+        // One that has failed ends nothing any more.
+        store.checkpoint().await?;
         runtime.sleep(Duration::from_millis(500)).await;
     }
 }

@@ -247,6 +247,12 @@ pub const ALL: &[Mutant] = &[
         focus: Some(Focus::History),
     },
     Mutant {
+        name: "gc_meets_pages_out_of_order",
+        rule: "37",
+        breaks: "meets the snapshots of one history apart from each other",
+        focus: Some(Focus::History),
+    },
+    Mutant {
         name: "thinning_takes_what_was_asked_for",
         rule: "39",
         breaks: "lets a history's rules delete snapshots that somebody asked for",

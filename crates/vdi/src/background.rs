@@ -16,8 +16,11 @@ const TICK: Duration = Duration::from_millis(250);
 /// Ticks after which acknowledged writes are flushed although nobody asked (design rule 16).
 const TICKS_PER_FLUSH: u64 = 4;
 
-/// Ticks after which it is looked for moments to keep, and for those whose time has come.
-const TICKS_PER_LOOK: u64 = 4;
+/// Ticks after which moments are kept that are due by time.
+const TICKS_PER_MOMENT: u64 = 4;
+
+/// Ticks after which it is looked for moments whose time has come.
+const TICKS_PER_THINNING: u64 = 16;
 
 /// Written bytes after which they are flushed although nobody asked: what recovery verifies and
 /// writes again stays small.
@@ -64,8 +67,11 @@ async fn tick(engine: Rc<Engine>) {
             engine.request_checkpoint();
         }
         engine.collect_if_due();
-        if ticks.is_multiple_of(TICKS_PER_LOOK) {
-            engine.keep_moments().await;
+        if ticks.is_multiple_of(TICKS_PER_MOMENT) {
+            engine.keep_moments();
+        }
+        if ticks.is_multiple_of(TICKS_PER_THINNING) {
+            engine.end_moments();
         }
     }
 }

@@ -22,9 +22,8 @@ use std::rc::Rc;
 
 use base::{BirthLabel, Lsn, Pba};
 use blockstore::tree::Change;
-use ondisk::{Entry, RootRef};
+use ondisk::{Entry, HISTORY_VERSIONS_MAX, RootRef};
 
-use crate::engine::as_u64;
 use crate::history::Past;
 use crate::overlay::{Overlay, Separation};
 
@@ -57,16 +56,24 @@ pub(crate) struct Point {
     pub(crate) label: Cell<BirthLabel>,
     /// Whether a history is not enough: somebody continues it, or compares it with another.
     pub(crate) needs_tree: Cell<bool>,
+    /// Size of the VDI then, in blocks.
+    pub(crate) block_count: u64,
 }
 
 impl Point {
     /// A point that a checkpoint has met.
-    pub(crate) fn met(position: Lsn, contents: Contents, label: BirthLabel) -> Rc<Self> {
+    pub(crate) fn met(
+        position: Lsn,
+        contents: Contents,
+        label: BirthLabel,
+        block_count: u64,
+    ) -> Rc<Self> {
         Rc::new(Self {
             position,
             contents: Cell::new(contents),
             label: Cell::new(label),
             needs_tree: Cell::new(false),
+            block_count,
         })
     }
 
@@ -113,6 +120,20 @@ pub(crate) struct Branch {
     pub(crate) shared_up_to: Cell<BirthLabel>,
     /// Whether a VDI still has it as its head.
     pub(crate) is_head: Cell<bool>,
+    /// What points may cost beside what overlays count.
+    pub(crate) trees: Trees,
+}
+
+/// An upper bound of what trees cost that points get in place of a history.
+#[derive(Debug, Default)]
+pub(crate) struct Trees {
+    /// Position of the last point that needs one.
+    last: Cell<Lsn>,
+    /// Changes behind the first point, and of them those since the last tree.
+    changes: Cell<u64>,
+    since_last: Cell<u64>,
+    /// Nodes that nobody has reserved yet.
+    owed: Cell<u64>,
 }
 
 /// Where a block stands.
@@ -141,6 +162,7 @@ impl Branch {
             label: Cell::new(label),
             shared_up_to: Cell::new(shared_up_to),
             is_head: Cell::new(true),
+            trees: Trees::default(),
         })
     }
 
@@ -154,30 +176,51 @@ impl Branch {
         self.generations.borrow_mut().push_back(Rc::default());
     }
 
-    /// Marks `position` as a point.
-    pub(crate) fn add_point(&self, position: Lsn) -> Rc<Point> {
-        let point = Point::met(position, Contents::Pending, BirthLabel::default());
+    /// Marks `position` as a point, at which the VDI has so many blocks.
+    pub(crate) fn add_point(&self, position: Lsn, block_count: u64) -> Rc<Point> {
+        let point = Point::met(position, Contents::Pending, BirthLabel::default(), block_count);
         let mut points = self.points.borrow_mut();
         assert!(points.last().is_none_or(|last| last.position < position));
         points.push(Rc::clone(&point));
         point
     }
 
-    /// How many nodes a merge writes at most if it makes a tree of a point, and not a history.
+    /// How many nodes a merge writes at most if it makes a tree of a point that it has not met, and
+    /// not a history.
     pub(crate) fn nodes_of(&self, point: &Point) -> u64 {
-        /// Leaves that one record changes, and those of ranges their ends at each level.
-        const NODES_PER_RECORD: u64 = 4;
         let points = self.points.borrow();
-        let index = points.partition_point(|other| other.position < point.position);
-        // The first one gets a tree anyway.
-        let Some(before) = index.checked_sub(1).and_then(|index| points.get(index)) else {
-            return 0;
-        };
-        let generations = self.generations.borrow();
-        let nodes: usize =
-            generations.iter().map(|generation| generation.overlay.borrow().node_count()).sum();
-        let records = point.position.distance_from(before.position);
-        records.saturating_mul(NODES_PER_RECORD).min(as_u64(nodes))
+        match (points.first(), points.last()) {
+            // The first one gets a tree anyway.
+            (Some(first), _) if first.position == point.position => 0,
+            (_, Some(last)) if last.position == point.position => self.trees.since_last.get(),
+            _ => self.trees.changes.get(),
+        }
+    }
+
+    /// How many nodes a tree of what there is now takes at most, beside what overlays count.
+    pub(crate) fn nodes_now(&self) -> u64 {
+        self.trees.since_last.get()
+    }
+
+    /// Notes that a point needs a tree, and that this is reserved.
+    pub(crate) fn note_tree(&self, point: &Point) {
+        if self.points.borrow().last().is_some_and(|last| last.position == point.position) {
+            self.trees.last.set(point.position);
+            self.trees.since_last.set(0);
+        }
+    }
+
+    /// Nodes to be reserved for trees that changes have made necessary.
+    pub(crate) fn take_owed(&self) -> u64 {
+        self.trees.owed.take()
+    }
+
+    /// Notes that a checkpoint has met all points but those that are left.
+    pub(crate) fn points_met(&self) {
+        if self.points.borrow().is_empty() {
+            self.trees.changes.set(0);
+            self.trees.since_last.set(0);
+        }
     }
 
     /// Applies a change that was recorded while `generation` was active.
@@ -188,14 +231,24 @@ impl Branch {
                 return Separation::Nothing;
             }
             let next = points.partition_point(|point| point.position <= older);
-            let mut between = points.iter().skip(next);
-            match between.next() {
-                Some(point) if point.position > newer => Separation::Nothing,
-                Some(point) if point.needs_tree.get() => Separation::Tree,
-                Some(_) => Separation::History,
-                None => Separation::Nothing,
+            let tree = self.trees.last.get();
+            match points.get(next) {
+                Some(point) if point.position <= newer && older < tree && tree <= newer => {
+                    Separation::Tree
+                }
+                Some(point) if point.position <= newer => Separation::History,
+                _ => Separation::Nothing,
             }
         };
+        if points.first().is_some_and(|first| first.position <= change.lsn) {
+            let trees = &self.trees;
+            trees.changes.set(trees.changes.get() + 1);
+            trees.since_last.set(trees.since_last.get() + 1);
+            // The next point gets a tree, of all that changed since the last one.
+            if change.level > 0 || trees.since_last.get() > u64::from(HISTORY_VERSIONS_MAX) {
+                trees.owed.set(trees.owed.get() + trees.since_last.take());
+            }
+        }
         let dead = generation.overlay.borrow_mut().insert(change, separated);
         generation.dead.borrow_mut().extend(dead);
     }
@@ -317,7 +370,7 @@ mod tests {
         let zero = BirthLabel::new(0);
         let old = Branch::new(1, root(), BirthLabel::new(100), zero);
         assert_eq!(old.label_bound(), 103);
-        let point = old.add_point(Lsn::new(7));
+        let point = old.add_point(Lsn::new(7), 1);
         let base = || Base::Point(Rc::clone(&old), Rc::clone(&point));
         let clone = Branch::new(2, base(), BirthLabel::new(1), zero);
         assert_eq!(clone.label_bound(), 106);

@@ -288,6 +288,7 @@ impl Engine {
         for merged in done.branches {
             let branch = merged.branch;
             branch.points.borrow_mut().retain(|point| point.position > frozen.cut);
+            branch.points_met();
             branch.label.set(merged.label);
             branch.shared_up_to.set(merged.shared_up_to);
             *branch.base.borrow_mut() = Base::Root(merged.root);

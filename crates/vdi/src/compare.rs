@@ -21,7 +21,7 @@ use ondisk::{Entry, EntryState, FANOUT, Node, RootRef};
 use crate::Error;
 use crate::branch::{Base, View};
 use crate::engine::{Engine, as_u64};
-use crate::manage::not_found;
+use crate::manage::{nodes_wanted, not_found};
 use crate::mark::BlockSet;
 use crate::types::{DiffExtent, Target, VdiDiff, VdiSpace};
 use crate::vdi::{Snapshot, Vdi};
@@ -230,7 +230,11 @@ impl Engine {
 
     async fn subject(self: &Rc<Self>, target: &Target) -> Result<Subject, Error> {
         let (vdi, snapshot) = self.find_durable(target).await?;
-        if let Some(snapshot) = &snapshot {
+        if let Some(snapshot) = &snapshot
+            && snapshot.point.root().is_none()
+        {
+            self.refuse_read_only()?;
+            self.reserve_nodes(nodes_wanted(snapshot), || false).await?;
             self.want_tree(&vdi, snapshot);
         }
         Ok(Subject::Of { vdi, snapshot, target: target.clone() })

@@ -90,6 +90,10 @@ pub(crate) struct Engine {
     pub(crate) stats: RefCell<Stats>,
     /// One change of names and snapshots at a time.
     pub(crate) management: Semaphore,
+    /// One who finds the store full gives up moments at a time; the others see what that gave.
+    pub(crate) thinning: Semaphore,
+    /// Whether a look for moments whose time has come is under way.
+    pub(crate) keeping: Cell<bool>,
     pub(crate) opened_store_ns: u64,
     pub(crate) opened_at: runtime::Time,
 }
@@ -187,6 +191,10 @@ impl Engine {
     /// Waits for room in the log for one record, and in memory for what it changes.
     pub(crate) async fn room(&self) -> Result<Admission, Error> {
         self.room_in_memory().await?;
+        if self.checkpoint_is_due() {
+            // Who waits for room in the log waits for one.
+            self.request_checkpoint();
+        }
         Ok(self.log.admit().await.map_err(blockstore::Error::from)?)
     }
 
@@ -291,7 +299,7 @@ impl Engine {
                 Some(history) => Contents::Past(Past { root: snapshot.root, history }),
                 None => Contents::Tree(snapshot.root),
             };
-            let point = Point::met(snapshot.position, contents, record.label);
+            let point = Point::met(snapshot.position, contents, record.label, snapshot.block_count);
             let branch = Rc::clone(&branch);
             Rc::new(loaded_snapshot(snapshot, branch, point))
         });
@@ -313,9 +321,11 @@ impl Engine {
             snapshots_dirty: RefCell::default(),
             snapshot_table: Cell::new(record.snapshots),
             history: record.history,
+            // What was written since its last moment is not known any more.
+            changed_blocks: Cell::new(u64::from(!record.retention.is_empty())),
             retention: RefCell::new(Retention::new(record.retention.clone())),
             moment_at: Cell::default(),
-            changed_blocks: Cell::new(0),
+            moment_pending: Cell::new(false),
         })
     }
 
@@ -340,7 +350,10 @@ impl Engine {
             }
             let free_before = self.allocator.free_blocks();
             self.return_windows();
-            let released = self.publish_twice().await?;
+            let released = match self.publish_twice().await {
+                Err(error) if error.kind() == ErrorKind::NoSpace => break,
+                released => released?,
+            };
             // Merging alone may have made the room.
             if let Some(run) = self.take_data(vdi, count).await? {
                 return Ok(run);
@@ -358,18 +371,21 @@ impl Engine {
         if let Some(run) = self.take_data(vdi, count).await? {
             return Ok(run);
         }
-        // Moments that nobody asked for are worth less than a write that somebody waits for.
-        while !gives_up() && self.thin_moments().await {
-            if self.collect_for_space(gives_up).await
-                && let Some(run) = self.take_data(vdi, count).await?
-            {
-                return Ok(run);
-            }
-        }
         if self.collect_for_space(gives_up).await
             && let Some(run) = self.take_data(vdi, count).await?
         {
             return Ok(run);
+        }
+        // Moments that nobody asked for are worth less than a write that somebody waits for.
+        loop {
+            let _one = self.thinning.acquire(1).await;
+            // Who was thinning before may have made the room.
+            if let Some(run) = self.take_data(vdi, count).await? {
+                return Ok(run);
+            }
+            if gives_up() || !self.thin_and_collect(gives_up).await {
+                break;
+            }
         }
         if gives_up() {
             return Err(severed());
@@ -412,20 +428,46 @@ impl Engine {
         self: &Rc<Self>,
         gives_up: impl Fn() -> bool,
     ) -> Result<(), Error> {
-        if self.metadata_suffices().await? {
+        self.reserve_nodes(0, gives_up).await
+    }
+
+    /// As [`Self::reserve_metadata`], and for so many nodes more.
+    ///
+    /// # Errors
+    /// `NoSpace` when checkpoints gave none.
+    pub(crate) async fn reserve_nodes(
+        self: &Rc<Self>,
+        nodes: u64,
+        gives_up: impl Fn() -> bool,
+    ) -> Result<(), Error> {
+        if self.metadata_suffices_for(nodes).await? {
             return Ok(());
         }
-        let released = self.publish_twice().await?;
-        // Merging alone may have made the room; else what was replaced does.
-        if self.metadata_suffices().await? {
-            return Ok(());
+        match self.publish_twice().await {
+            Ok(released) => {
+                // Merging alone may have made the room; else what was replaced does.
+                if self.metadata_suffices_for(nodes).await? {
+                    return Ok(());
+                }
+                self.released(released, &gives_up).await;
+            }
+            Err(error) if error.kind() == ErrorKind::NoSpace => {}
+            Err(error) => return Err(error),
         }
-        self.released(released, &gives_up).await;
         if gives_up() {
             return Err(severed());
         }
-        if self.metadata_suffices().await? {
-            return Ok(());
+        loop {
+            if self.metadata_suffices_for(nodes).await? {
+                return Ok(());
+            }
+            let _one = self.thinning.acquire(1).await;
+            if self.metadata_suffices_for(nodes).await? {
+                return Ok(());
+            }
+            if gives_up() || !self.thin_and_collect(&gives_up).await {
+                break;
+            }
         }
         Err(Error::refused(
             ErrorKind::NoSpace,
@@ -445,6 +487,7 @@ impl Engine {
         branch.insert(generation, change);
         let added = generation.overlay.borrow().node_count() - before;
         self.changed_nodes.set(self.changed_nodes.get() + as_u64(added));
+        self.owed_nodes.set(self.owed_nodes.get() + branch.take_owed());
     }
 
     /// Counts and reports a block that is not what was written.

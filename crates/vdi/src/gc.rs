@@ -57,6 +57,9 @@ use crate::trim::Scope;
 /// Blocks that one checkpoint sweeps.
 const SWEEP_BLOCKS: usize = 64 << 10;
 
+/// Pages of a history that are read at a time.
+const PAGES_AT_ONCE: usize = 32;
+
 /// Pages of bits copied between two breaths of the thread.
 const PAGES_PER_TURN: u64 = 64;
 
@@ -576,11 +579,25 @@ impl Mark<'_> {
         if base::mutant::active("gc_misses_histories") {
             return Ok(());
         }
+        let pages = self.pages(&history.versions).await?;
+        let is_damaged = !self.found.damaged.is_empty() || self.nodes().is_given_up(history.at());
+        if pages.is_empty() && !is_damaged {
+            // It was marked already, for other snapshots: what these see of it would not be.
+            let message = "a history stands in two places of the tables";
+            return Err(Error::refused(ErrorKind::Corrupt, message));
+        }
         let mut versions = Vec::new();
-        for page in self.pages(&history.versions).await? {
-            if as_u64(versions.len()) < u64::from(history.count) {
-                versions.extend(self.records::<VersionRecord>(page).await?);
+        let mut began = self.engine.pace();
+        for pages in pages.chunks(PAGES_AT_ONCE) {
+            // All at once, before each is asked for.
+            self.nodes().load_all(pages.iter().map(|(_, entry)| *entry).collect()).await;
+            for &page in pages {
+                if as_u64(versions.len()) < u64::from(history.count) {
+                    versions.extend(self.records::<VersionRecord>(page).await?);
+                }
             }
+            self.engine.go_on()?;
+            began = self.engine.keep_pace(began).await;
         }
         self.give_up();
         for version in seen_by(&versions, &positions) {
@@ -595,7 +612,13 @@ impl Mark<'_> {
     async fn pages(&mut self, root: &RootRef) -> Result<Vec<(u64, Entry)>, Error> {
         self.found.pages = Some(Vec::new());
         let walked = self.walk(&[*root]).await;
-        let pages = self.found.pages.take().unwrap_or_default();
+        let mut pages = self.found.pages.take().unwrap_or_default();
+        // A walk goes down the last of a node's children first.
+        pages.sort_unstable_by_key(|(number, _)| *number);
+        if base::mutant::active("gc_meets_pages_out_of_order") {
+            let last = pages.len().saturating_sub(1);
+            pages.rotate_left(last);
+        }
         walked.map(|()| pages)
     }
 

@@ -30,10 +30,11 @@ use std::ops::Range;
 use base::{Buffer, Lsn};
 use blockstore::tree::Change;
 use blockstore::{NodeStore, table};
-use ondisk::{BLOCKS_MAX, Entry, HEIGHT_MAX, History, Node, RootRef, TableRecord, VersionRecord};
+use ondisk::{Entry, History, Node, RootRef, TableRecord, VersionRecord};
 use runtime::Runtime;
 
 use crate::Error;
+use crate::damage::is_damage;
 use crate::overlay::subtrees;
 
 /// Versions on a page.
@@ -59,6 +60,11 @@ pub(crate) struct Versions<'a> {
 impl<'a> Versions<'a> {
     pub(crate) fn new(nodes: &'a NodeStore, history: History) -> Self {
         Self { nodes, history, count: history.count.into(), page: None }
+    }
+
+    /// Whether it looks into this one.
+    pub(crate) fn of(&self, history: &History) -> bool {
+        self.history == *history
     }
 
     /// The blocks of a range that have versions with LSNs below `before`, in order, each with the newest
@@ -105,17 +111,63 @@ impl<'a> Versions<'a> {
         }
     }
 
-    /// How many versions come before `key`, a block and an LSN.
+    /// How many versions come before `key`, a block and an LSN. Pages are halved; a damaged one is left
+    /// out, unless the answer may lie in it.
     async fn search(&mut self, key: (u64, Lsn)) -> Result<u64, Error> {
-        let (mut low, mut high) = (0, self.count);
         // Most searches end where the one before did.
-        if let Some((number, _)) = self.page {
-            let first = number * PER_PAGE;
-            let last = (first + PER_PAGE).min(high) - 1;
-            if key_of(&self.at(first).await?) < key && key <= key_of(&self.at(last).await?) {
-                (low, high) = (first + 1, last);
+        if let Some(number) = self.page.as_ref().map(|(number, _)| *number)
+            && let Side::Here(index) = self.side(number, key).await?
+        {
+            return Ok(index);
+        }
+        // All versions before page `low` come before the key, none from page `high` on.
+        let (mut low, mut high) = (0, self.count.div_ceil(PER_PAGE));
+        while low < high {
+            let middle = low + (high - low) / 2;
+            let mut page = middle;
+            let mut side = self.intact_side(page, key).await?;
+            while side.is_none() && page + 1 < high {
+                page += 1;
+                side = self.intact_side(page, key).await?;
+            }
+            if side.is_none() {
+                page = middle;
+                while side.is_none() && page > low {
+                    page -= 1;
+                    side = self.intact_side(page, key).await?;
+                }
+                if matches!(side, None | Some(Side::Behind)) {
+                    return Err(damaged(&self.history));
+                }
+            }
+            match side {
+                Some(Side::Here(index)) => return Ok(index),
+                Some(Side::Behind) => low = page + 1,
+                Some(Side::Before) | None => high = page,
             }
         }
+        Ok((low * PER_PAGE).min(self.count))
+    }
+
+    /// As [`Self::side`]; `None` if the page is damaged.
+    async fn intact_side(&mut self, number: u64, key: (u64, Lsn)) -> Result<Option<Side>, Error> {
+        match self.side(number, key).await {
+            Ok(side) => Ok(Some(side)),
+            Err(error) if is_damage(&error) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Where the first version that does not come before `key` stands, beside a page.
+    async fn side(&mut self, number: u64, key: (u64, Lsn)) -> Result<Side, Error> {
+        let (first, end) = (number * PER_PAGE, ((number + 1) * PER_PAGE).min(self.count));
+        if key <= key_of(&self.at(first).await?) {
+            return Ok(Side::Before);
+        }
+        if key_of(&self.at(end - 1).await?) < key {
+            return Ok(Side::Behind);
+        }
+        let (mut low, mut high) = (first + 1, end - 1);
         while low < high {
             let middle = low + (high - low) / 2;
             match key_of(&self.at(middle).await?) < key {
@@ -123,7 +175,7 @@ impl<'a> Versions<'a> {
                 false => high = middle,
             }
         }
-        Ok(low)
+        Ok(Side::Here(low))
     }
 
     async fn at(&mut self, index: u64) -> Result<VersionRecord, Error> {
@@ -143,6 +195,15 @@ impl<'a> Versions<'a> {
     }
 }
 
+/// Where something stands, beside a page.
+enum Side {
+    /// In front of its second version.
+    Before,
+    /// In it: at this index.
+    Here(u64),
+    Behind,
+}
+
 fn key_of(version: &VersionRecord) -> (u64, Lsn) {
     (version.block, version.lsn)
 }
@@ -152,7 +213,8 @@ fn damaged(history: &History) -> Error {
     blockstore::Error::Damaged { what: "history of snapshots", at }.into()
 }
 
-/// What has to be changed in the tree of the keyframe to have that of position `before`, in order. Where a page is damaged, all that it may tell of is lost.
+/// What has to be changed in the tree of the keyframe to have that of position `before`, in
+/// order. Where a page is damaged, all that it may tell of is lost, up to block `end`.
 ///
 /// # Errors
 /// If a page cannot be read for another reason.
@@ -160,13 +222,14 @@ pub(crate) async fn changes(
     nodes: &NodeStore,
     history: History,
     before: Lsn,
+    end: u64,
 ) -> Result<Vec<Change>, Error> {
     let mut changes: Vec<Change> = Vec::new();
     let mut lost: Vec<Range<u64>> = Vec::new();
-    let (mut last_block, mut is_damaged) = (0, false);
+    let (mut last, mut is_damaged) = ((0, Lsn::default()), false);
     for number in 0..u64::from(history.count).div_ceil(PER_PAGE) {
-        let versions = match page_of(nodes, &history, number).await {
-            Err(error) if crate::damage::is_damage(&error) => {
+        let versions = match page_of(nodes, &history, number, last).await {
+            Err(error) if is_damage(&error) => {
                 is_damaged = true;
                 continue;
             }
@@ -174,9 +237,9 @@ pub(crate) async fn changes(
         };
         for version in versions {
             if std::mem::take(&mut is_damaged) {
-                lost.push(last_block..version.block + 1);
+                lost.push(last.0..version.block + 1);
             }
-            last_block = version.block;
+            last = key_of(&version);
             if version.lsn >= before {
                 continue;
             }
@@ -189,25 +252,27 @@ pub(crate) async fn changes(
         }
     }
     if is_damaged {
-        lost.push(last_block..BLOCKS_MAX);
+        lost.push(last.0..end);
     }
     if lost.is_empty() {
         return Ok(changes);
     }
     changes.retain(|change| !lost.iter().any(|range| range.contains(&change.start)));
-    let pieces = lost.iter().flat_map(|range| subtrees(range.start, range.end, HEIGHT_MAX - 1));
+    let level_max = RootRef::height_for(end) - 1;
+    let within = |range: &Range<u64>| subtrees(range.start, range.end, level_max);
     let damaged = |(level, start)| Change { level, start, lsn: before, entry: Entry::DAMAGED };
-    changes.extend(pieces.map(damaged));
+    changes.extend(lost.iter().flat_map(within).map(damaged));
     changes.sort_unstable_by_key(Change::order);
     changes.dedup_by_key(|change| change.order());
     Ok(changes)
 }
 
-/// The versions of a page.
+/// The versions of a page, which come behind `last` and in order, or it is damaged.
 async fn page_of(
     nodes: &NodeStore,
     history: &History,
     number: u64,
+    last: (u64, Lsn),
 ) -> Result<Vec<VersionRecord>, Error> {
     let page = table::page(nodes, &history.versions, number).await?;
     let page = page.ok_or_else(|| damaged(history))?;
@@ -216,7 +281,12 @@ async fn page_of(
         let version = VersionRecord::get(page.block(), index);
         version.ok().flatten().ok_or_else(|| damaged(history))
     });
-    versions.collect()
+    let versions: Vec<VersionRecord> = versions.collect::<Result<_, _>>()?;
+    let keys = || versions.iter().map(key_of);
+    match keys().next().is_some_and(|first| first > last) && keys().is_sorted() {
+        true => Ok(versions),
+        false => Err(damaged(history)),
+    }
 }
 
 /// Which of some versions, in order, the snapshots at `positions`, in order, see: those that are the

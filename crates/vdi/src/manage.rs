@@ -66,13 +66,15 @@ impl Engine {
         name: &str,
     ) -> Result<VdiId, Error> {
         let _request = self.begin_change()?;
-        self.reserve_metadata(|| false).await?;
+        // A time is looked up once: it is another one when what follows was waited for.
+        let (source, nodes) = self.pinned(source).await?;
+        self.reserve_nodes(nodes, || false).await?;
         check_name(name)?;
         let (one, vdi) = self.manage(&source.vdi).await?;
         let room = self.room().await?;
         self.refuse_taken(name)?;
         let snapshot = match &source.snapshot {
-            Some(label) => Some(self.find_moment(&vdi, &source.vdi, label)?),
+            Some(label) => Some(find_snapshot(&vdi, &source.vdi, label)?),
             None => None,
         };
         let branch = snapshot.as_ref().map(|snapshot| Rc::clone(&snapshot.branch));
@@ -237,20 +239,32 @@ impl Engine {
     /// Makes a VDI what a snapshot of it was. Severs open handles. Durable on return.
     pub(crate) async fn rollback(self: &Rc<Self>, name: &str, label: &str) -> Result<(), Error> {
         let _request = self.begin_change()?;
+        // A time is looked up once: it is another one when what follows was waited for.
+        let vdi = self.find(name).await?;
+        let snapshot = self.find_moment(&vdi, name, label)?;
+        self.reserve_nodes(nodes_wanted(&snapshot), || false).await?;
+        let number = snapshot.number.to_string();
         let source = |vdi: &Vdi| {
-            let snapshot = self.find_moment(vdi, name, label)?;
+            let snapshot = find_snapshot(vdi, name, &number)?;
             refuse_without_labels(&vdi.branch.borrow())?;
             refuse_without_labels(&snapshot.branch)?;
             Ok(snapshot)
         };
         let Quiet { vdi, all, one } = self.quiet(name, |vdi| source(vdi).map(|_| true)).await?;
-        let room = self.room().await?;
+        let (room, more_room) = (self.room().await?, self.room().await?);
         // It may have been deleted meanwhile.
         let snapshot = source(&vdi)?;
         vdi.sever();
+        // What is left behind stays in the history.
+        let is_kept = !vdi.retention.borrow().is_off() && vdi.changed_blocks.get() > 0;
+        let moment = is_kept.then(|| self.append_moment(more_room, &vdi));
         let appended = self.append(room, &vdi, RecordBody::Rollback { number: snapshot.number });
         self.apply_rollback(&vdi, &vdi, &snapshot);
+        vdi.changed_blocks.set(0);
         drop((all, one));
+        if let Some(moment) = moment {
+            self.settle(moment).await?;
+        }
         self.settle(appended).await
     }
 
@@ -322,6 +336,18 @@ impl Engine {
         Ok((vdi, snapshot))
     }
 
+    /// The same target, by number where it was by a time; and how many nodes a tree of it may take.
+    async fn pinned(self: &Rc<Self>, target: &Target) -> Result<(Target, u64), Error> {
+        let vdi = self.find(&target.vdi).await?;
+        let Some(wanted) = &target.snapshot else {
+            return Ok((target.clone(), nodes_of_head(&vdi)));
+        };
+        let snapshot = self.find_moment(&vdi, &target.vdi, wanted)?;
+        let number = snapshot.number.to_string();
+        let target = Target { vdi: target.vdi.clone(), snapshot: Some(number) };
+        Ok((target, nodes_wanted(&snapshot)))
+    }
+
     /// A snapshot by its label or number, or the newest one of a time.
     pub(crate) fn find_moment(
         &self,
@@ -332,9 +358,17 @@ impl Engine {
         if let Some(snapshot) = vdi.snapshot(wanted) {
             return Ok(snapshot);
         }
-        let Some(wall_ns) = parse_time(wanted, self.runtime.wall_ns()) else {
+        let now_ns = self.runtime.wall_ns();
+        let Some(wall_ns) = parse_time(wanted, now_ns) else {
             return find_snapshot(vdi, name, wanted);
         };
+        if wall_ns.max(vdi.newest_snapshot_ns()) > now_ns {
+            let message = format!(
+                "{wanted} cannot be told: it is to come, or the clock went back since the last moment of \
+                 {name}; name one by its number, which `parallax log {name}` shows"
+            );
+            return Err(Error::refused(ErrorKind::Invalid, message));
+        }
         let found = vdi.snapshots.borrow().at(wall_ns).map(Rc::clone);
         found.ok_or_else(|| too_long_ago(name, wanted))
     }
@@ -407,6 +441,7 @@ impl Engine {
             history: RootRef::empty(1),
             retention: RefCell::default(),
             moment_at: Cell::default(),
+            moment_pending: Cell::new(false),
             changed_blocks: Cell::new(0),
         });
         let record = DirectoryRecord {
@@ -470,16 +505,12 @@ impl Engine {
     /// Has the next checkpoint make a tree of a snapshot of `vdi`, unless it has one.
     pub(crate) fn want_tree(&self, vdi: &Vdi, snapshot: &Snapshot) {
         let point = &snapshot.point;
-        let nodes = match point.contents.get() {
-            Contents::Tree(_) => return,
-            Contents::Past(past) => u64::from(past.history.count),
-            Contents::Pending => snapshot.branch.nodes_of(point),
-        };
-        if point.needs_tree.replace(true) {
+        let nodes = nodes_wanted(snapshot);
+        if point.root().is_some() || point.needs_tree.replace(true) {
             return;
         }
-        let leaf_count = snapshot.block_count.div_ceil(as_u64(FANOUT));
-        self.owed_nodes.set(self.owed_nodes.get() + nodes.min(leaf_count));
+        snapshot.branch.note_tree(point);
+        self.owed_nodes.set(self.owed_nodes.get() + nodes);
         vdi.snapshots_dirty.borrow_mut().entry(snapshot.number).or_insert(true);
         self.touch(vdi);
     }
@@ -487,8 +518,10 @@ impl Engine {
     /// The head of `vdi` as a base for others.
     fn point_now(&self, vdi: &Vdi, lsn: Lsn) -> Base {
         let branch = Rc::clone(&vdi.branch.borrow());
-        let point = branch.add_point(lsn);
+        self.owed_nodes.set(self.owed_nodes.get() + nodes_of_head(vdi));
+        let point = branch.add_point(lsn, vdi.block_count.get());
         point.needs_tree.set(true);
+        branch.note_tree(&point);
         self.touch(vdi);
         Base::Point(branch, point)
     }
@@ -502,7 +535,7 @@ impl Engine {
         (label, origin): (&str, Origin),
     ) {
         let branch: Rc<Branch> = Rc::clone(&vdi.branch.borrow());
-        let point = branch.add_point(lsn);
+        let point = branch.add_point(lsn, vdi.block_count.get());
         let snapshot = Rc::new(Snapshot {
             number,
             position: lsn,
@@ -607,6 +640,23 @@ impl Engine {
         vdi.rollbacks.set(vdi.rollbacks.get().saturating_add(1));
         self.touch(vdi);
     }
+}
+
+/// Nodes that a tree of a VDI as it is now takes at most, beside what overlays count.
+fn nodes_of_head(vdi: &Vdi) -> u64 {
+    vdi.branch.borrow().nodes_now().min(vdi.block_count.get().div_ceil(as_u64(FANOUT)))
+}
+
+/// Nodes that a tree of a snapshot takes at most, if it has none and is to have one.
+pub(crate) fn nodes_wanted(snapshot: &Snapshot) -> u64 {
+    let point = &snapshot.point;
+    let nodes = match point.contents.get() {
+        _ if point.needs_tree.get() => 0,
+        Contents::Tree(_) => 0,
+        Contents::Past(past) => u64::from(past.history.count),
+        Contents::Pending => snapshot.branch.nodes_of(point),
+    };
+    nodes.min(snapshot.block_count.div_ceil(as_u64(FANOUT)))
 }
 
 /// Labels that must be left for a snapshot, a clone or a rollback: more than each of them takes, so

@@ -201,6 +201,7 @@ impl Engine {
         let _reader = self.epochs.enter();
         let end = offset + length;
         let mut extents: Vec<Extent> = Vec::new();
+        let mut versions: Option<Versions<'_>> = None;
         let mut at = offset;
         let mut steps = 0;
         while at < end && steps < STATE_STEPS_MAX {
@@ -216,7 +217,10 @@ impl Engine {
                 }
                 (Place::Past(past, before), run_end) => {
                     steps += STEPS_OF_A_LEAF;
-                    let mut versions = Versions::new(&self.nodes, past.history);
+                    let versions = match &mut versions {
+                        Some(versions) if versions.of(&past.history) => versions,
+                        other => other.insert(Versions::new(&self.nodes, past.history)),
+                    };
                     match versions.seen(block..block + 1, before).await?.first() {
                         Some((_, entry)) => (extent_state(entry.state()), block + 1),
                         None => {

@@ -15,7 +15,9 @@ use ondisk::{Origin, RecordBody};
 
 use crate::Error;
 use crate::engine::Engine;
-use crate::manage::{Quiet, check_label, find_snapshot, refuse_taken_label, refuse_without_labels};
+use crate::manage::{
+    Quiet, check_label, find_snapshot, nodes_wanted, refuse_taken_label, refuse_without_labels,
+};
 use crate::types::{Received, Target};
 use crate::vdi::{Snapshot, Vdi};
 
@@ -75,9 +77,9 @@ impl Engine {
         source: SnapshotNumber,
     ) -> Result<SnapshotNumber, Error> {
         let _request = self.begin_change()?;
-        self.reserve_metadata(|| false).await?;
         let partial = self.find(&received.partial).await?;
         let source = find_snapshot(&partial, &received.partial, &source.to_string())?;
+        self.reserve_nodes(nodes_wanted(&source), || false).await?;
         let label = received.label.as_deref().unwrap_or_default();
         let check = |vdi: &Vdi| {
             self.refuse_other_base(vdi, received, base)?;

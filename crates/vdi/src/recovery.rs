@@ -303,6 +303,8 @@ fn build(
         branch_serial: Cell::new(0),
         stats: RefCell::default(),
         management: Semaphore::new(1),
+        thinning: Semaphore::new(1),
+        keeping: Cell::new(false),
         opened_store_ns: slot.store_ns,
         opened_at,
     }))

@@ -105,7 +105,15 @@ impl Engine {
     /// # Errors
     /// If the device fails.
     pub(crate) async fn metadata_suffices(&self) -> Result<bool, Error> {
-        let needed = self.nodes_needed();
+        self.metadata_suffices_for(0).await
+    }
+
+    /// As [`Self::metadata_suffices`], and for so many nodes more.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub(crate) async fn metadata_suffices_for(&self, nodes: u64) -> Result<bool, Error> {
+        let needed = self.nodes_needed() + 2 * nodes;
         Ok(self.reserve.block_count() >= needed || self.fill_reserve(needed).await?)
     }
 

@@ -13,19 +13,20 @@
 //! - When the store is full, older halves of them go before a guest's write is refused (design
 //!   rule 39).
 
-use std::collections::BTreeMap;
+use std::collections::HashSet;
 use std::fmt;
 use std::rc::Rc;
 use std::time::Duration;
 
 use base::{ErrorKind, SnapshotNumber, VdiId};
+use blockstore::log::Admission;
 use blockstore::table;
 use ondisk::{KEEP_RULES_MAX, KeepRule, Origin, RecordBody, VdiRecord};
 
 use crate::Error;
 use crate::engine::{Engine, wait};
-use crate::manage::refuse_without_labels;
-use crate::vdi::Vdi;
+use crate::manage::{Appended, refuse_without_labels};
+use crate::vdi::{Snapshot, Vdi};
 
 /// Shortest time between two moments: flushes that are closer share one.
 const INTERVAL_MIN: Duration = Duration::from_millis(10);
@@ -36,8 +37,11 @@ const UNFLUSHED_MAX: Duration = Duration::from_secs(1);
 /// VDIs that are looked at between two breaths of the thread.
 const VDIS_PER_TURN: usize = 64;
 
-/// Moments that one look deletes at most.
-const DELETED_AT_ONCE: usize = 1024;
+/// Deletions of moments under way at a time.
+const DELETED_AT_ONCE: usize = 64;
+
+/// Most moments of a VDI: beyond it the oldest go. They are in memory while the VDI is in use.
+const MOMENTS_MAX: usize = 100_000;
 
 /// Which moments are kept by themselves: rules by age, none for none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -81,6 +85,9 @@ impl Retention {
             [a, b] => a.for_s < b.for_s && a.every_ms < b.every_ms,
             _ => true,
         };
+        if rules.first().is_some_and(|first| (1..1000).contains(&first.every_ms)) {
+            return Err(refuse("a moment is taken at each flush, or once in a second at most"));
+        }
         if !rules.windows(2).all(rises) {
             return Err(refuse("ages and intervals must rise from rule to rule"));
         }
@@ -254,50 +261,71 @@ impl Engine {
         }
     }
 
-    /// Takes the moments that are due by time, and deletes those whose time has come.
-    pub(crate) async fn keep_moments(self: &Rc<Self>) {
-        let retained: Vec<Rc<Vdi>> = {
-            let registry = self.registry.borrow();
-            let loaded = registry.loaded.values();
-            let mut retained: Vec<_> =
-                loaded.filter(|vdi| vdi.has_moments()).map(Rc::clone).collect();
-            retained.sort_by_key(|vdi| vdi.id);
-            retained
-        };
-        for vdi in retained {
+    /// VDIs in use that have something to do with moments, in order.
+    fn retained(&self) -> Vec<Rc<Vdi>> {
+        let registry = self.registry.borrow();
+        let loaded = registry.loaded.values();
+        let mut retained: Vec<_> = loaded.filter(|vdi| vdi.has_moments()).map(Rc::clone).collect();
+        retained.sort_by_key(|vdi| vdi.id);
+        retained
+    }
+
+    /// Takes the moments that are due by time.
+    pub(crate) fn keep_moments(self: &Rc<Self>) {
+        for vdi in self.retained() {
             let interval = vdi.retention.borrow().interval();
             if let Some((interval, by_flush)) = interval {
                 self.keep_moment(&vdi, if by_flush { UNFLUSHED_MAX } else { interval });
             }
-            let expired = {
-                let snapshots = vdi.snapshots.borrow();
-                // What somebody has open stays until it is closed.
-                let kept = snapshots.iter().filter(|snapshot| {
-                    let is_ours = snapshot.is_kept()
-                        || base::mutant::active("thinning_takes_what_was_asked_for");
-                    is_ours && Rc::strong_count(snapshot) == 1
-                });
-                let moments = kept.map(|snapshot| (snapshot.number, snapshot.store_ns));
-                vdi.retention.borrow().expired(self.store_ns(), moments)
-            };
-            if let Err(error) = self.delete_moments(&vdi, expired).await {
-                tracing::warn!(%error, "moments whose time has come could not be deleted");
-                return;
-            }
         }
+    }
+
+    /// Deletes moments whose time has come, in the background.
+    pub(crate) fn end_moments(self: &Rc<Self>) {
+        let retained = self.retained();
+        if retained.is_empty() || self.keeping.replace(true) {
+            return;
+        }
+        let engine = Rc::clone(self);
+        drop(self.runtime.spawn(async move {
+            for vdi in retained {
+                let expired = engine.expired_moments(&vdi);
+                if let Err(error) = engine.delete_moments(&vdi, expired).await {
+                    tracing::warn!(%error, "moments whose time has come could not be deleted");
+                    break;
+                }
+            }
+            engine.keeping.set(false);
+        }));
+    }
+
+    fn expired_moments(&self, vdi: &Vdi) -> Vec<SnapshotNumber> {
+        let snapshots = vdi.snapshots.borrow();
+        let moments = || snapshots.iter().filter(|snapshot| is_unused_moment(snapshot));
+        let with_times = moments().map(|snapshot| (snapshot.number, snapshot.store_ns));
+        let mut expired = vdi.retention.borrow().expired(self.store_ns(), with_times);
+        let excess = snapshots.kept_count().saturating_sub(expired.len() + MOMENTS_MAX);
+        if excess > 0 {
+            let gone: HashSet<_> = expired.iter().copied().collect();
+            let left = moments().map(|snapshot| snapshot.number).filter(|it| !gone.contains(it));
+            expired.extend(left.take(excess));
+        }
+        expired
     }
 
     /// Takes a moment in the background, if something was written and the last one is old enough.
     fn keep_moment(self: &Rc<Self>, vdi: &Rc<Vdi>, interval: Duration) {
         let now = self.runtime.now();
         let rested = vdi.moment_at.get().is_none_or(|at| now.since(at) >= interval);
-        if vdi.changed_blocks.get() == 0 || !rested || vdi.is_leaving() || self.read_only {
+        let is_due = vdi.changed_blocks.get() > 0 && rested && !vdi.is_leaving();
+        if !is_due || self.read_only || vdi.moment_pending.replace(true) {
             return;
         }
-        vdi.moment_at.set(Some(now));
         let (engine, vdi) = (Rc::clone(self), Rc::clone(vdi));
         drop(self.runtime.spawn(async move {
-            if let Err(error) = engine.take_moment(&vdi).await {
+            let taken = engine.take_moment(&vdi).await;
+            vdi.moment_pending.set(false);
+            if let Err(error) = taken {
                 let registry = engine.registry.borrow();
                 tracing::warn!(disk = registry.name(vdi.id), %error, "a moment could not be kept");
             }
@@ -306,75 +334,90 @@ impl Engine {
 
     async fn take_moment(self: &Rc<Self>, vdi: &Rc<Vdi>) -> Result<(), Error> {
         let _request = self.begin_change()?;
-        self.reserve_metadata(|| vdi.is_leaving()).await?;
-        refuse_without_labels(&vdi.branch.borrow())?;
-        let room = self.room().await?;
-        if vdi.deleted.get() {
+        // Older moments do not go for a new one.
+        if !self.metadata_suffices().await? {
             return Ok(());
         }
-        let changed_blocks = vdi.changed_blocks.take();
-        let (lsn, appended) = self.append_snapshot(room, vdi, "", Origin::Kept { changed_blocks });
+        refuse_without_labels(&vdi.branch.borrow())?;
+        let room = self.room().await?;
+        if vdi.deleted.get() || vdi.is_leaving() {
+            return Ok(());
+        }
+        let (lsn, appended) = self.append_moment(room, vdi);
         wait(appended, self.geometry.extent_start(base::ExtentIndex::new(0))).await?;
         // Durable with the next flush, whoever asks for it.
         self.log.complete(lsn);
-        self.stats.borrow_mut().moments += 1;
         Ok(())
     }
 
-    /// Deletes some moments of a VDI.
+    /// Appends the record of a moment of all that was written so far.
+    pub(crate) fn append_moment(&self, room: Admission, vdi: &Vdi) -> Appended {
+        vdi.moment_at.set(Some(self.runtime.now()));
+        self.stats.borrow_mut().moments += 1;
+        let changed_blocks = vdi.changed_blocks.take();
+        self.append_snapshot(room, vdi, "", Origin::Kept { changed_blocks })
+    }
+
+    /// Deletes some moments of a VDI, but for those that somebody has open by now.
     async fn delete_moments(
         self: &Rc<Self>,
         vdi: &Rc<Vdi>,
         numbers: Vec<SnapshotNumber>,
     ) -> Result<(), Error> {
-        for number in numbers.into_iter().take(DELETED_AT_ONCE) {
+        for numbers in numbers.chunks(DELETED_AT_ONCE) {
             let _request = self.begin_change()?;
-            let one = self.management.acquire(1).await;
-            let room = self.room().await?;
-            if vdi.deleted.get() || vdi.snapshots.borrow().get(number).is_none() {
-                continue;
+            let mut appended = Vec::with_capacity(numbers.len());
+            for &number in numbers {
+                let one = self.management.acquire(1).await;
+                let room = self.room().await?;
+                let goes = vdi.snapshots.borrow().get(number).is_some_and(is_unused_moment);
+                if goes && !vdi.deleted.get() {
+                    appended.push(self.append(room, vdi, RecordBody::DeleteSnapshot { number }));
+                    self.apply_delete_snapshot(vdi, number);
+                }
+                drop(one);
             }
-            let (lsn, appended) = self.append(room, vdi, RecordBody::DeleteSnapshot { number });
-            self.apply_delete_snapshot(vdi, number);
-            drop(one);
-            wait(appended, self.geometry.extent_start(base::ExtentIndex::new(0))).await?;
-            self.log.complete(lsn);
+            for (lsn, appended) in appended {
+                wait(appended, self.geometry.extent_start(base::ExtentIndex::new(0))).await?;
+                self.log.complete(lsn);
+            }
+            self.runtime.yield_now().await;
         }
         Ok(())
     }
 
-    /// Gives up the older half of all moments, for somebody who finds the store full. Whether there
-    /// were any.
-    pub(crate) async fn thin_moments(self: &Rc<Self>) -> bool {
-        let halves: BTreeMap<_, _> = {
-            let registry = self.registry.borrow();
-            let half = |vdi: &Rc<Vdi>| {
+    /// Gives up the older half of all moments, and collects what they held, for somebody who finds the
+    /// store full. Whether there were any.
+    pub(crate) async fn thin_and_collect(self: &Rc<Self>, gives_up: impl Fn() -> bool) -> bool {
+        let mut any = false;
+        for vdi in self.retained() {
+            let older: Vec<SnapshotNumber> = {
                 let snapshots = vdi.snapshots.borrow();
-                let kept: Vec<SnapshotNumber> = snapshots
-                    .iter()
-                    .filter(|snapshot| snapshot.is_kept())
-                    .map(|snapshot| snapshot.number)
-                    .collect();
-                let count = kept.len().div_ceil(2);
-                let older: Vec<_> = kept.into_iter().take(count).collect();
-                (!older.is_empty()).then(|| (vdi.id, (Rc::clone(vdi), older)))
+                let unused = snapshots.iter().filter(|snapshot| is_unused_moment(snapshot));
+                let count = snapshots.kept_count().div_ceil(2);
+                unused.take(count).map(|snapshot| snapshot.number).collect()
             };
-            registry.loaded.values().filter_map(half).collect()
-        };
-        let any = !halves.is_empty();
-        for (vdi, numbers) in halves.into_values() {
-            let count = numbers.len();
+            if older.is_empty() {
+                continue;
+            }
+            any = true;
             tracing::warn!(
                 disk = self.registry.borrow().name(vdi.id),
-                count,
+                count = older.len(),
                 "the store is full: the older half of the kept moments goes"
             );
-            if self.delete_moments(&vdi, numbers).await.is_err() {
+            if self.delete_moments(&vdi, older).await.is_err() {
                 return false;
             }
         }
-        any
+        any && self.collect_for_space(gives_up).await
     }
+}
+
+/// Whether a snapshot is a moment that nobody has open.
+fn is_unused_moment(snapshot: &Rc<Snapshot>) -> bool {
+    let is_kept = snapshot.is_kept() || base::mutant::active("thinning_takes_what_was_asked_for");
+    is_kept && Rc::strong_count(snapshot) == 1
 }
 
 #[cfg(test)]
@@ -388,7 +431,7 @@ mod tests {
             ("off", "off"),
             ("every 1s for 1h, 1m for 1d, 1h for 30d, 1d for 1y", ""),
             ("every flush for 90m", "every flush for 90m"),
-            (" 250ms for 10s ", "every 250ms for 10s"),
+            (" 2s for 1m ", "every 2s for 1m"),
         ] {
             let retention = Retention::parse(text).unwrap();
             let again = Retention::parse(&retention.to_string()).unwrap();

@@ -51,7 +51,10 @@ impl Snapshots {
             self.by_label.insert(Labelled(Rc::clone(&snapshot)));
         }
         self.kept_count += usize::from(snapshot.is_kept());
-        self.by_number.insert(snapshot.number, snapshot);
+        if let Some(old) = self.by_number.insert(snapshot.number, snapshot) {
+            // Numbers are given once, but not by who forges a log.
+            self.kept_count -= usize::from(old.is_kept());
+        }
     }
 
     pub(crate) fn remove(&mut self, number: SnapshotNumber) -> Option<Rc<Snapshot>> {

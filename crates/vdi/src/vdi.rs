@@ -49,7 +49,9 @@ pub(crate) struct Vdi {
     pub(crate) retention: RefCell<Retention>,
     /// When the last of them was taken, in this run of the store.
     pub(crate) moment_at: Cell<Option<Time>>,
-    /// Blocks that were changed since.
+    /// Whether one is being taken.
+    pub(crate) moment_pending: Cell<bool>,
+    /// Blocks that were changed since the last one.
     pub(crate) changed_blocks: Cell<u64>,
 }
 

@@ -749,6 +749,7 @@ fn snapshot_tree(name: &str, record: &VdiRecord, snapshot: &SnapshotRecord) -> T
         // Whatever a snapshot holds may be shared.
         exclusive_above: BirthLabel::new(u32::MAX),
         label_max: record.label,
-        block_count: snapshot.block_count,
+        // The tree that a history changes may be of a time when the VDI was larger.
+        block_count: snapshot.history.map_or(snapshot.block_count, |_| u64::MAX),
     }
 }

@@ -294,7 +294,10 @@ impl Merge {
             }
         };
         let engine = Rc::clone(&self.engine);
-        let mut changes = history::changes(&engine.nodes, past.history, point.position).await?;
+        // A version may tell that what the tree has beyond the end is gone.
+        let end = tree::coverage(&past.root).max(point.block_count);
+        let mut changes =
+            history::changes(&engine.nodes, past.history, point.position, end).await?;
         if base::mutant::active("clone_forgets_history") {
             changes.clear();
         }

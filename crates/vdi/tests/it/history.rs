@@ -216,6 +216,7 @@ fn a_damaged_history_costs_what_it_tells_of() {
             for round in 0..2 {
                 let mut read_well = 0;
                 for (name, number) in [("web01@130", 130), ("clone", 130), ("web01@200", 200)] {
+                    let before = read_well;
                     let disk = disk(&store, name).await;
                     for block in 0..BLOCKS {
                         let request = Request::Read { offset: block << 12, length: 4096 };
@@ -233,6 +234,8 @@ fn a_damaged_history_costs_what_it_tells_of() {
                             Err(error) => assert_eq!(error.kind, ErrorKind::Corrupt, "{name}"),
                         }
                     }
+                    let left = read_well - before;
+                    assert!(rotten == 0 || left > BLOCKS / 3, "{left} blocks of {name} are left");
                 }
                 assert!(read_well < 3 * BLOCKS, "something is lost");
                 assert!(rotten == 0 || read_well > BLOCKS, "{read_well} blocks are left");

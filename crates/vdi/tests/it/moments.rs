@@ -52,7 +52,11 @@ fn a_disk_is_opened_as_it_was() {
     });
     assert_sound(&ram, 0);
     let ram_after = ram.clone();
-    reopened(&ram, move |_, store, _| async move {
+    reopened(&ram, move |runtime, store, _| async move {
+        // Its clock begins where the other one's did: behind the moments.
+        let early = store.open_disk(&Target::parse(&format!("web01@{}", times[3].0))).await;
+        assert_eq!(early.err().map(|error| error.kind()), Some(ErrorKind::Invalid));
+        runtime.sleep(Duration::from_secs(60)).await;
         for (time, round) in &times {
             let then = disk(&store, &format!("web01@{time}")).await;
             assert_eq!(read(&then, 0, 4096).await, [*round; 4096], "{time}");
@@ -99,7 +103,7 @@ fn moments_go_when_their_time_has_come() {
         assert!(!store.info("web01").await.unwrap().retention.is_off());
         store.snapshot("web01", Some("asked")).await.unwrap();
         store.retain("web01", Retention::default()).await.unwrap();
-        runtime.sleep(Duration::from_secs(5)).await;
+        runtime.sleep(Duration::from_secs(9)).await;
         assert_eq!(kept(&store).await, [0u64; 0]);
         assert_eq!(store.info("web01").await.unwrap().snapshot_count, 1);
         store.close().await.unwrap();
@@ -126,7 +130,7 @@ fn unflushed_writes_are_kept_and_open_moments_stay() {
         assert_eq!(read(&open, 0, 4096).await, [1; 4096]);
         assert!(kept(&store).await.contains(&first[0]));
         drop(open);
-        runtime.sleep(Duration::from_secs(2)).await;
+        runtime.sleep(Duration::from_secs(9)).await;
         assert!(!kept(&store).await.contains(&first[0]));
     });
 }
@@ -159,4 +163,71 @@ fn a_full_store_thins_its_history_first() {
         store.close().await.unwrap();
     });
     assert_sound(&ram, 0);
+}
+
+/// Deleting many moments of a disk that nobody writes to went through the log block by block until
+/// it was full; the checkpoint that makes room in it was asked for by nobody.
+#[test]
+fn many_moments_end_while_nobody_writes() {
+    let (ram, ()) = with_store(|runtime, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        store.retain("web01", Retention::parse("24h").unwrap()).await.unwrap();
+        let head = disk(&store, "web01").await;
+        for round in 0..600u64 {
+            write(&head, (round % 40) << 12, &[round as u8 | 1; 4096]).await;
+            flush(&head).await;
+            runtime.sleep(Duration::from_millis(20)).await;
+        }
+        assert!(kept(&store).await.len() >= 500);
+        store.retain("web01", Retention::default()).await.unwrap();
+        runtime.sleep(Duration::from_secs(30)).await;
+        assert_eq!(kept(&store).await, [0u64; 0]);
+        write(&head, 0, &[7; 4096]).await;
+        store.close().await.unwrap();
+    });
+    assert_sound(&ram, 0);
+}
+
+/// What was written behind the last moment is in the history when the disk has gone back.
+#[test]
+fn a_rollback_leaves_a_moment() {
+    with_store(|runtime, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        store.retain("web01", Retention::parse("every 1h for 1d").unwrap()).await.unwrap();
+        write(&disk(&store, "web01").await, 0, &[1; 4096]).await;
+        runtime.sleep(Duration::from_secs(2)).await;
+        store.snapshot("web01", Some("before")).await.unwrap();
+        write(&disk(&store, "web01").await, 0, &[2; 4096]).await;
+        store.rollback("web01", "before").await.unwrap();
+        let last = *kept(&store).await.last().unwrap();
+        let left = disk(&store, &format!("web01@{last}")).await;
+        assert_eq!(read(&left, 0, 4096).await, [2; 4096]);
+        assert_eq!(read(&disk(&store, "web01").await, 0, 4096).await, [1; 4096]);
+    });
+}
+
+/// A shortage that collecting garbage ends costs no moment.
+#[test]
+fn garbage_goes_before_moments() {
+    with_store(|runtime, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        store.create("big", 1 << 30).await.unwrap();
+        store.retain("web01", Retention::parse("24h").unwrap()).await.unwrap();
+        let (web01, big) = (disk(&store, "web01").await, disk(&store, "big").await);
+        for round in 0..10u8 {
+            write(&web01, 0, &[round | 1; 4096]).await;
+            flush(&web01).await;
+            runtime.sleep(Duration::from_millis(20)).await;
+        }
+        store.snapshot("big", Some("s")).await.unwrap();
+        for part in 0..50u64 {
+            write(&big, part << 20, &vec![1; 1 << 20]).await;
+        }
+        store.snapshot("big", Some("t")).await.unwrap();
+        store.remove(&Target::parse("big")).await.unwrap();
+        for part in 0..50u64 {
+            write(&web01, (1 + part) << 20, &vec![2; 1 << 20]).await;
+        }
+        assert!(kept(&store).await.len() >= 10);
+    });
 }
