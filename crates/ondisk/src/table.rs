@@ -250,7 +250,12 @@ pub struct VdiRecord {
     pub rollbacks: u64,
     /// Which moments of it are kept by themselves; at most [`KEEP_RULES_MAX`].
     pub retention: Vec<KeepRule>,
+    /// Whether some of its snapshots were made by a retention, this one or an earlier one.
+    pub has_moments: bool,
 }
+
+/// Flag of a VDI with moments.
+const HAS_MOMENTS: u32 = 1;
 
 /// One rule of a retention: of the moments that are at most so old, one of each interval is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -301,7 +306,7 @@ impl TableRecord for VdiRecord {
             claim: self.claim.get().into(),
             label: self.label.get().into(),
             shared_up_to: self.shared_up_to.get().into(),
-            flags: 0.into(),
+            flags: u32::from(self.has_moments).into(),
             snapshots: self.snapshots.to_bytes(),
             snapshot_next: self.snapshot_next.get().into(),
             snapshot_count: self.snapshot_count.into(),
@@ -332,6 +337,7 @@ impl TableRecord for VdiRecord {
             history: RootRef::from_bytes(raw.history)?,
             rollbacks: raw.rollbacks.get(),
             retention: KeepRule::all_of(&raw.retention),
+            has_moments: raw.flags.get() & HAS_MOMENTS != 0,
         }))
     }
 }

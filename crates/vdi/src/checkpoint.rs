@@ -105,6 +105,7 @@ struct FrozenVdi {
     block_count: u64,
     rollbacks: u64,
     retention: Retention,
+    has_moments: bool,
     snapshot_next: base::SnapshotNumber,
     snapshot_count: u64,
     /// Snapshots taken and deleted since the last checkpoint.
@@ -420,6 +421,7 @@ fn freeze_vdi(vdi: &Rc<Vdi>) -> FrozenVdi {
         block_count: vdi.block_count.get(),
         rollbacks: vdi.rollbacks.get(),
         retention: vdi.retention.borrow().clone(),
+        has_moments: snapshots.kept_count() > 0,
         snapshot_next: vdi.snapshot_next.get(),
         snapshot_count: as_u64(snapshots.count()),
         snapshots: dirty

@@ -149,21 +149,17 @@ impl Engine {
                 }
                 Place::Tree(root) => root,
                 Place::Past(past, before) => {
-                    let held = versions.take().filter(|(history, _)| *history == past.history);
-                    let (history, seen) = match held {
-                        Some(held) => held,
-                        None => {
+                    let seen = match &versions {
+                        Some((history, seen)) if *history == past.history => seen,
+                        _ => {
                             let mut history = Versions::new(&self.nodes, past.history);
                             let seen = history.seen(block..blocks.end, before).await?;
-                            (past.history, seen)
+                            &versions.insert((past.history, seen)).1
                         }
                     };
                     let found = seen.binary_search_by_key(&block, |&(block, _)| block);
-                    let entry =
-                        found.ok().and_then(|index| seen.get(index)).map(|&(_, entry)| entry);
-                    versions = Some((history, seen));
-                    if let Some(entry) = entry {
-                        entries.push(entry);
+                    if let Some((_, entry)) = found.ok().and_then(|index| seen.get(index)) {
+                        entries.push(*entry);
                         continue;
                     }
                     past.root

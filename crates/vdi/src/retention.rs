@@ -252,8 +252,9 @@ impl Engine {
                     let vdis = self.roots.get().vdis;
                     table::get::<VdiRecord>(&self.nodes, &vdis, id.get()).await
                 };
+                let wanted = |vdi: VdiRecord| vdi.has_moments || !vdi.retention.is_empty();
                 // What is damaged is told of when somebody opens it.
-                if record.is_ok_and(|record| record.is_some_and(|vdi| !vdi.retention.is_empty())) {
+                if record.is_ok_and(|record| record.is_some_and(wanted)) {
                     let _ = self.vdi(id).await;
                 }
             }

@@ -137,6 +137,7 @@ pub(crate) enum Row {
     Sequential,
     AfterSnapshot,
     SnapshotBusy,
+    SnapshotRate,
     CreateClone,
     OpenAfterKill,
     Memory,
@@ -335,7 +336,7 @@ const FUSE: [Load; 2] = [
 
 impl Row {
     /// In the order of the table.
-    pub(crate) const ALL: [Self; 16] = [
+    pub(crate) const ALL: [Self; 17] = [
         Self::RandomWrite,
         Self::RandomRead,
         Self::DepthOne,
@@ -343,6 +344,7 @@ impl Row {
         Self::Sequential,
         Self::AfterSnapshot,
         Self::SnapshotBusy,
+        Self::SnapshotRate,
         Self::CreateClone,
         Self::OpenAfterKill,
         Self::Memory,
@@ -364,6 +366,7 @@ impl Row {
             Self::Sequential => "sequential",
             Self::AfterSnapshot => "after-snapshot",
             Self::SnapshotBusy => "snapshot-busy",
+            Self::SnapshotRate => "snapshot-rate",
             Self::CreateClone => "create-clone",
             Self::OpenAfterKill => "open-after-kill",
             Self::Memory => "memory",
@@ -383,7 +386,14 @@ impl Row {
 
     /// Whether anybody but us is measured in it.
     pub(crate) fn has_peers(self) -> bool {
-        !matches!(self, Self::CreateClone | Self::OpenAfterKill | Self::Memory | Self::Idle)
+        !matches!(
+            self,
+            Self::SnapshotRate
+                | Self::CreateClone
+                | Self::OpenAfterKill
+                | Self::Memory
+                | Self::Idle
+        )
     }
 
     /// Measures the row's lines.
@@ -399,6 +409,7 @@ impl Row {
             Self::Sequential => throughput::loads(bench, Setting::NBD, &SEQUENTIAL),
             Self::AfterSnapshot => throughput::after_snapshot(bench),
             Self::SnapshotBusy => latency::snapshot_busy(bench),
+            Self::SnapshotRate => latency::snapshot_rate(bench),
             Self::CreateClone => latency::create_and_clone(bench),
             Self::OpenAfterKill => latency::open_after_kill(bench),
             Self::Memory => latency::memory(bench),

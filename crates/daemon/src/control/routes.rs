@@ -422,6 +422,7 @@ async fn attach(
 ) -> Result<(StatusCode, Json<Attachment>), Failure> {
     let answer = async move |served: &Served| {
         let Attach { disk, vhost_user, ublk } = request;
+        refuse_moment(&served.store, &Target::parse(&disk)).await?;
         match (vhost_user, ublk) {
             (Some(path), false) => {
                 // Whatever is wrong with the disk is told now, not when a virtual machine connects.
@@ -433,6 +434,22 @@ async fn attach(
         }
     };
     Ok((StatusCode::CREATED, Json(current.call(answer).await??)))
+}
+
+/// A moment goes when its time has come, also while no virtual machine is connected.
+async fn refuse_moment(store: &Store, target: &Target) -> Result<(), vdi::Error> {
+    let Some(snapshot) = &target.snapshot else { return Ok(()) };
+    match store.snapshot_info(&target.vdi, snapshot).await?.changed_bytes {
+        None => Ok(()),
+        Some(_) => Err(refused(
+            ErrorKind::Invalid,
+            format!(
+                "{target} is a moment, which {} keeps for a while only; attach a clone of it: \
+                 parallax clone {target} NEW",
+                target.vdi
+            ),
+        )),
+    }
 }
 
 async fn detach(

@@ -449,6 +449,7 @@ impl Merge {
                 history: vdi.vdi.history,
                 rollbacks: vdi.rollbacks,
                 retention: vdi.retention.rules().to_vec(),
+                has_moments: vdi.has_moments,
             };
             records.insert(vdi.vdi.id.get(), Some(record));
         }

@@ -231,3 +231,26 @@ fn garbage_goes_before_moments() {
         assert!(kept(&store).await.len() >= 10);
     });
 }
+
+/// A store that is closed when a history was just ended has moments left, of a disk without rules.
+#[test]
+fn what_an_ended_history_left_goes_though_nobody_opens_the_disk() {
+    let (ram, ()) = with_store(|runtime, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        store.retain("web01", Retention::parse("24h").unwrap()).await.unwrap();
+        let head = disk(&store, "web01").await;
+        for round in 0..5u8 {
+            write(&head, 0, &[round | 1; 4096]).await;
+            flush(&head).await;
+            runtime.sleep(Duration::from_millis(20)).await;
+        }
+        store.retain("web01", Retention::default()).await.unwrap();
+        store.close().await.unwrap();
+    });
+    reopened(&ram, |runtime, store, _| async move {
+        runtime.sleep(Duration::from_secs(9)).await;
+        let after = store.stats().log_records;
+        assert_eq!(kept(&store).await, [0u64; 0]);
+        assert_eq!(store.stats().log_records, after, "they had gone before anybody looked");
+    });
+}
