@@ -241,8 +241,9 @@ pub(crate) enum Command {
 
     /// Put a disk back to one of its snapshots
     ///
-    /// What was written since is lost, unless a snapshot holds it. Snapshots stay, later ones
-    /// too. Clients of the disk are disconnected.
+    /// What was written since is lost, unless a snapshot or the disk's history holds it. Snapshots
+    /// stay, later ones too. Clients of the disk are disconnected. NAME@'5 minutes ago' goes back in
+    /// the history.
     Rollback {
         /// Which snapshot of which disk
         #[arg(value_name = "NAME@SNAP", value_parser = snapshot_target())]
@@ -658,9 +659,11 @@ fn setting() -> ValueParser {
 
 fn interval() -> ValueParser {
     ValueParser::new(|text: &str| {
-        let interval = text.parse::<jiff::SignedDuration>().ok().filter(|it| it.as_secs() > 0);
+        let days = jiff::SpanRelativeTo::days_are_24_hours();
+        let interval = text.parse::<jiff::Span>().ok().and_then(|it| it.to_duration(days).ok());
+        let interval = interval.filter(|it| it.as_secs() > 0);
         let interval = interval.map(jiff::SignedDuration::unsigned_abs);
-        interval.ok_or("must be an interval of 1s or more, such as 15m")
+        interval.ok_or("must be an interval of 1s or more, such as 15m or 1d")
     })
 }
 

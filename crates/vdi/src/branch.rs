@@ -132,6 +132,8 @@ pub(crate) struct Trees {
     /// Changes behind the first point, and of them those since the last tree.
     changes: Cell<u64>,
     since_last: Cell<u64>,
+    /// Those that the checkpoint under way has.
+    frozen: Cell<u64>,
     /// Nodes that nobody has reserved yet.
     owed: Cell<u64>,
 }
@@ -174,6 +176,7 @@ impl Branch {
     /// Begins a new generation; changes with records up to now stay in the older ones.
     pub(crate) fn freeze(&self) {
         self.generations.borrow_mut().push_back(Rc::default());
+        self.trees.frozen.set(self.trees.changes.get());
     }
 
     /// Marks `position` as a point, at which the VDI has so many blocks.
@@ -215,12 +218,11 @@ impl Branch {
         self.trees.owed.take()
     }
 
-    /// Notes that a checkpoint has met all points but those that are left.
+    /// Notes that a checkpoint has met the points that were there when it froze the branch.
     pub(crate) fn points_met(&self) {
-        if self.points.borrow().is_empty() {
-            self.trees.changes.set(0);
-            self.trees.since_last.set(0);
-        }
+        let Trees { changes, since_last, frozen, .. } = &self.trees;
+        changes.set(changes.get().saturating_sub(frozen.take()));
+        since_last.set(since_last.get().min(changes.get()));
     }
 
     /// Applies a change that was recorded while `generation` was active.

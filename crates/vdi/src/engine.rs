@@ -13,7 +13,8 @@ use blockstore::tree::Change;
 use blockstore::{Geometry, NodeStore, ReadEpochs, WriteScheduler, table};
 use device::{Device, DeviceError};
 use ondisk::{
-    Checksums, DirectoryRecord, LogSegment, Record, RecordBody, Roots, SnapshotRecord, VdiRecord,
+    Checksums, DirectoryRecord, LogSegment, Record, RecordBody, RootRef, Roots, SnapshotRecord,
+    VdiRecord,
 };
 use runtime::Runtime;
 use runtime::sync::{OneshotReceiver, Semaphore, Signal};
@@ -294,6 +295,11 @@ impl Engine {
 
     fn adopt(&self, record: &VdiRecord, snapshots: Vec<SnapshotRecord>) -> Rc<Vdi> {
         let branch = self.new_branch(Base::Root(record.root), record.label, record.shared_up_to);
+        // How much was written since its last moment is not known any more; whether, only if a tree
+        // tells it.
+        let is_as_newest = snapshots.last().map_or(record.root == RootRef::empty(1), |newest| {
+            newest.history.is_none() && newest.root.entry == record.root.entry
+        });
         let snapshots = snapshots.into_iter().map(|snapshot| {
             let contents = match snapshot.history {
                 Some(history) => Contents::Past(Past { root: snapshot.root, history }),
@@ -321,8 +327,7 @@ impl Engine {
             snapshots_dirty: RefCell::default(),
             snapshot_table: Cell::new(record.snapshots),
             history: record.history,
-            // What was written since its last moment is not known any more.
-            changed_blocks: Cell::new(u64::from(!record.retention.is_empty())),
+            changed_blocks: Cell::new(u64::from(!record.retention.is_empty() && !is_as_newest)),
             retention: RefCell::new(Retention::new(record.retention.clone())),
             moment_at: Cell::default(),
             moment_pending: Cell::new(false),
@@ -377,15 +382,9 @@ impl Engine {
             return Ok(run);
         }
         // Moments that nobody asked for are worth less than a write that somebody waits for.
-        loop {
-            let _one = self.thinning.acquire(1).await;
-            // Who was thinning before may have made the room.
-            if let Some(run) = self.take_data(vdi, count).await? {
-                return Ok(run);
-            }
-            if gives_up() || !self.thin_and_collect(gives_up).await {
-                break;
-            }
+        let attempt = async || self.take_data(vdi, count).await;
+        if let Some(run) = self.thin_until(gives_up, attempt).await? {
+            return Ok(run);
         }
         if gives_up() {
             return Err(severed());
@@ -431,6 +430,21 @@ impl Engine {
         self.reserve_nodes(0, gives_up).await
     }
 
+    /// As [`Self::reserve_metadata`], for a guest's change: moments go before it is refused.
+    ///
+    /// # Errors
+    /// As [`Self::reserve_metadata`].
+    pub(crate) async fn reserve_for_guest(self: &Rc<Self>, vdi: &Vdi) -> Result<(), Error> {
+        let gives_up = || vdi.is_leaving();
+        match self.reserve_metadata(gives_up).await {
+            Err(error) if error.kind() == ErrorKind::NoSpace => {
+                let attempt = async || Ok(self.metadata_suffices().await?.then_some(()));
+                self.thin_until(gives_up, attempt).await?.ok_or(error)
+            }
+            reserved => reserved,
+        }
+    }
+
     /// As [`Self::reserve_metadata`], and for so many nodes more.
     ///
     /// # Errors
@@ -457,17 +471,11 @@ impl Engine {
         if gives_up() {
             return Err(severed());
         }
-        loop {
-            if self.metadata_suffices_for(nodes).await? {
-                return Ok(());
-            }
-            let _one = self.thinning.acquire(1).await;
-            if self.metadata_suffices_for(nodes).await? {
-                return Ok(());
-            }
-            if gives_up() || !self.thin_and_collect(&gives_up).await {
-                break;
-            }
+        if self.metadata_suffices_for(nodes).await? {
+            return Ok(());
+        }
+        if self.collect_for_space(&gives_up).await && self.metadata_suffices_for(nodes).await? {
+            return Ok(());
         }
         Err(Error::refused(
             ErrorKind::NoSpace,

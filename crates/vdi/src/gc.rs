@@ -288,6 +288,17 @@ impl Engine {
         }
     }
 
+    /// Runs a cycle for somebody who needs space; whether it ended well. What it swept is not free yet.
+    pub(crate) async fn cycle_for_space(self: &Rc<Self>) -> bool {
+        let collector = &self.collector;
+        collector.in_need.set(collector.in_need.get() + 1);
+        let outcome = self.run_or_join_cycle().await;
+        collector.in_need.set(collector.in_need.get() - 1);
+        outcome
+            .inspect_err(|error| tracing::warn!(%error, "garbage could not be collected"))
+            .is_ok()
+    }
+
     /// Starts a cycle in the background if something was deleted, and space is getting short or some time
     /// has passed.
     pub(crate) fn collect_if_due(self: &Rc<Self>) {
@@ -579,13 +590,12 @@ impl Mark<'_> {
         if base::mutant::active("gc_misses_histories") {
             return Ok(());
         }
-        let pages = self.pages(&history.versions).await?;
-        let is_damaged = !self.found.damaged.is_empty() || self.nodes().is_given_up(history.at());
-        if pages.is_empty() && !is_damaged {
-            // It was marked already, for other snapshots: what these see of it would not be.
+        if self.found.marked.contains(history.at()) {
+            // For other snapshots: what these see of it would not be marked.
             let message = "a history stands in two places of the tables";
             return Err(Error::refused(ErrorKind::Corrupt, message));
         }
+        let pages = self.pages(&history.versions).await?;
         let mut versions = Vec::new();
         let mut began = self.engine.pace();
         for pages in pages.chunks(PAGES_AT_ONCE) {

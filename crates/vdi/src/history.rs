@@ -237,7 +237,7 @@ pub(crate) async fn changes(
         };
         for version in versions {
             if std::mem::take(&mut is_damaged) {
-                lost.push(last.0..version.block + 1);
+                lost.push(last.0..(version.block + 1).min(end));
             }
             last = key_of(&version);
             if version.lsn >= before {

@@ -67,7 +67,8 @@ impl Engine {
     ) -> Result<VdiId, Error> {
         let _request = self.begin_change()?;
         // A time is looked up once: it is another one when what follows was waited for.
-        let (source, nodes) = self.pinned(source).await?;
+        // What is to be cloned is held: moments may go meanwhile.
+        let (source, _held, nodes) = self.pinned(source).await?;
         self.reserve_nodes(nodes, || false).await?;
         check_name(name)?;
         let (one, vdi) = self.manage(&source.vdi).await?;
@@ -251,21 +252,25 @@ impl Engine {
             Ok(snapshot)
         };
         let Quiet { vdi, all, one } = self.quiet(name, |vdi| source(vdi).map(|_| true)).await?;
-        let (room, more_room) = (self.room().await?, self.room().await?);
+        let (room, room_before, room_behind) =
+            (self.room().await?, self.room().await?, self.room().await?);
         // It may have been deleted meanwhile.
         let snapshot = source(&vdi)?;
         vdi.sever();
-        // What is left behind stays in the history.
-        let is_kept = !vdi.retention.borrow().is_off() && vdi.changed_blocks.get() > 0;
-        let moment = is_kept.then(|| self.append_moment(more_room, &vdi));
-        let appended = self.append(room, &vdi, RecordBody::Rollback { number: snapshot.number });
+        // What is left behind stays in the history, and where it went back stands there, too.
+        let has_history = !vdi.retention.borrow().is_off();
+        let is_left = has_history && vdi.changed_blocks.get() > 0;
+        let left = is_left.then(|| self.append_moment(room_before, &vdi));
+        let body = RecordBody::Rollback { number: snapshot.number };
+        let rolled_back = self.append(room, &vdi, body);
         self.apply_rollback(&vdi, &vdi, &snapshot);
         vdi.changed_blocks.set(0);
+        let reached = has_history.then(|| self.append_moment(room_behind, &vdi));
         drop((all, one));
-        if let Some(moment) = moment {
-            self.settle(moment).await?;
+        for appended in left.into_iter().chain([rolled_back]).chain(reached) {
+            self.settle(appended).await?;
         }
-        self.settle(appended).await
+        Ok(())
     }
 
     /// Finds a VDI, and keeps others from managing theirs. Loading it may take as long as its device
@@ -337,15 +342,19 @@ impl Engine {
     }
 
     /// The same target, by number where it was by a time; and how many nodes a tree of it may take.
-    async fn pinned(self: &Rc<Self>, target: &Target) -> Result<(Target, u64), Error> {
+    async fn pinned(
+        self: &Rc<Self>,
+        target: &Target,
+    ) -> Result<(Target, Option<Rc<Snapshot>>, u64), Error> {
         let vdi = self.find(&target.vdi).await?;
         let Some(wanted) = &target.snapshot else {
-            return Ok((target.clone(), nodes_of_head(&vdi)));
+            return Ok((target.clone(), None, nodes_of_head(&vdi)));
         };
         let snapshot = self.find_moment(&vdi, &target.vdi, wanted)?;
         let number = snapshot.number.to_string();
         let target = Target { vdi: target.vdi.clone(), snapshot: Some(number) };
-        Ok((target, nodes_wanted(&snapshot)))
+        let nodes = nodes_wanted(&snapshot);
+        Ok((target, Some(snapshot), nodes))
     }
 
     /// A snapshot by its label or number, or the newest one of a time.
@@ -360,14 +369,28 @@ impl Engine {
         }
         let now_ns = self.runtime.wall_ns();
         let Some(wall_ns) = parse_time(wanted, now_ns) else {
-            return find_snapshot(vdi, name, wanted);
-        };
-        if wall_ns.max(vdi.newest_snapshot_ns()) > now_ns {
             let message = format!(
-                "{wanted} cannot be told: it is to come, or the clock went back since the last moment of \
-                 {name}; name one by its number, which `parallax log {name}` shows"
+                "{name} has no snapshot {wanted}; `parallax snapshots {name}` lists them, `parallax log \
+                 {name}` shows moments; a time is written 2026-11-22T10:15:30Z or '5 minutes ago'"
+            );
+            return Err(Error::refused(ErrorKind::NotFound, message));
+        };
+        if wall_ns > now_ns {
+            let message = format!("{wanted} is to come; `parallax log {name}` shows what was");
+            return Err(Error::refused(ErrorKind::Invalid, message));
+        }
+        if vdi.newest_snapshot_ns() > now_ns {
+            let message = format!(
+                "the clock went back since the last moment of {name}, so that times cannot be told; name \
+                 one by its number, which `parallax log {name}` shows"
             );
             return Err(Error::refused(ErrorKind::Invalid, message));
+        }
+        if vdi.retention.borrow().is_off() && vdi.snapshots.borrow().count() == 0 {
+            let message = format!(
+                "{name} has no history; to keep one from now on: parallax set {name} history=24h"
+            );
+            return Err(Error::refused(ErrorKind::NotFound, message));
         }
         let found = vdi.snapshots.borrow().at(wall_ns).map(Rc::clone);
         found.ok_or_else(|| too_long_ago(name, wanted))
@@ -734,10 +757,11 @@ fn check_name(name: &str) -> Result<(), Error> {
 pub(crate) fn check_label(label: &str) -> Result<(), Error> {
     let printable = label.chars().all(|c| !c.is_control() && c != '@');
     let number = !label.is_empty() && label.bytes().all(|byte| byte.is_ascii_digit());
-    if label.len() > LABEL_BYTES_MAX || !printable || number {
+    let is_time = parse_time(label, u64::MAX).is_some();
+    if label.len() > LABEL_BYTES_MAX || !printable || number || is_time {
         let message = format!(
             "'{label}' cannot be a label: use up to {LABEL_BYTES_MAX} printable bytes without @, \
-             not digits alone"
+             not digits alone, and no time"
         );
         return Err(Error::refused(ErrorKind::Invalid, message));
     }

@@ -24,7 +24,7 @@ use blockstore::{Geometry, NodeStore, ReadEpochs, WriteScheduler, superblock, tr
 use device::Device;
 use ondisk::{
     COMPATIBLE_KEEPS_SPACE, Checksums, Entry, HostSlot, INCOMPATIBLE_HISTORY, LOG_SEGMENTS_MAX,
-    LogBlock, LogSegment, Record, RecordBody, RootRef, SUPERBLOCK_COPIES, SlotState,
+    LogBlock, LogSegment, Origin, Record, RecordBody, RootRef, SUPERBLOCK_COPIES, SlotState,
 };
 use runtime::Runtime;
 use runtime::sync::{Semaphore, Signal};
@@ -388,6 +388,7 @@ impl Engine {
                 let generation = branch.active();
                 // What lies behind the end is nobody's, whatever wrote the record.
                 let within = vdi.block_count.get().saturating_sub(lba.get());
+                vdi.note_changed(as_u64(hashes.len()));
                 for (index, &hash) in (0..within).zip(hashes) {
                     let entry = Entry::mapped(pba.plus(index), hash, BirthLabel::default());
                     let start = lba.get() + index;
@@ -404,11 +405,15 @@ impl Engine {
                 let end = lba.get().saturating_add(*count).min(vdi.block_count.get());
                 let range = (lba.get(), end);
                 let level_max = Self::level_max(vdi.block_count.get());
+                vdi.note_changed(*count);
                 self.install_range(&branch, &generation, lsn, range, *state, level_max);
             }
             RecordBody::Snapshot { number, wall_ns, store_ns, label, origin } => {
                 let times = (*wall_ns, *store_ns);
                 self.apply_snapshot(&vdi, *number, lsn, times, (label, *origin));
+                if matches!(origin, Origin::Kept { .. }) {
+                    vdi.changed_blocks.set(0);
+                }
             }
             RecordBody::DeleteSnapshot { number } => self.apply_delete_snapshot(&vdi, *number),
             RecordBody::Rename { name } => self.apply_rename(vdi.id, name),

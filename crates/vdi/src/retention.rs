@@ -66,7 +66,7 @@ impl Retention {
     /// `Invalid`, with what would be right.
     pub fn parse(text: &str) -> Result<Self, Error> {
         let text = text.trim();
-        if text == "off" || text.is_empty() {
+        if text == "off" {
             return Ok(Self::default());
         }
         let rules: Option<Vec<KeepRule>> = text.split(',').map(parse_rule).collect();
@@ -77,7 +77,9 @@ impl Retention {
             );
             Error::refused(ErrorKind::Invalid, message)
         };
-        let rules = rules.ok_or_else(|| refuse("a rule is not understood"))?;
+        let rules = rules.ok_or_else(|| {
+            refuse("a rule is not understood (units are s, m, h, d, w, mo and y), or too long")
+        })?;
         if rules.len() > KEEP_RULES_MAX {
             return Err(refuse(&format!("it has more than {KEEP_RULES_MAX} rules")));
         }
@@ -87,6 +89,9 @@ impl Retention {
         };
         if rules.first().is_some_and(|first| (1..1000).contains(&first.every_ms)) {
             return Err(refuse("a moment is taken at each flush, or once in a second at most"));
+        }
+        if rules.iter().any(|rule| u64::from(rule.every_ms) >= u64::from(rule.for_s) * 1000) {
+            return Err(refuse("an age must be longer than its interval"));
         }
         if !rules.windows(2).all(rises) {
             return Err(refuse("ages and intervals must rise from rule to rule"));
@@ -344,11 +349,8 @@ impl Engine {
         if vdi.deleted.get() || vdi.is_leaving() {
             return Ok(());
         }
-        let (lsn, appended) = self.append_moment(room, vdi);
-        wait(appended, self.geometry.extent_start(base::ExtentIndex::new(0))).await?;
-        // Durable with the next flush, whoever asks for it.
-        self.log.complete(lsn);
-        Ok(())
+        let appended = self.append_moment(room, vdi);
+        self.complete_record(appended).await
     }
 
     /// Appends the record of a moment of all that was written so far.
@@ -367,29 +369,64 @@ impl Engine {
     ) -> Result<(), Error> {
         for numbers in numbers.chunks(DELETED_AT_ONCE) {
             let _request = self.begin_change()?;
-            let mut appended = Vec::with_capacity(numbers.len());
+            let mut under_way = Vec::with_capacity(numbers.len());
             for &number in numbers {
                 let one = self.management.acquire(1).await;
                 let room = self.room().await?;
                 let goes = vdi.snapshots.borrow().get(number).is_some_and(is_unused_moment);
                 if goes && !vdi.deleted.get() {
-                    appended.push(self.append(room, vdi, RecordBody::DeleteSnapshot { number }));
+                    let appended = self.append(room, vdi, RecordBody::DeleteSnapshot { number });
                     self.apply_delete_snapshot(vdi, number);
+                    // Each is finished by itself: the next may wait for a checkpoint, which waits for
+                    // all records before it.
+                    let engine = Rc::clone(self);
+                    under_way.push(
+                        self.runtime.spawn(async move { engine.complete_record(appended).await }),
+                    );
                 }
                 drop(one);
             }
-            for (lsn, appended) in appended {
-                wait(appended, self.geometry.extent_start(base::ExtentIndex::new(0))).await?;
-                self.log.complete(lsn);
+            for deletion in under_way {
+                deletion.await?;
             }
             self.runtime.yield_now().await;
         }
         Ok(())
     }
 
-    /// Gives up the older half of all moments, and collects what they held, for somebody who finds the
-    /// store full. Whether there were any.
-    pub(crate) async fn thin_and_collect(self: &Rc<Self>, gives_up: impl Fn() -> bool) -> bool {
+    /// Waits until a record is on the device; it is durable with the next flush.
+    async fn complete_record(&self, (lsn, appended): Appended) -> Result<(), Error> {
+        wait(appended, self.geometry.extent_start(base::ExtentIndex::new(0))).await?;
+        self.log.complete(lsn);
+        Ok(())
+    }
+
+    /// Gives up the older half of all moments, and then of what is left, until an attempt at what a guest
+    /// waits for gives something; `None` if it never does.
+    pub(crate) async fn thin_until<T>(
+        self: &Rc<Self>,
+        gives_up: impl Fn() -> bool,
+        attempt: impl AsyncFn() -> Result<Option<T>, Error>,
+    ) -> Result<Option<T>, Error> {
+        loop {
+            {
+                let _one = self.thinning.acquire(1).await;
+                // Who was thinning before may have made the room.
+                if let Some(given) = attempt().await? {
+                    return Ok(Some(given));
+                }
+                if gives_up() || !self.thin_moments().await || !self.cycle_for_space().await {
+                    return Ok(None);
+                }
+            }
+            // Others need not wait for this one's readers.
+            self.released(self.releases.up_to_now(), &gives_up).await;
+            self.allocator.reclaim_empty_extents();
+        }
+    }
+
+    /// Gives up the older half of all moments. Whether there were any.
+    async fn thin_moments(self: &Rc<Self>) -> bool {
         let mut any = false;
         for vdi in self.retained() {
             let older: Vec<SnapshotNumber> = {
@@ -411,7 +448,7 @@ impl Engine {
                 return false;
             }
         }
-        any && self.collect_for_space(gives_up).await
+        any
     }
 }
 
@@ -439,8 +476,17 @@ mod tests {
             assert_eq!(retention, again, "{text}");
             assert!(shown.is_empty() || retention.to_string() == shown, "{retention}");
         }
-        for nonsense in ["x", "1", "-1h", "every 1h", "0s", "1h for 1d, 1m for 2d", "5m for 1h, 1h"]
-        {
+        for nonsense in [
+            "x",
+            "1",
+            "-1h",
+            "every 1h",
+            "0s",
+            "1h for 1d, 1m for 2d",
+            "5m for 1h, 1h",
+            "",
+            "1d for 1h",
+        ] {
             assert!(Retention::parse(nonsense).is_err(), "{nonsense}");
         }
     }

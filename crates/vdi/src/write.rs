@@ -387,7 +387,7 @@ impl Engine {
     ) -> Result<(), Error> {
         let _range = vdi.ranges.lock(first..first + count).await;
         refuse_severed(vdi, incarnation)?;
-        self.reserve_metadata(|| vdi.is_leaving()).await?;
+        self.reserve_for_guest(vdi).await?;
         let room = self.room().await?;
         let body = RecordBody::Range { lba: Lba::new(first), count, state };
         let (lsn, logged) = self.append(room, vdi, body);

@@ -51,6 +51,7 @@ pub(super) async fn run(
             "off" => {
                 format!("{name} has no history; keep it with: parallax set {name} history=24h")
             }
+            _ if rows == 0 => "no rows were asked for".to_owned(),
             _ => format!("nothing was written to {name} since its history is kept ({history})"),
         });
     }
@@ -84,9 +85,10 @@ fn draw(list: &[Row], omitted: usize) -> String {
     }
 }
 
+/// Twice as much is one step more: beside a discarded disk, a file that was written still shows.
 fn bar(part: u64, most: u64) -> String {
-    let chars = u128::from(part) * u128::from(BAR_CHARS);
-    let chars = chars.div_ceil(u128::from(most.max(1)));
+    let steps = |bytes: u64| u64::from((bytes / 4096 + 1).ilog2());
+    let chars = (steps(part) * BAR_CHARS).div_ceil(steps(most).max(1));
     "#".repeat(usize::try_from(chars).unwrap_or(0))
 }
 
@@ -155,6 +157,6 @@ mod tests {
         assert_eq!(rows[1].from, Timestamp::from_second(600).unwrap());
         let text = draw(&rows, 0);
         let bars: Vec<usize> = text.lines().map(|line| line.matches('#').count()).collect();
-        assert_eq!(bars, [0, 1, 24], "{text}");
+        assert_eq!(bars, [0, 6, 24], "{text}");
     }
 }

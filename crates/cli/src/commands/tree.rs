@@ -35,9 +35,20 @@ struct SnapshotNode {
 pub(super) async fn run(context: &Context, all: bool) -> Result<(), Error> {
     let vdis = context.client.vdis().await?;
     let mut snapshots = BTreeMap::new();
-    for vdi in vdis.iter().filter(|vdi| vdi.snapshot_count > 0) {
+    let origins: BTreeSet<(u64, u64)> = vdis
+        .iter()
+        .filter_map(|vdi| vdi.parent.as_ref().map(|parent| (parent.id, parent.snapshot)))
+        .collect();
+    for vdi in vdis.iter().filter(|vdi| vdi.snapshot_count + vdi.moment_count > 0) {
         match context.client.snapshots(&vdi.name).await {
-            Ok(list) => drop(snapshots.insert(vdi.id, list)),
+            Ok(mut list) => {
+                // Of moments those that something comes from: `log` shows the others.
+                list.retain(|snapshot| {
+                    let is_origin = origins.contains(&(vdi.id, snapshot.number));
+                    snapshot.changed_bytes.is_none() || is_origin
+                });
+                snapshots.insert(vdi.id, list);
+            }
             // Deleted or renamed since it was listed.
             Err(error) if error.kind == Kind::NotFound => {}
             Err(error) => return Err(error),

@@ -175,7 +175,13 @@ pub(super) async fn rename(context: &Context, name: &str, new: String) -> Result
 pub(super) async fn set(context: &Context, name: &str, history: String) -> Result<(), Error> {
     let request = ChangeVdi { history: Some(history), ..ChangeVdi::default() };
     let vdi = context.client.change(name, &request).await?;
-    context.print(&vdi, &format!("history of {name}: {}", vdi.history))
+    let text = match (vdi.history.as_str(), vdi.moment_count) {
+        ("off", count @ 1..) => {
+            format!("history of {name}: off; {} are being deleted", output::count(count, "moment"))
+        }
+        (history, _) => format!("history of {name}: {history}"),
+    };
+    context.print(&vdi, &text)
 }
 
 pub(super) async fn resize(
