@@ -24,6 +24,10 @@ use crate::manage::labels_used_up;
 use crate::overlay::newest_only;
 use crate::vdi::{Snapshot, Vdi};
 
+/// With so many points, the first one gets no tree either: the tree that the branch had before is
+/// their keyframe. What was replaced in it before the first point stays as long as their history.
+const POINTS_WITHOUT_KEYFRAME: usize = 4;
+
 /// A checkpoint being merged.
 pub(super) struct Merge {
     engine: Rc<Engine>,
@@ -163,7 +167,7 @@ impl Merge {
         for (index, changes) in intervals.into_iter().enumerate() {
             let changes = newest_only(changes, &mut self.dead);
             if let Some(point) = wanted.get(index)
-                && index > 0
+                && (index > 0 || wanted.len() >= POINTS_WITHOUT_KEYFRAME)
                 && self.engine.keeps_history.get()
                 && span.takes(point, &changes)
             {
