@@ -276,11 +276,17 @@ fn patiently<T>(
     is_left: impl Fn() -> bool,
 ) -> Result<T, Errno> {
     let mut waited = Duration::ZERO;
+    let mut patience = LOCK_PATIENCE;
     loop {
         match attempt() {
-            Err(Errno::BUSY | Errno::AGAIN)
-                if waited < LOCK_PATIENCE || waited < DEAD_LOCK_PATIENCE && is_left() =>
-            {
+            Err(errno @ (Errno::BUSY | Errno::AGAIN)) => {
+                if waited < DEAD_LOCK_PATIENCE && is_left() {
+                    // The kernel's list may leave out a lock once, while others come and go.
+                    patience = waited + LOCK_PATIENCE;
+                }
+                if waited >= patience {
+                    return Err(errno);
+                }
                 #[expect(clippy::disallowed_methods, reason = "before anything runs here")]
                 std::thread::sleep(LOCK_INTERVAL);
                 waited += LOCK_INTERVAL;
