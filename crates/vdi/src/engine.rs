@@ -24,6 +24,7 @@ use crate::checkpoint::Checkpoints;
 use crate::damage::{Table, is_damage};
 use crate::gc::Collector;
 use crate::history::Past;
+use crate::manage::Appended;
 use crate::release::Releases;
 use crate::reserve::Reserve;
 use crate::retention::Retention;
@@ -209,13 +210,17 @@ impl Engine {
         self.log.append_admitted(room, &Record { vdi: vdi.id, claim: vdi.claim, body })
     }
 
-    /// Waits until a record without data is on the device and durable.
-    pub(crate) async fn settle(
-        &self,
-        (lsn, appended): (Lsn, OneshotReceiver<Result<(), DeviceError>>),
-    ) -> Result<(), Error> {
+    /// Waits until a record without data is on the device; it is durable with the next flush.
+    pub(crate) async fn complete_record(&self, (lsn, appended): Appended) -> Result<(), Error> {
         wait(appended, self.geometry.extent_start(base::ExtentIndex::new(0))).await?;
         self.log.complete(lsn);
+        Ok(())
+    }
+
+    /// Waits until a record without data is on the device and durable.
+    pub(crate) async fn settle(&self, appended: Appended) -> Result<(), Error> {
+        let lsn = appended.0;
+        self.complete_record(appended).await?;
         if base::mutant::active("management_without_flush") {
             return Ok(());
         }

@@ -41,8 +41,8 @@ use base::{ErrorKind, Lsn, Pba};
 use blockstore::NodeStore;
 use blockstore::allocator::BITMAP_PAGE_BLOCKS;
 use ondisk::{
-    Entry, EntryState, History, Node, RootRef, Roots, SlotState, SnapshotRecord, TableRecord,
-    VdiRecord, VersionRecord,
+    Entry, History, Node, RootRef, Roots, SlotState, SnapshotRecord, TableRecord, VdiRecord,
+    VersionRecord,
 };
 use runtime::Time;
 use runtime::sync::Semaphore;
@@ -611,9 +611,7 @@ impl Mark<'_> {
         }
         self.give_up();
         for version in seen_by(&versions, &positions) {
-            if version.entry.state() == EntryState::Mapped {
-                self.found.marked.insert(version.entry.pba());
-            }
+            self.found.marked.insert(version.entry.pba());
         }
         Ok(())
     }

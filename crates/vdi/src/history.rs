@@ -2,7 +2,7 @@
 //!
 //! A tree for each of a thousand snapshots that were taken between two checkpoints would cost each of
 //! them a path of nodes for every leaf that changed. So the checkpoint makes a tree of the first one, a
-//! *keyframe*, and of what changed from there to the last one a *history*: 32 bytes for each version of
+//! *keyframe* (or, for many, takes the tree that the last checkpoint made of the head), and of what changed from there to the last one a *history*: 32 bytes for each version of
 //! a block that one of them sees, by block and then by LSN. All that makes a snapshot one of them is its
 //! position:
 //!
@@ -30,7 +30,7 @@ use std::ops::Range;
 use base::{Buffer, Lsn};
 use blockstore::tree::Change;
 use blockstore::{NodeStore, table};
-use ondisk::{Entry, History, Node, RootRef, TableRecord, VersionRecord};
+use ondisk::{Entry, EntryState, History, Node, RootRef, TableRecord, VersionRecord};
 use runtime::Runtime;
 
 use crate::Error;
@@ -209,8 +209,7 @@ fn key_of(version: &VersionRecord) -> (u64, Lsn) {
 }
 
 fn damaged(history: &History) -> Error {
-    let at = history.versions.entry.pba();
-    blockstore::Error::Damaged { what: "history of snapshots", at }.into()
+    blockstore::Error::Damaged { what: "history of snapshots", at: history.at() }.into()
 }
 
 /// What has to be changed in the tree of the keyframe to have that of position `before`, in
@@ -289,8 +288,8 @@ async fn page_of(
     }
 }
 
-/// Which of some versions, in order, the snapshots at `positions`, in order, see: those that are the
-/// newest of their block below one of them.
+/// Which of some versions, in order, name a block that the snapshots at `positions`, in order, see: those
+/// that are the newest of their block below one of them.
 pub(crate) fn seen_by<'a>(
     versions: &'a [VersionRecord],
     positions: &'a [Lsn],
@@ -303,7 +302,7 @@ pub(crate) fn seen_by<'a>(
         let is_seen = positions
             .get(next)
             .is_some_and(|&position| replaced.is_none_or(|replaced| position <= replaced));
-        is_seen.then_some(version)
+        (is_seen && version.entry.state() == EntryState::Mapped).then_some(version)
     })
 }
 

@@ -24,7 +24,7 @@ use blockstore::table;
 use ondisk::{KEEP_RULES_MAX, KeepRule, Origin, RecordBody, VdiRecord};
 
 use crate::Error;
-use crate::engine::{Engine, wait};
+use crate::engine::Engine;
 use crate::manage::{Appended, refuse_without_labels};
 use crate::vdi::{Snapshot, Vdi};
 
@@ -391,13 +391,6 @@ impl Engine {
             }
             self.runtime.yield_now().await;
         }
-        Ok(())
-    }
-
-    /// Waits until a record is on the device; it is durable with the next flush.
-    async fn complete_record(&self, (lsn, appended): Appended) -> Result<(), Error> {
-        wait(appended, self.geometry.extent_start(base::ExtentIndex::new(0))).await?;
-        self.log.complete(lsn);
         Ok(())
     }
 

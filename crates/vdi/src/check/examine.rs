@@ -10,8 +10,8 @@ use blockstore::slots::{SlotPair, check_vouched, read_slots};
 use blockstore::{Geometry, NodeStore, WriteScheduler, superblock};
 use device::Device;
 use ondisk::{
-    Checksums, DirectoryRecord, Entry, EntryState, ExtentKind, ExtentRecord, History, HostSlot,
-    Record, RecordBody, RootRef, SlotState, SnapshotRecord, TableRecord, VdiRecord, VersionRecord,
+    Checksums, DirectoryRecord, Entry, ExtentKind, ExtentRecord, History, HostSlot, Record,
+    RecordBody, RootRef, SlotState, SnapshotRecord, TableRecord, VdiRecord, VersionRecord,
 };
 use runtime::Runtime;
 
@@ -555,9 +555,6 @@ impl Examiner<'_> {
             self.audit.trees = vec![tree];
             for version in seen_by(&versions, &positions) {
                 let VersionRecord { block: start, entry, .. } = *version;
-                if entry.state() != EntryState::Mapped {
-                    continue;
-                }
                 let parent_birth = entry.birth();
                 self.audit.block(&Named { tree: 0, entry, level: 0, start, parent_birth });
                 if self.audit.unverified.len() >= GATHER_BLOCKS {
@@ -724,9 +721,8 @@ struct Histories(BTreeMap<Pba, (History, Vec<SnapshotNumber>, Vec<Lsn>)>);
 impl Histories {
     fn add(&mut self, snapshot: &SnapshotRecord) {
         let Some(history) = snapshot.history else { return };
-        let at = history.versions.entry.pba();
         let (_, numbers, positions) =
-            self.0.entry(at).or_insert_with(|| (history, Vec::new(), Vec::new()));
+            self.0.entry(history.at()).or_insert_with(|| (history, Vec::new(), Vec::new()));
         numbers.push(snapshot.number);
         positions.push(snapshot.position);
     }
