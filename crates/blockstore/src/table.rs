@@ -17,8 +17,8 @@ const TABLE_BIRTHS: Births = Births {
     shared_before: Lsn::new(0),
 };
 
-/// Nodes or pages that a walk reads at once.
-const BLOCKS_AT_ONCE: usize = 64;
+/// Nodes or pages that a walk reads at once: all that a node names.
+const BLOCKS_AT_ONCE: usize = ondisk::FANOUT;
 
 /// Reads the page that holds record `index`.
 ///

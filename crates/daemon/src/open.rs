@@ -42,10 +42,20 @@ pub(crate) fn in_use(path: &Path) -> Error {
     )
 }
 
+/// Disks that stay in memory though nobody uses them: some megabytes.
+const IDLE_VDIS_MAX: usize = 1000;
+
 /// Options for opening a store in a new epoch.
 pub(crate) fn options(cache_bytes: usize, after_failure: bool) -> Result<OpenOptions, Error> {
     let (boot_id, nonce) = (boot_id()?, nonce()?);
-    Ok(OpenOptions { cache_bytes, boot_id, nonce, after_failure, reuse: Reuse::Late })
+    Ok(OpenOptions {
+        cache_bytes,
+        boot_id,
+        nonce,
+        after_failure,
+        idle_vdis_max: IDLE_VDIS_MAX,
+        reuse: Reuse::Late,
+    })
 }
 
 /// A random number for a new epoch.

@@ -223,6 +223,12 @@ pub const ALL: &[Mutant] = &[
         focus: Some(Focus::History),
     },
     Mutant {
+        name: "unloads_what_changed",
+        rule: "22",
+        breaks: "drops a VDI from memory of which no checkpoint has everything",
+        focus: None,
+    },
+    Mutant {
         name: "history_replays_one_too_many",
         rule: "30",
         breaks: "shows a snapshot a version that was written behind it",

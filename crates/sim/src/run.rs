@@ -218,13 +218,16 @@ impl Run {
     }
 
     fn opening(&self) -> (Device, OpenOptions) {
+        let mut random = self.world.random.borrow_mut();
         let options = OpenOptions {
             cache_bytes: self.world.plan.cache_bytes,
             boot_id: [self.boots; 16],
-            nonce: self.world.random.borrow_mut().number(),
+            nonce: random.number(),
             after_failure: false,
+            idle_vdis_max: random.index(3),
             reuse: self.world.plan.reuse,
         };
+        drop(random);
         (Device::new(Rc::new(self.world.device.clone())), options)
     }
 

@@ -67,6 +67,7 @@ async fn tick(engine: Rc<Engine>) {
             engine.request_checkpoint();
         }
         engine.collect_if_due();
+        engine.unload_idle().await;
         if ticks.is_multiple_of(TICKS_PER_MOMENT) {
             engine.keep_moments();
         }

@@ -228,18 +228,16 @@ impl Engine {
                 (branch, is_head)
             })
             .collect();
-        let directory = std::mem::take(&mut registry.dirty_directory)
-            .into_iter()
-            .map(|id| (id.get(), registry.directory.get(&id).cloned()))
-            .collect();
+        let directory = registry.directory.take_changed();
         let mut vdis = Vec::new();
         let mut deleted = BTreeSet::new();
-        for id in std::mem::take(&mut registry.dirty) {
+        for id in std::mem::take(&mut registry.dirty).iter() {
             match registry.loaded.get(&id) {
                 Some(vdi) => vdis.push(freeze_vdi(vdi)),
-                None => {
+                None if registry.is_gone(id) => {
                     deleted.insert(id);
                 }
+                None => {}
             }
         }
         let vdi_id_next = registry.id_next;
@@ -265,7 +263,7 @@ impl Engine {
         for (branch, _) in frozen.branches {
             registry.unsettled.insert(branch.serial, branch);
         }
-        registry.dirty_directory.extend(frozen.directory.keys().map(|&id| VdiId::new(id)));
+        registry.directory.put_changed(frozen.directory.keys().map(|&id| VdiId::new(id)));
         registry.dirty.extend(frozen.deleted);
         for vdi in frozen.vdis {
             registry.dirty.insert(vdi.vdi.id);

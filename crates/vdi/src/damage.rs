@@ -79,7 +79,7 @@ impl Engine {
         for table in tables {
             match table {
                 Table::Directory => {
-                    registry.dirty_directory.extend(registry.directory.keys());
+                    registry.directory.change_all();
                     roots.directory = RootRef::empty(1);
                 }
                 Table::Extents => {
@@ -94,7 +94,7 @@ impl Engine {
                     self.checkpoints.forget_bad_blocks();
                     roots.bad_blocks = RootRef::empty(1);
                 }
-                Table::Vdis => registry.dirty.extend(registry.loaded.keys()),
+                Table::Vdis => registry.dirty.extend(registry.loaded.keys().copied()),
                 Table::Snapshots(id) => {
                     let Some(vdi) = registry.loaded.get(id) else { continue };
                     let snapshots = vdi.snapshots.borrow();

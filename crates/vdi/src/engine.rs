@@ -10,26 +10,21 @@ use blockstore::allocator::{Allocator, Run, Space};
 use blockstore::log::{Admission, Log};
 use blockstore::slots::SlotWriter;
 use blockstore::tree::Change;
-use blockstore::{Geometry, NodeStore, ReadEpochs, WriteScheduler, table};
+use blockstore::{Geometry, NodeStore, ReadEpochs, WriteScheduler};
 use device::{Device, DeviceError};
-use ondisk::{
-    Checksums, DirectoryRecord, LogSegment, Record, RecordBody, RootRef, Roots, SnapshotRecord,
-    VdiRecord,
-};
+use ondisk::{Checksums, LogSegment, Record, RecordBody, Roots};
 use runtime::Runtime;
 use runtime::sync::{OneshotReceiver, Semaphore, Signal};
 
-use crate::branch::{Base, Branch, Contents, Generation, Point};
+use crate::branch::{Base, Branch, Generation};
 use crate::checkpoint::Checkpoints;
-use crate::damage::{Table, is_damage};
+use crate::directory::{ChangedVdis, Directory};
 use crate::gc::Collector;
-use crate::history::Past;
 use crate::manage::Appended;
 use crate::release::Releases;
 use crate::reserve::Reserve;
-use crate::retention::Retention;
 use crate::trim::Trimmer;
-use crate::vdi::{Snapshot, Vdi};
+use crate::vdi::Vdi;
 use crate::{Error, Stats};
 
 /// A store that is full says so to the log again when so much time has passed: what is discarded
@@ -84,6 +79,8 @@ pub(crate) struct Engine {
     pub(crate) owed_nodes: Cell<u64>,
     /// Whether snapshots may have a history in place of a tree.
     pub(crate) keeps_history: Cell<bool>,
+    /// VDIs that stay in memory though nobody uses them.
+    pub(crate) idle_vdis_max: usize,
     /// Set when even forced checkpoints freed nothing; cleared when something is dropped or freed.
     pub(crate) full: Cell<bool>,
     /// When the log was told so.
@@ -103,26 +100,33 @@ pub(crate) struct Engine {
 /// Names and what is known of each VDI.
 #[derive(Debug, Default)]
 pub(crate) struct Registry {
-    pub(crate) names: BTreeMap<String, VdiId>,
-    pub(crate) directory: BTreeMap<VdiId, DirectoryRecord>,
+    pub(crate) directory: Directory,
     /// VDIs in use.
     pub(crate) loaded: HashMap<VdiId, Rc<Vdi>>,
     /// VDIs of which the log has changes that nothing is left to apply to. The next checkpoint
     /// takes their records out of the table, so that they stay lost.
     pub(crate) lost: BTreeSet<VdiId>,
     pub(crate) id_next: u64,
-    /// Directory records that changed since the last checkpoint.
-    pub(crate) dirty_directory: BTreeSet<VdiId>,
     /// VDIs that changed since the last checkpoint; a deleted one is in `directory` no more.
-    pub(crate) dirty: BTreeSet<VdiId>,
+    pub(crate) dirty: ChangedVdis,
     /// Branches with changes or points that no tree has yet, by serial number.
     pub(crate) unsettled: BTreeMap<u64, Rc<Branch>>,
 }
 
 impl Registry {
+    /// Whether nothing is left of a VDI but what the tables say.
+    pub(crate) fn is_gone(&self, id: VdiId) -> bool {
+        !self.directory.contains(id) || self.lost.contains(&id)
+    }
+
+    /// Pages of tables of VDIs that the next checkpoint writes.
+    pub(crate) fn changed_pages(&self) -> u64 {
+        self.directory.changed_pages() + self.dirty.pages()
+    }
+
     /// What a person calls a VDI.
     pub(crate) fn name(&self, id: VdiId) -> &str {
-        self.directory.get(&id).map_or("(deleted)", |record| &record.name)
+        self.directory.get(id).map_or("(deleted)", |record| &record.name)
     }
 }
 
@@ -249,94 +253,6 @@ impl Engine {
         let mut registry = self.registry.borrow_mut();
         registry.dirty.insert(vdi.id);
         registry.unsettled.entry(branch.serial).or_insert(branch);
-    }
-
-    /// The VDI with this id, loaded from its table if it is not in use yet.
-    pub(crate) async fn vdi(&self, id: VdiId) -> Result<Rc<Vdi>, Error> {
-        if let Some(vdi) = self.loaded(id)? {
-            return Ok(vdi);
-        }
-        let _reader = self.epochs.enter();
-        let roots = self.roots.get();
-        let record: Option<VdiRecord> = table::get(&self.nodes, &roots.vdis, id.get()).await?;
-        let record = record.ok_or_else(|| lost(id))?;
-        let mut snapshots = Vec::new();
-        let scanned = table::scan(&self.nodes, &record.snapshots, |_, snapshot: SnapshotRecord| {
-            snapshots.push(snapshot);
-            true
-        });
-        let scanned = scanned.await.map_err(Error::from);
-        if let Err(error) = &scanned
-            && is_damage(error)
-        {
-            // The VDI and its other snapshots are none the worse for it.
-            let registry = self.registry.borrow();
-            let disk = registry.name(id);
-            tracing::error!(disk, "snapshots are lost: their records are damaged");
-            self.checkpoints.damaged.note(Table::Snapshots(id));
-        } else {
-            scanned?;
-        }
-        // Somebody else may have loaded it meanwhile, or deleted it.
-        if let Some(vdi) = self.loaded(id)? {
-            return Ok(vdi);
-        }
-        let vdi = self.adopt(&record, snapshots);
-        self.registry.borrow_mut().loaded.insert(id, Rc::clone(&vdi));
-        Ok(vdi)
-    }
-
-    /// A VDI that exists, if it is in use.
-    fn loaded(&self, id: VdiId) -> Result<Option<Rc<Vdi>>, Error> {
-        let registry = self.registry.borrow();
-        if !registry.directory.contains_key(&id) {
-            return Err(Error::refused(ErrorKind::NotFound, format!("VDI {id} was deleted")));
-        }
-        if registry.lost.contains(&id) {
-            return Err(lost(id));
-        }
-        Ok(registry.loaded.get(&id).map(Rc::clone))
-    }
-
-    fn adopt(&self, record: &VdiRecord, snapshots: Vec<SnapshotRecord>) -> Rc<Vdi> {
-        let branch = self.new_branch(Base::Root(record.root), record.label, record.shared_up_to);
-        // How much was written since its last moment is not known any more; whether, only if a tree
-        // tells it.
-        let is_as_newest = snapshots.last().map_or(record.root == RootRef::empty(1), |newest| {
-            newest.history.is_none() && newest.root.entry == record.root.entry
-        });
-        let snapshots = snapshots.into_iter().map(|snapshot| {
-            let contents = match snapshot.history {
-                Some(history) => Contents::Past(Past { root: snapshot.root, history }),
-                None => Contents::Tree(snapshot.root),
-            };
-            let point = Point::met(snapshot.position, contents, record.label, snapshot.block_count);
-            let branch = Rc::clone(&branch);
-            Rc::new(loaded_snapshot(snapshot, branch, point))
-        });
-        let snapshots = snapshots.collect();
-        Rc::new(Vdi {
-            id: record.id,
-            claim: record.claim,
-            born: Cell::default(),
-            branch: RefCell::new(branch),
-            block_count: Cell::new(record.block_count),
-            window: RefCell::default(),
-            ranges: Default::default(),
-            incarnation: Cell::new(0),
-            rollbacks: Cell::new(record.rollbacks),
-            deleted: Cell::new(false),
-            leaving: Cell::new(0),
-            snapshots: RefCell::new(snapshots),
-            snapshot_next: Cell::new(record.snapshot_next),
-            snapshots_dirty: RefCell::default(),
-            snapshot_table: Cell::new(record.snapshots),
-            history: record.history,
-            changed_blocks: Cell::new(u64::from(!record.retention.is_empty() && !is_as_newest)),
-            retention: RefCell::new(Retention::new(record.retention.clone())),
-            moment_at: Cell::default(),
-            moment_pending: Cell::new(false),
-        })
     }
 
     /// Takes free data blocks: as many adjacent ones as there are, up to `count`. Waits for
@@ -530,22 +446,6 @@ impl Engine {
     }
 }
 
-fn loaded_snapshot(record: SnapshotRecord, branch: Rc<Branch>, point: Rc<Point>) -> Snapshot {
-    Snapshot {
-        number: record.number,
-        position: record.position,
-        claim: record.claim,
-        branch,
-        point,
-        block_count: record.block_count,
-        wall_ns: record.wall_ns,
-        store_ns: record.store_ns,
-        label: record.label,
-        origin: record.origin,
-        deleted: Cell::new(false),
-    }
-}
-
 /// Waits for a device operation of the engine's own.
 pub(crate) async fn wait(
     outcome: OneshotReceiver<Result<(), DeviceError>>,
@@ -557,12 +457,6 @@ pub(crate) async fn wait(
 
 /// The errno that a store stops with when too much of it fails, for another reason than space.
 pub(crate) const EIO: i32 = 5;
-
-/// What everybody gets who asks for a VDI of which nothing is left but its name.
-fn lost(id: VdiId) -> Error {
-    let message = format!("VDI {id} was lost to damage of its record: delete it");
-    Error::refused(ErrorKind::Corrupt, message)
-}
 
 /// What every request gets after the store has failed.
 pub(crate) fn stopped(error: &DeviceError) -> Error {

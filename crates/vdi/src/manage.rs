@@ -314,7 +314,7 @@ impl Engine {
 
     /// The VDI of this name.
     pub(crate) async fn find(self: &Rc<Self>, name: &str) -> Result<Rc<Vdi>, Error> {
-        let id = self.registry.borrow().names.get(name).copied();
+        let id = self.registry.borrow().directory.find(name).map(|record| record.id);
         let vdi = self.vdi(id.ok_or_else(|| not_found(name))?).await?;
         if vdi.deleted.get() {
             return Err(not_found(name));
@@ -416,12 +416,11 @@ impl Engine {
     }
 
     fn record_of(&self, name: &str) -> Option<DirectoryRecord> {
-        let registry = self.registry.borrow();
-        registry.directory.get(registry.names.get(name)?).cloned()
+        self.registry.borrow().directory.find(name).cloned()
     }
 
     pub(crate) fn refuse_taken(&self, name: &str) -> Result<(), Error> {
-        if self.registry.borrow().names.contains_key(name) {
+        if self.registry.borrow().directory.find(name).is_some() {
             let message = format!("a disk named {name} exists already; choose another name");
             return Err(Error::refused(ErrorKind::Exists, message));
         }
@@ -479,9 +478,7 @@ impl Engine {
         {
             let mut registry = self.registry.borrow_mut();
             registry.id_next = registry.id_next.max(id.get() + 1);
-            registry.names.insert(name.to_owned(), id);
-            registry.directory.insert(id, record);
-            registry.dirty_directory.insert(id);
+            registry.directory.insert(record);
             registry.loaded.insert(id, Rc::clone(&vdi));
         }
         self.touch(&vdi);
@@ -588,14 +585,7 @@ impl Engine {
     }
 
     pub(crate) fn apply_rename(&self, id: VdiId, name: &str) {
-        let mut registry = self.registry.borrow_mut();
-        let registry = &mut *registry;
-        if let Some(record) = registry.directory.get_mut(&id) {
-            registry.names.remove(&record.name);
-            name.clone_into(&mut record.name);
-            registry.names.insert(name.to_owned(), id);
-            registry.dirty_directory.insert(id);
-        }
+        self.registry.borrow_mut().directory.rename(id, name);
     }
 
     pub(crate) fn apply_resize(&self, vdi: &Vdi, block_count: u64, lsn: Lsn) {
@@ -626,25 +616,17 @@ impl Engine {
         vdi.snapshots.borrow_mut().clear();
         self.allocator.return_window(&mut vdi.window.borrow_mut());
         let mut registry = self.registry.borrow_mut();
-        let registry = &mut *registry;
         registry.loaded.remove(&vdi.id);
-        if let Some(record) = registry.directory.remove(&vdi.id) {
-            registry.names.remove(&record.name);
-        }
-        registry.dirty_directory.insert(vdi.id);
+        registry.directory.remove(vdi.id);
     }
 
     /// Deletes a VDI of which nothing can be read but its name.
     pub(crate) fn apply_delete_lost(&self, id: VdiId) {
         self.collector.dropped(self.runtime.now());
         let mut registry = self.registry.borrow_mut();
-        let registry = &mut *registry;
-        if let Some(record) = registry.directory.remove(&id) {
-            registry.names.remove(&record.name);
-        }
+        registry.directory.remove(id);
         registry.lost.remove(&id);
         registry.dirty.insert(id);
-        registry.dirty_directory.insert(id);
     }
 
     /// Makes `vdi` what a snapshot of `owner`, itself or another VDI, is.

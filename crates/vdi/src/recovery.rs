@@ -174,7 +174,7 @@ async fn open_as_is(
     }
     let registry = engine.registry.borrow();
     report.alarms.extend(registry.lost.iter().map(|id| {
-        let name = registry.directory.get(id).map_or("", |record| &record.name);
+        let name = registry.directory.get(*id).map_or("", |record| &record.name);
         format!("{name} (VDI {id}) is lost: its record is damaged, or that of its origin")
     }));
     drop(registry);
@@ -298,6 +298,7 @@ fn build(
         changed_nodes: Cell::new(0),
         owed_nodes: Cell::new(0),
         keeps_history: Cell::new(false),
+        idle_vdis_max: options.idle_vdis_max,
         full: Cell::new(false),
         full_told: Cell::new(None),
         branch_serial: Cell::new(0),
@@ -334,7 +335,7 @@ impl Engine {
     async fn apply(self: &Rc<Self>, lsn: Lsn, record: &Record) -> Result<(), Error> {
         match &record.body {
             RecordBody::Create { .. } | RecordBody::Clone { .. }
-                if self.registry.borrow().directory.contains_key(&record.vdi) =>
+                if self.registry.borrow().directory.contains(record.vdi) =>
             {
                 let message = format!("the log creates VDI {} a second time", record.vdi);
                 return Err(Error::refused(ErrorKind::Corrupt, message));
@@ -365,7 +366,7 @@ impl Engine {
             RecordBody::Void { .. } | RecordBody::Time { .. } => return Ok(()),
             _ => {}
         }
-        if !self.registry.borrow().directory.contains_key(&record.vdi) {
+        if !self.registry.borrow().directory.contains(record.vdi) {
             // Deleted by an earlier record: what was on its way then has no home.
             return Ok(());
         }

@@ -119,7 +119,8 @@ impl Engine {
 
     /// Blocks that the next checkpoints may need.
     pub(crate) fn nodes_needed(&self) -> u64 {
-        2 * (self.changed_nodes.get() + self.owed_nodes.get()) + NODES_MARGIN
+        let pages = self.registry.borrow().changed_pages();
+        2 * (self.changed_nodes.get() + self.owed_nodes.get() + pages) + NODES_MARGIN
     }
 
     /// Puts blocks into the reserve until it has so many. Whether it has.

@@ -20,7 +20,6 @@ use std::time::Duration;
 
 use base::{ErrorKind, SnapshotNumber, VdiId};
 use blockstore::log::Admission;
-use blockstore::table;
 use ondisk::{KEEP_RULES_MAX, KeepRule, Origin, RecordBody, VdiRecord};
 
 use crate::Error;
@@ -246,20 +245,20 @@ impl Engine {
 
     /// Has the VDIs in use that moments are kept of, whose time comes though nobody opens them.
     pub(crate) async fn load_retained(self: Rc<Self>) {
-        let ids: Vec<VdiId> = self.registry.borrow().directory.keys().copied().collect();
-        for ids in ids.chunks(VDIS_PER_TURN) {
-            for &id in ids {
+        let mut next = VdiId::default();
+        loop {
+            let ids: Vec<VdiId> =
+                self.registry.borrow().directory.after(next).take(VDIS_PER_TURN).collect();
+            let Some(&last) = ids.last() else { return };
+            next = last;
+            for id in ids {
                 if self.go_on().is_err() {
                     return;
                 }
-                let record = {
-                    let _reader = self.epochs.enter();
-                    let vdis = self.roots.get().vdis;
-                    table::get::<VdiRecord>(&self.nodes, &vdis, id.get()).await
-                };
-                let wanted = |vdi: VdiRecord| vdi.has_moments || !vdi.retention.is_empty();
                 // What is damaged is told of when somebody opens it.
-                if record.is_ok_and(|record| record.is_some_and(wanted)) {
+                let record = self.vdi_record(id).await;
+                let wanted = |vdi: VdiRecord| vdi.has_moments || !vdi.retention.is_empty();
+                if record.is_ok_and(wanted) {
                     let _ = self.vdi(id).await;
                 }
             }

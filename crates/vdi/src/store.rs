@@ -1,6 +1,5 @@
 //! A store: the VDIs of one host on one device.
 
-use std::ops::Bound;
 use std::rc::Rc;
 
 use base::{BLOCK_SIZE_U64, ErrorKind, SnapshotNumber, VdiId};
@@ -14,7 +13,7 @@ use crate::handle::{SnapshotHandle, VdiHandle};
 use crate::manage::not_found;
 use crate::retention::Retention;
 use crate::trim::Scope;
-use crate::vdi::{Snapshot, Vdi};
+use crate::vdi::{Outline, Snapshot, Vdi};
 use crate::{GcReport, GcStatus, background, recovery};
 
 use crate::Error;
@@ -130,14 +129,7 @@ impl Store {
     /// # Errors
     /// If metadata cannot be read.
     pub async fn list(&self, after: Option<&str>, max: usize) -> Result<Vec<VdiEntry>, Error> {
-        let from = match after {
-            Some(name) => Bound::Excluded(name.to_owned()),
-            None => Bound::Unbounded,
-        };
-        let ids = {
-            let registry = self.0.registry.borrow();
-            registry.names.range((from, Bound::Unbounded)).take(max).map(|(_, &id)| id).collect()
-        };
+        let ids = self.0.registry.borrow().directory.after_name(after).take(max).collect();
         self.entries(ids).await
     }
 
@@ -146,26 +138,22 @@ impl Store {
     /// # Errors
     /// As for [`Self::list`].
     pub async fn list_by_id(&self, after: VdiId, max: usize) -> Result<Vec<VdiEntry>, Error> {
-        let ids = {
-            let registry = self.0.registry.borrow();
-            let behind = registry.directory.range((Bound::Excluded(after), Bound::Unbounded));
-            behind.take(max).map(|(&id, _)| id).collect()
-        };
+        let ids = self.0.registry.borrow().directory.after(after).take(max).collect();
         self.entries(ids).await
     }
 
     /// The name of a VDI, if there is one with this identity.
     #[must_use]
     pub fn name_of(&self, id: VdiId) -> Option<String> {
-        self.0.registry.borrow().directory.get(&id).map(|record| record.name.clone())
+        self.0.registry.borrow().directory.get(id).map(|record| record.name.clone())
     }
 
     async fn entries(&self, ids: Vec<VdiId>) -> Result<Vec<VdiEntry>, Error> {
         let mut entries = Vec::with_capacity(ids.len());
         for id in ids {
             // One that is deleted meanwhile is left out.
-            entries.extend(match self.0.vdi(id).await {
-                Ok(vdi) => self.entry(id, Some(&vdi)),
+            entries.extend(match self.0.outline(id).await {
+                Ok(outline) => self.entry(id, Some(outline)),
                 Err(error) if error.kind() == ErrorKind::NotFound => None,
                 // A damaged one does not hide the others.
                 Err(error) if error.kind() == ErrorKind::Corrupt => self.entry(id, None),
@@ -232,7 +220,7 @@ impl Store {
     pub async fn info(&self, name: &str) -> Result<VdiEntry, Error> {
         let target = Target { vdi: name.to_owned(), snapshot: None };
         let (vdi, _) = self.0.find_durable(&target).await?;
-        self.entry(vdi.id, Some(&vdi)).ok_or_else(|| not_found(name))
+        self.entry(vdi.id, Some(self.0.outline_of(&vdi))).ok_or_else(|| not_found(name))
     }
 
     /// Counts the space of a VDI or snapshot by walking its tree. Of a VDI that is written meanwhile,
@@ -411,7 +399,7 @@ impl Store {
             capacity_bytes: engine.allocator.capacity_blocks() * BLOCK_SIZE_U64,
             free_bytes: (engine.allocator.free_blocks() + engine.reserve.block_count())
                 * BLOCK_SIZE_U64,
-            vdi_count: as_u64(engine.registry.borrow().names.len()),
+            vdi_count: engine.registry.borrow().directory.count(),
             device_flushes: engine.scheduler.flush_count(),
             log_blocks: engine.log.blocks_written(),
             log_records: engine.log.last_lsn().get(),
@@ -437,23 +425,23 @@ impl Store {
     }
 
     /// Describes a VDI that exists, or what is left of a damaged one: its name.
-    fn entry(&self, id: VdiId, vdi: Option<&Vdi>) -> Option<VdiEntry> {
-        let (snapshot_count, moment_count) =
-            vdi.map_or((0, 0), |vdi| self.0.durable_snapshot_counts(vdi));
+    fn entry(&self, id: VdiId, outline: Option<Outline>) -> Option<VdiEntry> {
+        let Outline { block_count, snapshot_count, moment_count, retention } =
+            outline.unwrap_or_default();
         let registry = self.0.registry.borrow();
-        let record = registry.directory.get(&id)?;
+        let record = registry.directory.get(id)?;
         let parent = (record.parent.get() != 0).then_some((record.parent, record.parent_snapshot));
-        let parent_name = registry.directory.get(&record.parent).map(|parent| parent.name.clone());
+        let parent_name = registry.directory.get(record.parent).map(|parent| parent.name.clone());
         Some(VdiEntry {
             id,
             name: record.name.clone(),
-            size_bytes: vdi.map_or(0, |vdi| vdi.block_count.get() * BLOCK_SIZE_U64),
+            size_bytes: block_count * BLOCK_SIZE_U64,
             created_ns: record.created_ns,
             snapshot_count,
             moment_count,
             parent,
             parent_name,
-            retention: vdi.map_or_else(Retention::default, |vdi| vdi.retention.borrow().clone()),
+            retention,
         })
     }
 

@@ -38,6 +38,8 @@ pub struct OpenOptions {
     /// Whether the store stopped because its device failed, under users who go on with it now. What
     /// they wrote and no flush covered may be lost: every handle has another identity then.
     pub after_failure: bool,
+    /// VDIs that stay in memory though nobody uses them.
+    pub idle_vdis_max: usize,
     /// Which free blocks are written first. Anything but the default is for the simulator.
     pub reuse: Reuse,
 }

@@ -55,6 +55,17 @@ pub(crate) struct Vdi {
     pub(crate) changed_blocks: Cell<u64>,
 }
 
+/// What a listing tells of a VDI beside its name.
+#[derive(Debug, Default)]
+pub(crate) struct Outline {
+    pub(crate) block_count: u64,
+    /// Snapshots that were asked for.
+    pub(crate) snapshot_count: u64,
+    /// Those that its retention made.
+    pub(crate) moment_count: u64,
+    pub(crate) retention: Retention,
+}
+
 /// A snapshot.
 #[derive(Debug)]
 pub(crate) struct Snapshot {

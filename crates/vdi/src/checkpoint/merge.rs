@@ -28,6 +28,9 @@ use crate::vdi::{Snapshot, Vdi};
 /// their keyframe. What was replaced in it before the first point stays as long as their history.
 const POINTS_WITHOUT_KEYFRAME: usize = 4;
 
+/// Branches merged between two breaths of the thread.
+const BRANCHES_PER_TURN: usize = 64;
+
 /// A checkpoint being merged.
 pub(super) struct Merge {
     engine: Rc<Engine>,
@@ -113,9 +116,12 @@ impl Merge {
         self.replaced.extend(&self.garbage);
         let mut branches = Vec::with_capacity(frozen.branches.len());
         // A base is older than what is built on it: its points have their trees in time.
-        for (branch, is_head) in &frozen.branches {
-            let merged = self.merge_branch(branch, *is_head, frozen.cut).await?;
-            branches.push(merged);
+        for part in frozen.branches.chunks(BRANCHES_PER_TURN) {
+            for (branch, is_head) in part {
+                let merged = self.merge_branch(branch, *is_head, frozen.cut).await?;
+                branches.push(merged);
+            }
+            self.engine.runtime.yield_now().await;
         }
         let mut roots = frozen.roots;
         let (vdis, snapshot_tables) = self.vdi_records(frozen, &branches).await?;
@@ -421,9 +427,10 @@ impl Merge {
         for id in &frozen.deleted {
             records.insert(id.get(), None);
         }
+        let by_serial: HashMap<u64, &MergedBranch> =
+            branches.iter().map(|merged| (merged.branch.serial, merged)).collect();
         for vdi in &frozen.vdis {
-            let merged = branches.iter().find(|merged| Rc::ptr_eq(&merged.branch, &vdi.branch));
-            let (root, label, shared_up_to) = match merged {
+            let (root, label, shared_up_to) = match by_serial.get(&vdi.branch.serial) {
                 Some(merged) => (merged.root, merged.label, merged.shared_up_to),
                 None => self.start_of(&vdi.branch).await?,
             };

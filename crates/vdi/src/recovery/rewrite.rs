@@ -108,7 +108,7 @@ impl Engine {
             RecordBody::Clone { source, .. } => source,
             _ => record.vdi,
         };
-        if self.registry.borrow().directory.contains_key(&source) {
+        if self.registry.borrow().directory.contains(source) {
             self.surviving(source).await?;
         }
         Ok(())
@@ -221,7 +221,7 @@ impl Engine {
         if pieces.is_empty() {
             return self.append_again(&record, rewritten).await;
         }
-        let is_known = self.registry.borrow().directory.contains_key(&record.vdi);
+        let is_known = self.registry.borrow().directory.contains(record.vdi);
         if !is_known || self.surviving(record.vdi).await?.is_none() {
             for piece in &pieces {
                 self.replaced_by_recovery(piece.old_blocks());

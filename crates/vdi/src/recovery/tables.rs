@@ -1,11 +1,14 @@
 //! Reading what the published roots say: which blocks are in use, and which VDIs there are.
 
+use std::rc::Rc;
+
 use base::{ExtentIndex, Pba};
 use blockstore::allocator::{BITMAP_PAGE_BLOCKS, Space};
 use blockstore::table::{self, Named};
 use ondisk::{DirectoryRecord, ExtentRecord, RootRef};
 
 use crate::Error;
+use crate::directory::Directory;
 use crate::engine::Engine;
 use crate::types::OpenReport;
 
@@ -20,17 +23,15 @@ impl Engine {
         let mut records = Vec::new();
         let root = self.roots.get().directory;
         table::scan(&self.nodes, &root, |_, record: DirectoryRecord| {
-            records.push(record);
+            records.push(Rc::new(record));
             true
         })
         .await?;
         let mut registry = self.registry.borrow_mut();
-        for record in records {
-            // An id is never given twice, whatever the slot says.
-            registry.id_next = registry.id_next.max(record.id.get() + 1);
-            registry.names.insert(record.name.clone(), record.id);
-            registry.directory.insert(record.id, record);
-        }
+        registry.directory = Directory::new(records);
+        // An id is never given twice, whatever the slot says.
+        let last = registry.directory.last_id().unwrap_or_default();
+        registry.id_next = registry.id_next.max(last.get() + 1);
         Ok(())
     }
 

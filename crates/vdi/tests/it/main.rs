@@ -56,6 +56,7 @@ pub(crate) fn open_options(nonce: u64) -> OpenOptions {
         boot_id: [1; 16],
         nonce,
         after_failure: false,
+        idle_vdis_max: 0,
         reuse: Reuse::Late,
     }
 }
