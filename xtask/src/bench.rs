@@ -9,12 +9,18 @@ mod access;
 mod chart;
 mod client;
 mod cpu;
+mod crowd;
+mod garbage;
+mod history;
 mod idle;
 mod latency;
 mod plan;
+mod plot;
 mod report;
+mod scale;
 mod subject;
 mod throughput;
+mod turns;
 mod vhost_user;
 
 use std::path::{Path, PathBuf};
@@ -27,7 +33,7 @@ use crate::packages;
 use crate::workspace::Workspace;
 
 use plan::Row;
-use report::Line;
+use report::Measured;
 
 /// What was asked for on the command line.
 #[derive(Debug)]
@@ -65,6 +71,20 @@ pub(crate) struct Scale {
     ramp: Duration,
     /// Commands that a latency is measured over.
     commands: usize,
+    /// Disks of a store with many.
+    disks: u32,
+    /// Size of a disk with a long past.
+    past_disk_bytes: u64,
+    /// Numbers of snapshots that it has, one after the other.
+    snapshots: &'static [u32],
+    /// Internal snapshots that qcow2 is to take.
+    qcow2_snapshots: u32,
+    /// Clones of clones.
+    clone_levels: u32,
+    /// Files that a qcow2 disk stands on.
+    chain: u32,
+    /// Tree nodes of a store that garbage is collected in.
+    nodes: u64,
 }
 
 impl Scale {
@@ -75,6 +95,13 @@ impl Scale {
         runtime: Duration::from_secs(10),
         ramp: Duration::from_secs(2),
         commands: 500,
+        disks: 1_000_000,
+        past_disk_bytes: 2 << 30,
+        snapshots: &[1_000, 10_000, 100_000],
+        qcow2_snapshots: 500,
+        clone_levels: 1_000,
+        chain: 100,
+        nodes: 1_000_000,
     };
     const QUICK: Self = Self {
         disk_bytes: 1 << 30,
@@ -83,6 +110,13 @@ impl Scale {
         runtime: Duration::from_secs(3),
         ramp: Duration::from_secs(1),
         commands: 100,
+        disks: 20_000,
+        past_disk_bytes: 256 << 20,
+        snapshots: &[100, 1_000],
+        qcow2_snapshots: 50,
+        clone_levels: 50,
+        chain: 20,
+        nodes: 20_000,
     };
 }
 
@@ -154,6 +188,7 @@ fn measure_rows(workspace: &Workspace, arguments: &Arguments, directory: &Path) 
 
 fn measure_and_record(bench: &Bench, arguments: &Arguments, directory: &Path) -> Result<()> {
     let mut any = false;
+    let mut failed = Vec::new();
     for row in Row::ALL {
         if !arguments.rows.is_empty() && !arguments.rows.iter().any(|name| name == row.name()) {
             continue;
@@ -163,10 +198,19 @@ fn measure_and_record(bench: &Bench, arguments: &Arguments, directory: &Path) ->
         }
         let heading = Heading::new(&format!("bench {}", row.name()));
         any = true;
-        let measured: Vec<Line> =
-            row.measure(bench).with_context(|| format!("measure {}", row.name()))?;
+        let measured: Measured = match row.measure(bench) {
+            Ok(measured) => measured,
+            // The others may be well; the run fails at its end.
+            Err(error) => {
+                console::error(&format!("measure {}: {error:#}", row.name()));
+                heading.done("failed");
+                failed.push(row.name());
+                bench.remove_data()?;
+                continue;
+            }
+        };
         heading.done("measured");
-        for line in &measured {
+        for line in &measured.lines {
             report::say(line);
         }
         // After each row: a run takes an hour, and what is measured is not lost by what follows.
@@ -174,10 +218,26 @@ fn measure_and_record(bench: &Bench, arguments: &Arguments, directory: &Path) ->
         bench.remove_data()?;
     }
     ensure!(any, "nothing was measured: the rows are {}", Row::names());
+    ensure!(failed.is_empty(), "could not be measured, see above: {}", failed.join(", "));
     Ok(())
 }
 
 impl Bench {
+    /// Whether there is room for so many bytes of disks and stores; says so if there is not.
+    fn has_room(&self, bytes: u64) -> Result<bool> {
+        let found = rustix::fs::statvfs(&self.data).context("ask for the space that is free")?;
+        let free = found.f_bavail * found.f_frsize;
+        if free < bytes {
+            console::say(&format!(
+                "left out: it takes {} GiB in {}, of which {} are free",
+                bytes.div_ceil(1 << 30),
+                self.data.display(),
+                free >> 30
+            ));
+        }
+        Ok(free >= bytes)
+    }
+
     fn remove_data(&self) -> Result<()> {
         for directory in [&self.data, &self.ram] {
             for entry in std::fs::read_dir(directory)? {

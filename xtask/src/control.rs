@@ -9,10 +9,18 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 /// Longest answer that is read.
 const ANSWER_BYTES_MAX: usize = 64 << 20;
+
+/// What a garbage collection did.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub(crate) struct Collected {
+    /// Bytes of blocks that are needed.
+    pub(crate) reached_bytes: u64,
+}
 
 /// One connection to a daemon's control socket.
 pub(crate) struct Control {
@@ -29,6 +37,16 @@ impl Control {
             .with_context(|| format!("connect to {}", socket.display()))?;
         stream.set_read_timeout(Some(Duration::from_secs(20)))?;
         Ok(Self { stream: BufReader::new(stream) })
+    }
+
+    /// Connects, for what may take as long as `limit` to be answered.
+    ///
+    /// # Errors
+    /// If no daemon answers there.
+    pub(crate) fn connect_patiently(socket: &Path, limit: Duration) -> Result<Self> {
+        let control = Self::connect(socket)?;
+        control.stream.get_ref().set_read_timeout(Some(limit))?;
+        Ok(control)
     }
 
     /// Creates an empty VDI.
@@ -59,6 +77,26 @@ impl Control {
         handle.map(str::to_owned).context("a snapshot without a handle")
     }
 
+    /// Deletes a snapshot, given by its handle.
+    ///
+    /// # Errors
+    /// As the daemon says.
+    pub(crate) fn remove_snapshot(&mut self, handle: &str) -> Result<()> {
+        let (name, snapshot) = handle.split_once('@').context("not the handle of a snapshot")?;
+        self.ask("DELETE", &format!("/v1/vdis/{name}/snapshots/{snapshot}"), None).map(drop)
+    }
+
+    /// Names of the VDIs that follow `after` in order of name, as many as `max` of them.
+    ///
+    /// # Errors
+    /// As the daemon says.
+    pub(crate) fn list(&mut self, after: &str, max: usize) -> Result<Vec<String>> {
+        let page = self.ask("GET", &format!("/v1/vdis?after={after}&max={max}"), None)?;
+        let vdis = page.get("vdis").and_then(Value::as_array).context("a page without disks")?;
+        let name = |vdi: &Value| Some(vdi.get("name")?.as_str()?.to_owned());
+        vdis.iter().map(name).collect::<Option<_>>().context("a disk without a name")
+    }
+
     /// Gives a VDI another size.
     ///
     /// # Errors
@@ -80,8 +118,19 @@ impl Control {
     ///
     /// # Errors
     /// As the daemon says.
-    pub(crate) fn collect_garbage(&mut self) -> Result<()> {
-        self.ask("POST", "/v1/gc", None).map(drop)
+    pub(crate) fn collect_garbage(&mut self) -> Result<Collected> {
+        let answer = self.ask("POST", "/v1/gc", None)?;
+        serde_json::from_value(answer).context("decode what was collected")
+    }
+
+    /// What the garbage collection is doing: `idle`, `marking`, `sweeping` or `trimming`.
+    ///
+    /// # Errors
+    /// If the daemon does not answer.
+    pub(crate) fn garbage_phase(&mut self) -> Result<String> {
+        let status = self.ask("GET", "/v1/gc", None)?;
+        let phase = status.get("phase").and_then(Value::as_str);
+        phase.map(str::to_owned).context("a status without a phase")
     }
 
     /// Attaches a VDI over vhost-user.
@@ -171,6 +220,20 @@ mod tests {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         theirs.write_all(answer.as_bytes()).unwrap();
         (Control { stream: BufReader::new(ours) }, theirs)
+    }
+
+    #[test]
+    fn pages_and_phases_are_taken_apart() {
+        let ok =
+            |body: &str| format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+        let page = ok(r#"{"vdis":[{"name":"a"},{"name":"b"}],"next":null}"#);
+        let unnamed = ok(r#"{"vdis":[{"id":1}],"next":null}"#);
+        let phase = ok(r#"{"phase":"marking","cycles":1}"#);
+        let (mut control, _theirs) = answered(&(page + &unnamed + &phase));
+        assert_eq!(control.list("", 2).unwrap(), ["a", "b"]);
+        assert!(control.list("", 2).is_err(), "a disk without a name");
+        assert_eq!(control.garbage_phase().unwrap(), "marking");
+        assert!(control.remove_snapshot("a").is_err(), "not a handle");
     }
 
     #[test]

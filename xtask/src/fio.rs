@@ -24,6 +24,8 @@ pub(crate) struct Figures {
     pub(crate) iops: f64,
     /// Bytes per second.
     pub(crate) bytes_per_second: f64,
+    /// Milliseconds that 99 of 100 operations do not exceed, where it was measured.
+    pub(crate) p99_milliseconds: Option<f64>,
 }
 
 /// A fio command for one job; `options` are words such as `--rw=randwrite --bs=4k`.
@@ -63,9 +65,11 @@ fn figures(report: &Value) -> Option<Figures> {
     if count(side) == 0 {
         return None;
     }
+    let p99 = || side.get("clat_ns")?.get("percentile")?.get("99.000000")?.as_f64();
     Some(Figures {
         iops: side.get("iops")?.as_f64()?,
         bytes_per_second: side.get("bw_bytes")?.as_f64()?,
+        p99_milliseconds: p99().map(|nanoseconds| nanoseconds / 1e6),
     })
 }
 
@@ -77,9 +81,11 @@ mod tests {
     fn the_side_with_the_io_is_read() {
         let report = serde_json::json!({ "jobs": [ {
             "read": { "total_ios": 0, "iops": 0.0, "bw_bytes": 0 },
-            "write": { "total_ios": 9, "iops": 4.5, "bw_bytes": 18432 },
+            "write": { "total_ios": 9, "iops": 4.5, "bw_bytes": 18432,
+                "clat_ns": { "percentile": { "99.000000": 2_500_000 } } },
         } ] });
         let figures = figures(&report).unwrap();
+        assert_eq!(figures.p99_milliseconds, Some(2.5));
         assert!((figures.iops - 4.5).abs() < f64::EPSILON);
         let idle = serde_json::json!({ "jobs": [ { "read": { "total_ios": 0 } } ] });
         assert!(super::figures(&idle).is_none());

@@ -49,6 +49,8 @@ pub(crate) struct Options {
     pub(crate) cache_bytes: u64,
     /// Whether the disk is also a vhost-user-blk device.
     pub(crate) vhost_user: bool,
+    /// Files that a qcow2 disk stands on, the lowest first: it holds only what they do not.
+    pub(crate) backing: Vec<PathBuf>,
 }
 
 impl Options {
@@ -61,6 +63,7 @@ impl Options {
             preallocate: false,
             cache_bytes: 256 << 20,
             vhost_user: false,
+            backing: Vec::new(),
         }
     }
 }
@@ -119,8 +122,11 @@ impl Server {
         match &self.kind {
             Kind::Raw => std::fs::File::create(&self.file)?.set_len(self.options.disk_bytes)?,
             Kind::Qcow2 => {
-                let run = Run::new("qemu-img").words("create -q -f qcow2").arg(&self.file);
-                run.arg(bytes).read()?;
+                let mut run = Run::new("qemu-img").words("create -q -f qcow2");
+                if let Some(below) = self.options.backing.last() {
+                    run = run.words("-F qcow2 -b").arg(below);
+                }
+                run.arg(&self.file).arg(bytes).read()?;
             }
             Kind::Parallax(binary) => {
                 let run = Run::new(binary).arg("format").arg(&self.file).arg("--size");
@@ -140,6 +146,22 @@ impl Server {
         let start = self.launch()?;
         self.wait_ready()?;
         Ok(start.elapsed())
+    }
+
+    /// As [`start`](Self::start), but ours, and nobody opens the disk: only the control socket answers.
+    ///
+    /// # Errors
+    /// If it does not answer in time; the error has the end of its log.
+    pub(crate) fn start_unopened(&mut self) -> Result<Duration> {
+        let start = self.launch()?;
+        let socket = self.control_socket();
+        self.wait_for("open its store", || Control::connect(&socket)?.stats())?;
+        Ok(start.elapsed())
+    }
+
+    /// Gives our daemon a node cache of another size from its next start on.
+    pub(crate) fn set_cache_bytes(&mut self, bytes: u64) {
+        self.options.cache_bytes = bytes;
     }
 
     fn launch(&mut self) -> Result<Instant> {
@@ -180,16 +202,26 @@ impl Server {
 
     fn storage_daemon(&self, format: &str) -> Run {
         let (nbd, qmp) = (self.nbd_socket(), self.control_socket());
-        let file = format!(
-            "driver=file,node-name=f,filename={},cache.direct=on,aio=io_uring,discard=unmap",
-            self.file.display()
-        );
+        let options = "cache.direct=on,aio=io_uring,discard=unmap";
+        let file = format!("driver=file,node-name=f,filename={},{options}", self.file.display());
         let server = format!("addr.type=unix,addr.path={},max-connections=64", nbd.display());
-        let run = Run::new("qemu-storage-daemon")
+        let mut run = Run::new("qemu-storage-daemon");
+        // Named one by one, so that each is opened as the top is, and by nothing but this.
+        let mut below = String::new();
+        for (number, path) in self.options.backing.iter().enumerate() {
+            let options = "cache.direct=on,aio=io_uring,read-only=on";
+            let file = format!("driver=file,node-name=f{number},filename={}", path.display());
+            let node = format!("driver=qcow2,node-name=b{number},file=f{number},read-only=on");
+            run = run.arg("--blockdev").arg(format!("{file},{options}"));
+            run = run.arg("--blockdev").arg(format!("{node}{below}"));
+            below = format!(",backing=b{number}");
+        }
+        let disk = format!("driver={format},node-name={EXPORT},file=f,discard=unmap{below}");
+        let run = run
             .arg("--blockdev")
             .arg(file)
             .arg("--blockdev")
-            .arg(format!("driver={format},node-name={EXPORT},file=f,discard=unmap"))
+            .arg(disk)
             .arg("--nbd-server")
             .arg(server)
             .arg("--export")
@@ -206,10 +238,13 @@ impl Server {
         }
     }
 
-    /// Waits until the export answers.
+    /// Waits until the export answers, and our control socket too.
     fn wait_ready(&mut self) -> Result<()> {
         let socket = self.nbd_socket();
         self.wait_for("serve its disk", || nbd::Client::connect(&socket, EXPORT)).map(drop)?;
+        if let Kind::Parallax(_) = self.kind {
+            self.wait_for_control()?;
+        }
         if !self.options.vhost_user {
             return Ok(());
         }
@@ -326,6 +361,11 @@ impl Server {
     /// The store, or the peer's file.
     pub(crate) fn file(&self) -> &Path {
         &self.file
+    }
+
+    /// All files that hold its disk.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &Path> {
+        self.options.backing.iter().map(PathBuf::as_path).chain([self.file()])
     }
 
     /// Where NBD clients connect.

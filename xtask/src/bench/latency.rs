@@ -361,7 +361,11 @@ pub(crate) fn memory(bench: &Bench) -> Result<Vec<Line>> {
     }])
 }
 
-fn resident_bytes(process: u32) -> Result<u64> {
+/// Memory of a process that is not swapped out.
+///
+/// # Errors
+/// If it is gone.
+pub(crate) fn resident_bytes(process: u32) -> Result<u64> {
     let status = std::fs::read_to_string(format!("/proc/{process}/status"))?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
     let kibibytes: u64 = line
@@ -372,7 +376,8 @@ fn resident_bytes(process: u32) -> Result<u64> {
     Ok(kibibytes << 10)
 }
 
-fn milliseconds(duration: Duration) -> f64 {
+/// For the table.
+pub(crate) fn milliseconds(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1000.0
 }
 

@@ -3,8 +3,8 @@
 use anyhow::Result;
 
 use super::access::Access;
-use super::report::{Line, Unit};
-use super::{Bench, idle, latency, throughput};
+use super::report::{Measured, Unit};
+use super::{Bench, garbage, history, idle, latency, scale, throughput};
 
 /// How a server is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -147,6 +147,10 @@ pub(crate) enum Row {
     VhostRam,
     Fuse,
     Idle,
+    ManyDisks,
+    ManySnapshots,
+    CloneDepth,
+    Gc,
 }
 
 const fn at_least(at_least: f64, times: &'static str) -> Goal {
@@ -336,7 +340,7 @@ const FUSE: [Load; 2] = [
 
 impl Row {
     /// In the order of the table.
-    pub(crate) const ALL: [Self; 17] = [
+    pub(crate) const ALL: [Self; 21] = [
         Self::RandomWrite,
         Self::RandomRead,
         Self::DepthOne,
@@ -354,6 +358,10 @@ impl Row {
         Self::VhostRam,
         Self::Fuse,
         Self::Idle,
+        Self::ManyDisks,
+        Self::ManySnapshots,
+        Self::CloneDepth,
+        Self::Gc,
     ];
 
     /// What `--rows` calls it.
@@ -376,6 +384,10 @@ impl Row {
             Self::VhostRam => "vhost-ram",
             Self::Fuse => "fuse",
             Self::Idle => "idle",
+            Self::ManyDisks => "many-disks",
+            Self::ManySnapshots => "many-snapshots",
+            Self::CloneDepth => "clone-depth",
+            Self::Gc => "gc",
         }
     }
 
@@ -384,7 +396,7 @@ impl Row {
         Self::ALL.map(Self::name).join(", ")
     }
 
-    /// Whether anybody but us is measured in it.
+    /// Whether it can be measured without us.
     pub(crate) fn has_peers(self) -> bool {
         !matches!(
             self,
@@ -393,15 +405,19 @@ impl Row {
                 | Self::OpenAfterKill
                 | Self::Memory
                 | Self::Idle
+                | Self::ManyDisks
+                | Self::ManySnapshots
+                | Self::CloneDepth
+                | Self::Gc
         )
     }
 
-    /// Measures the row's lines.
+    /// Measures the row.
     ///
     /// # Errors
     /// If a program fails.
-    pub(crate) fn measure(self, bench: &Bench) -> Result<Vec<Line>> {
-        match self {
+    pub(crate) fn measure(self, bench: &Bench) -> Result<Measured> {
+        let lines = match self {
             Self::RandomWrite => throughput::loads(bench, Setting::NBD, &RANDOM_WRITE),
             Self::RandomRead => throughput::loads(bench, Setting::NBD, &RANDOM_READ),
             Self::DepthOne => throughput::loads(bench, Setting::NBD, &DEPTH_ONE),
@@ -421,6 +437,11 @@ impl Row {
             Self::VhostRam => throughput::loads(bench, Setting::VHOST_USER_RAM, &VHOST_RAM),
             Self::Fuse => throughput::loads(bench, Setting::FUSE, &FUSE),
             Self::Idle => idle::measure(bench),
-        }
+            Self::ManyDisks => scale::many_disks(bench),
+            Self::ManySnapshots => return history::many_snapshots(bench),
+            Self::CloneDepth => history::clone_depth(bench),
+            Self::Gc => garbage::collect(bench),
+        }?;
+        Ok(lines.into())
     }
 }

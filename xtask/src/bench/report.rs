@@ -14,6 +14,7 @@ use crate::process::Run;
 use super::Scale;
 use super::chart;
 use super::latency::quantile;
+use super::plot::{self, Plot};
 
 /// Between these, the table in the document is ours.
 const BEGIN: &str = "<!-- begin: written by cargo xtask bench -->";
@@ -91,11 +92,32 @@ pub(crate) fn show_cpu(microseconds: f64) -> String {
 
 /// What a line must reach.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[expect(clippy::enum_variant_names, reason = "each is a bound, and recorded by its name")]
 pub(crate) enum Goal {
     /// So many times what stands in another column.
     AtLeastTimes { factor: f64, column: String },
+    /// At most so many times what stands in another column.
+    AtMostTimes { factor: f64, column: String },
+    /// No less than this.
+    AtLeast { limit: f64 },
     /// No more than this.
     AtMost { limit: f64 },
+}
+
+/// What a row has shown.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Measured {
+    /// For the table.
+    pub(crate) lines: Vec<Line>,
+    /// Drawn beside it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) plots: Vec<Plot>,
+}
+
+impl From<Vec<Line>> for Measured {
+    fn from(lines: Vec<Line>) -> Self {
+        Self { lines, plots: Vec::new() }
+    }
 }
 
 /// One thing that was measured. The first column is ours, if we were.
@@ -129,13 +151,26 @@ impl Line {
                 let ratio = ours / self.value(column)?;
                 Some((format!("{ratio:.2}x"), ratio >= *factor))
             }
+            Goal::AtMostTimes { factor, column } => {
+                let ratio = ours / self.value(column)?;
+                Some((format!("{ratio:.2}x"), ratio <= *factor))
+            }
+            Goal::AtLeast { limit } => Some((self.unit.show(ours), ours >= *limit)),
             Goal::AtMost { limit } => Some((self.unit.show(ours), ours <= *limit)),
         }
+    }
+
+    /// Whether a goal was reached; `None` if it was not measured.
+    #[cfg(test)]
+    pub(crate) fn is_reached(&self, goal: &Goal) -> Option<bool> {
+        self.outcome(goal).map(|(_, reached)| reached)
     }
 
     fn goal_text(&self, goal: &Goal) -> String {
         match goal {
             Goal::AtLeastTimes { factor, .. } => format!("≥ {factor}x"),
+            Goal::AtMostTimes { factor, .. } => format!("≤ {factor}x"),
+            Goal::AtLeast { limit } => format!("≥ {}", self.unit.show(*limit)),
             Goal::AtMost { limit } => format!("≤ {}", self.unit.show(*limit)),
         }
     }
@@ -151,8 +186,8 @@ impl Line {
     /// The goal that compares ours with a column, or is about ours alone.
     fn goal_of(&self, label: &str) -> Option<&Goal> {
         self.goals.iter().find(|goal| match goal {
-            Goal::AtLeastTimes { column, .. } => column == label,
-            Goal::AtMost { .. } => label == "ours",
+            Goal::AtLeastTimes { column, .. } | Goal::AtMostTimes { column, .. } => column == label,
+            Goal::AtLeast { .. } | Goal::AtMost { .. } => label == "ours",
         })
     }
 }
@@ -161,7 +196,8 @@ impl Line {
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 struct Record {
     machine: Vec<(String, String)>,
-    lines: Vec<Line>,
+    #[serde(flatten)]
+    measured: Measured,
 }
 
 impl Record {
@@ -186,38 +222,50 @@ pub(crate) fn say(line: &Line) {
     }
 }
 
-/// Writes lines into `results.json` in `directory`, keeping those of an earlier run that were not
-/// measured again.
+/// Writes what was measured into `results.json` in `directory`, keeping what an earlier run had and
+/// this one has not measured again.
 ///
 /// # Errors
 /// If the file cannot be written, or an earlier record is not ours.
-pub(crate) fn record(directory: &Path, lines: &[Line], scale: &Scale) -> Result<()> {
+pub(crate) fn record(directory: &Path, measured: &Measured, scale: &Scale) -> Result<()> {
     std::fs::create_dir_all(directory)?;
     let path = directory.join(RECORD);
     let mut record = if path.exists() { Record::read(&path)? } else { Record::default() };
     record.machine = machine(scale);
-    for line in lines {
-        match record.lines.iter_mut().find(|earlier| earlier.measure == line.measure) {
-            Some(earlier) => *earlier = line.clone(),
-            None => record.lines.push(line.clone()),
-        }
+    let Measured { lines, plots } = &mut record.measured;
+    for line in &measured.lines {
+        replace(lines, line, |earlier| earlier.measure == line.measure);
+    }
+    for plot in &measured.plots {
+        replace(plots, plot, |earlier| earlier.file == plot.file);
     }
     std::fs::write(&path, serde_json::to_string_pretty(&record)? + "\n")?;
     Ok(())
 }
 
-/// Makes `table.md` and `chart.svg` of what is recorded in `directory`.
+/// Puts `new` in the place of the one that it stands for, or behind all.
+fn replace<T: Clone>(all: &mut Vec<T>, new: &T, is_same: impl Fn(&T) -> bool) {
+    match all.iter_mut().find(|earlier| is_same(earlier)) {
+        Some(earlier) => *earlier = new.clone(),
+        None => all.push(new.clone()),
+    }
+}
+
+/// Makes `table.md`, `chart.svg` and the plots of what is recorded in `directory`.
 ///
 /// # Errors
 /// If there is no record, or they cannot be written.
 pub(crate) fn render(directory: &Path) -> Result<()> {
     let record = Record::read(&directory.join(RECORD))?;
     std::fs::write(directory.join("table.md"), table(&record))?;
-    std::fs::write(directory.join("chart.svg"), chart::draw(&record.lines))?;
+    std::fs::write(directory.join("chart.svg"), chart::draw(&record.measured.lines))?;
+    for plot in &record.measured.plots {
+        std::fs::write(directory.join(format!("{}.svg", plot.file)), plot::draw(plot))?;
+    }
     Ok(())
 }
 
-/// Puts the table of `directory` between the markers of the document.
+/// Puts the table and the pictures of `directory` between the markers of the document.
 ///
 /// # Errors
 /// If the document has no markers.
@@ -226,8 +274,11 @@ pub(crate) fn update_document(document: &Path, directory: &Path) -> Result<()> {
     let table = std::fs::read_to_string(directory.join("table.md"))?;
     let (head, rest) = text.split_once(BEGIN).context("the document has no begin marker")?;
     let (_, tail) = rest.split_once(END).context("the document has no end marker")?;
-    let chart = "![the figures below as bars](benchmarks/chart.svg)";
-    std::fs::write(document, format!("{head}{BEGIN}\n\n{chart}\n\n{table}\n{END}{tail}"))?;
+    let mut pictures = String::from("![the figures below as bars](benchmarks/chart.svg)\n\n");
+    for plot in &Record::read(&directory.join(RECORD))?.measured.plots {
+        pictures += &format!("![{}](benchmarks/{}.svg)\n\n", plot.title, plot.file);
+    }
+    std::fs::write(document, format!("{head}{BEGIN}\n\n{pictures}{table}\n{END}{tail}"))?;
     Ok(())
 }
 
@@ -237,7 +288,7 @@ fn table(record: &Record) -> String {
         "| measure | who | median | CPU for 4 KiB | ours must reach | reached |\n\
          |---|---|---:|---:|---|---|\n",
     );
-    for line in &record.lines {
+    for line in &record.measured.lines {
         let note = if line.note.is_empty() { String::new() } else { format!(" ({})", line.note) };
         let mut measure = format!("{}{note}", line.measure);
         for column in &line.columns {
@@ -341,12 +392,47 @@ mod tests {
     }
 
     #[test]
+    fn goals_of_either_direction_are_judged() {
+        let check = |goal: Goal, ours: f64, text: &str, expected: (&str, bool)| {
+            let line = line(&[ours], &[100.0]);
+            assert_eq!(line.goal_text(&goal), text);
+            assert_eq!(line.outcome(&goal), Some((expected.0.to_owned(), expected.1)), "{goal:?}");
+        };
+        let most = || Goal::AtMostTimes { factor: 1.5, column: "raw".to_owned() };
+        check(most(), 150.0, "≤ 1.5x", ("1.50x", true));
+        check(most(), 160.0, "≤ 1.5x", ("1.60x", false));
+        check(Goal::AtLeast { limit: 5000.0 }, 5000.0, "≥ 5,000/s", ("5,000/s", true));
+        check(Goal::AtLeast { limit: 5000.0 }, 4999.0, "≥ 5,000/s", ("4,999/s", false));
+    }
+
+    #[test]
+    fn what_is_measured_again_replaces_what_was() {
+        let directory = std::env::temp_dir().join(format!("record-{}", std::process::id()));
+        let plot = |title: &str| Plot { title: title.to_owned(), ..Plot::example() };
+        let measured = |value: f64, title: &str| Measured {
+            lines: vec![line(&[value], &[1.0])],
+            plots: vec![plot(title)],
+        };
+        for (value, title) in [(1.0, "old"), (2.0, "new")] {
+            record(&directory, &measured(value, title), &Scale::QUICK).unwrap();
+        }
+        render(&directory).unwrap();
+        let read = Record::read(&directory.join(RECORD)).unwrap();
+        assert_eq!(read.measured, measured(2.0, "new"));
+        let picture = directory.join(format!("{}.svg", plot("").file));
+        assert!(std::fs::read_to_string(picture).unwrap().contains("new"));
+        std::fs::remove_dir_all(&directory).unwrap();
+    }
+
+    #[test]
     fn the_table_has_every_line_and_the_document_keeps_its_text() {
         let mut line = line(&[200.0], &[100.0]);
         for column in &mut line.columns {
             column.cpu_microseconds = vec![7.0];
         }
-        let table = table(&Record { machine: Vec::new(), lines: vec![line] });
+        let measured = Measured { lines: vec![line], plots: vec![Plot::example()] };
+        let recorded = Record { machine: Vec::new(), measured };
+        let table = table(&recorded);
         let row = "|  | raw | 100/s | 7.0 µs | ≥ 1.5x | 2.00x **pass** |";
         let rows = format!("| random write | ours | 200/s | 7.0 µs |  |  |\n{row}\n");
         assert!(table.contains(&rows), "{table}");
@@ -356,10 +442,13 @@ mod tests {
         let document = directory.join("doc.md");
         std::fs::write(&document, format!("head\n{BEGIN}\nold\n{END}\ntail\n")).unwrap();
         std::fs::write(directory.join("table.md"), &table).unwrap();
+        let json = serde_json::to_string(&recorded).unwrap();
+        std::fs::write(directory.join(RECORD), json).unwrap();
         update_document(&document, &directory).unwrap();
         let text = std::fs::read_to_string(&document).unwrap();
         assert!(text.starts_with("head\n") && text.ends_with("\ntail\n"), "{text}");
         assert!(text.contains(row) && !text.contains("old"), "{text}");
+        assert!(text.contains("![reads](benchmarks/example.svg)"), "{text}");
         std::fs::remove_dir_all(&directory).unwrap();
     }
 

@@ -179,6 +179,7 @@ impl<'a> Stage<'a> {
             preallocate: self.state != State::Fresh,
             cache_bytes: 256 << 20,
             vhost_user: self.setting.frontend == Frontend::VhostUser,
+            backing: Vec::new(),
         };
         let kind = match self.subject {
             Subject::File => None,

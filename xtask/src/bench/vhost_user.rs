@@ -96,7 +96,8 @@ impl<'a> Load<'a> {
             running -= completed.len();
         }
         let iops = measured.map_or(0.0, |(_, count)| count as f64) / seconds;
-        Ok(Figures { iops, bytes_per_second: iops * self.access.bytes as f64 })
+        let bytes_per_second = iops * self.access.bytes as f64;
+        Ok(Figures { iops, bytes_per_second, p99_milliseconds: None })
     }
 
     fn start(&mut self, slot: usize) -> Result<()> {
