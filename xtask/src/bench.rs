@@ -6,6 +6,7 @@
 //! after each turn, so nobody works while another is measured.
 
 mod access;
+mod btrfs;
 mod chart;
 mod client;
 mod cpu;
@@ -18,6 +19,7 @@ mod plan;
 mod plot;
 mod report;
 mod scale;
+mod snapshots;
 mod subject;
 mod throughput;
 mod turns;

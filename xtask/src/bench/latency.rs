@@ -1,9 +1,8 @@
-//! The rows that fio cannot measure: commands on the control socket, recovery, memory.
+//! Rows that fio cannot measure: creating and cloning, recovery, memory.
 //!
 //! A command's time is that of one request and its answer on a connection that is open already:
 //! what a program that manages disks waits for, without the start of a process.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -12,221 +11,18 @@ use anyhow::{Context, Result, ensure};
 use crate::clock;
 use crate::console;
 use crate::control::Control;
-use crate::fio::Figures;
-use crate::qmp::Qmp;
 use crate::server::{EXPORT, Kind, Options, Server};
 
 use super::Bench;
 use super::access::Access;
 use super::client::Client;
-use super::plan::{Frontend, OURS_WITHOUT, Setting, State, Subject};
+use super::plan::{Setting, State, Subject};
 use super::report::{Column, Goal, Line, Unit};
-use super::subject::{Stage, internal_snapshot, timed_beside};
+use super::subject::Stage;
 
 const BUSY: Access = Access::random_write(32);
-/// Time from one snapshot to the next: 100 a second.
-const SNAPSHOT_INTERVAL: Duration = Duration::from_millis(10);
-/// Snapshots a second that many clients take, and what the guest must keep.
-const SNAPSHOT_RATES: [(u32, f64); 2] = [(1_000, 0.95), (10_000, 0.9)];
-/// Connections that they come by.
-const SNAPSHOT_CLIENTS: u32 = 16;
-const NODE_BYTES: u64 = 4096;
-const VERSION_BYTES: u64 = 32;
-const SNAPSHOT_BYTES: u64 = 256;
-/// The same for qcow2, which stops the guest for each.
-const QCOW2_INTERVAL: Duration = Duration::from_millis(500);
 /// Number of VDIs that lie idle while memory is measured.
 const IDLE_VDIS: u32 = 1000;
-
-/// Snapshots of a disk under random writes, and what they cost the guest.
-///
-/// # Errors
-/// If a server or fio fails.
-pub(crate) fn snapshot_busy(bench: &Bench) -> Result<Vec<Line>> {
-    let mut ours_times = Vec::new();
-    let mut qcow2_times = Vec::new();
-    // A snapshot is durable when it is answered: what a flush takes, it takes at least.
-    let mut flush_times = Vec::new();
-    let (mut with, mut without) = (Column::new("ours"), Column::new(OURS_WITHOUT));
-    let mut per_second = Vec::new();
-    for round in 1..=bench.scale.rounds {
-        if bench.binary.is_some() {
-            let mut stage = Stage::new(bench, Setting::NBD, Subject::Ours, State::FilledAnew);
-            let quiet = stage.turn(&BUSY)?.figures;
-            let (busy, times) = stage.turn_with(|bench, server| {
-                let mut control = Control::connect(&server.control_socket())?;
-                let snapshot = || control.snapshot(EXPORT).map(drop);
-                timed_beside(|| busy(bench, server), SNAPSHOT_INTERVAL, snapshot)
-            })?;
-            let time = bench.scale.runtime + bench.scale.ramp;
-            per_second.push(times.len() as f64 / time.as_secs_f64());
-            without.values.push(quiet.iops);
-            with.values.push(busy.iops);
-            console::say(&format!(
-                "round {round}: {:.0} op/s without, {:.0} op/s with {} snapshots, median {:.3} ms",
-                quiet.iops,
-                busy.iops,
-                times.len(),
-                quantile(&times, 0.5)
-            ));
-            ours_times.extend(times);
-        }
-        let mut stage = Stage::new(bench, Setting::NBD, Subject::Qcow2, State::FilledAnew);
-        let (_, times) = stage.turn_with(|bench, server| {
-            let mut qmp = Qmp::connect(&server.control_socket())?;
-            let mut number = 0;
-            let snapshot = || {
-                number += 1;
-                internal_snapshot(&mut qmp, &format!("s{number}"))
-            };
-            timed_beside(|| busy(bench, server), QCOW2_INTERVAL, snapshot)
-        })?;
-        qcow2_times.extend(times);
-        let mut stage = Stage::new(bench, Setting::NBD, Subject::File, State::FilledAnew);
-        let (_, times) = stage.turn_on_file(|bench, path| {
-            let file = std::fs::File::open(path)?;
-            let flush = || Ok(file.sync_data()?);
-            let client = Client::of_file(path, Frontend::Nbd);
-            let load = || client.run(&BUSY, bench.scale.disk_bytes, bench);
-            timed_beside(load, SNAPSHOT_INTERVAL, flush)
-        })?;
-        flush_times.extend(times);
-    }
-    let line = |measure: &str, at: f64, limit: f64| {
-        let column = |label: &str, times: &[f64]| {
-            let values = if times.is_empty() { Vec::new() } else { vec![quantile(times, at)] };
-            Column::of(label, values)
-        };
-        Line {
-            measure: measure.to_owned(),
-            unit: Unit::Milliseconds,
-            columns: vec![
-                column("ours", &ours_times),
-                column("qcow2 over NBD", &qcow2_times),
-                column("bare file: fdatasync instead", &flush_times),
-            ],
-            goals: vec![Goal::AtMost { limit }],
-            note: format!("over {} snapshots", ours_times.len()),
-        }
-    };
-    let rate = if per_second.is_empty() { 0.0 } else { quantile(&per_second, 0.5) };
-    Ok(vec![
-        line("snapshot of a busy disk, median", 0.5, 0.3),
-        line("snapshot of a busy disk, 99th percentile", 0.99, 3.0),
-        Line {
-            measure: "random write, depth 32, with 100 snapshots a second".to_owned(),
-            unit: Unit::Iops,
-            columns: vec![with, without],
-            goals: vec![Goal::AtLeastTimes { factor: 0.97, column: OURS_WITHOUT.to_owned() }],
-            note: format!("{rate:.0} snapshots a second were taken"),
-        },
-    ])
-}
-
-/// Many snapshots of a disk under random writes, by as many clients as it takes.
-///
-/// # Errors
-/// If the server or fio fails.
-pub(crate) fn snapshot_rate(bench: &Bench) -> Result<Vec<Line>> {
-    ensure!(bench.binary.is_some(), "there is no peer to measure here");
-    let mut lines = Vec::new();
-    for (per_second, factor) in SNAPSHOT_RATES {
-        let (mut with, mut without) = (Column::new("ours"), Column::new(OURS_WITHOUT));
-        let mut times = Vec::new();
-        let (mut taken, mut metadata) = (Vec::new(), Vec::new());
-        for round in 1..=bench.scale.rounds {
-            let mut stage = Stage::new(bench, Setting::NBD, Subject::Ours, State::FilledAnew);
-            let quiet = stage.turn(&BUSY)?.figures;
-            let counted = |server: &Server| -> Result<[u64; 3]> {
-                let mut control = Control::connect(&server.control_socket())?;
-                let mut stat = |name| control.stat(name);
-                Ok([stat("snapshots")?, stat("nodes_written")?, stat("versions_written")?])
-            };
-            let (busy, round_times, counts) = stage.turn_with(|bench, server| {
-                let before = counted(server)?;
-                let (busy, times) = beside_many(bench, server, per_second)?;
-                let after = counted(server)?;
-                let mut counts = [0; 3];
-                for (count, (after, before)) in counts.iter_mut().zip(after.into_iter().zip(before))
-                {
-                    *count = after - before;
-                }
-                Ok((busy, times, counts))
-            })?;
-            let time = bench.scale.runtime + bench.scale.ramp;
-            let [snapshots, nodes, versions] = counts;
-            let rate = snapshots as f64 / time.as_secs_f64();
-            let bytes = (nodes * NODE_BYTES + versions * VERSION_BYTES) as f64 / snapshots as f64
-                + SNAPSHOT_BYTES as f64;
-            console::say(&format!(
-                "{per_second} a second, round {round}: {:.0} op/s without, {:.0} op/s with {rate:.0} \
-                 snapshots a second, median {:.3} ms; {nodes} nodes, {versions} versions",
-                quiet.iops,
-                busy.iops,
-                quantile(&round_times, 0.5)
-            ));
-            without.values.push(quiet.iops);
-            with.values.push(busy.iops);
-            taken.push(rate);
-            metadata.push(bytes);
-            times.extend(round_times);
-        }
-        lines.push(Line {
-            measure: format!("random write, depth 32, with {per_second} snapshots a second"),
-            unit: Unit::Iops,
-            columns: vec![with, without],
-            goals: vec![Goal::AtLeastTimes { factor, column: OURS_WITHOUT.to_owned() }],
-            note: format!(
-                "{:.0} a second were taken, in {:.2} ms (median) and {:.2} ms (99th percentile); all \
-                 metadata by snapshots: {:.0} bytes",
-                quantile(&taken, 0.5),
-                quantile(&times, 0.5),
-                quantile(&times, 0.99),
-                quantile(&metadata, 0.5)
-            ),
-        });
-    }
-    Ok(lines)
-}
-
-/// The load, while many clients take so many snapshots a second together; with the time of each.
-fn beside_many(bench: &Bench, server: &Server, per_second: u32) -> Result<(Figures, Vec<f64>)> {
-    let interval = Duration::from_secs(u64::from(SNAPSHOT_CLIENTS)) / per_second;
-    let socket = server.control_socket();
-    let done = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let clients: Vec<_> = (0..SNAPSHOT_CLIENTS)
-            .map(|_| {
-                let (done, socket) = (&done, &socket);
-                scope.spawn(move || -> Result<Vec<f64>> {
-                    let mut control = Control::connect(socket)?;
-                    let mut times = Vec::new();
-                    let mut next = clock::now() + interval;
-                    while !done.load(Ordering::Relaxed) {
-                        clock::sleep(next.saturating_duration_since(clock::now()));
-                        let start = clock::now();
-                        control.snapshot(EXPORT)?;
-                        times.push(start.elapsed().as_secs_f64() * 1000.0);
-                        next = (next + interval).max(clock::now());
-                    }
-                    Ok(times)
-                })
-            })
-            .collect();
-        let figures = busy(bench, server);
-        done.store(true, Ordering::Relaxed);
-        let mut times = Vec::new();
-        for client in clients {
-            times.extend(client.join().map_err(|_| anyhow::anyhow!("a client panicked"))??);
-        }
-        Ok((figures?, times))
-    })
-}
-
-/// The load that snapshots are taken under.
-fn busy(bench: &Bench, server: &Server) -> Result<Figures> {
-    Client::nbd(server).run(&BUSY, bench.scale.disk_bytes, bench)
-}
 
 /// Creating and cloning VDIs.
 ///

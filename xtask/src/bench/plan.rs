@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::access::Access;
 use super::report::{Measured, Unit};
-use super::{Bench, garbage, history, idle, latency, scale, throughput};
+use super::{Bench, garbage, history, idle, latency, scale, snapshots, throughput};
 
 /// How a server is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -424,8 +424,8 @@ impl Row {
             Self::Flush => throughput::loads(bench, Setting::NBD, &FLUSH),
             Self::Sequential => throughput::loads(bench, Setting::NBD, &SEQUENTIAL),
             Self::AfterSnapshot => throughput::after_snapshot(bench),
-            Self::SnapshotBusy => latency::snapshot_busy(bench),
-            Self::SnapshotRate => latency::snapshot_rate(bench),
+            Self::SnapshotBusy => snapshots::busy(bench),
+            Self::SnapshotRate => return snapshots::rate(bench),
             Self::CreateClone => latency::create_and_clone(bench),
             Self::OpenAfterKill => latency::open_after_kill(bench),
             Self::Memory => latency::memory(bench),

@@ -95,7 +95,8 @@ impl Axes {
         // One place alone needs some width too.
         let most = if most > least { most } else { least + 1.0 };
         let top = plot.points().map(|(_, y)| y).reduce(f64::max).filter(|&top| top > 0.0);
-        Self { least, most, top: top.unwrap_or(1.0) * 1.05 }
+        let step = round_up(top.unwrap_or(1.0) / f64::from(STEPS));
+        Self { least, most, top: step * f64::from(STEPS) }
     }
 
     fn x(&self, value: f64) -> f64 {
@@ -106,6 +107,13 @@ impl Axes {
     fn y(&self, value: f64) -> f64 {
         BOTTOM - (BOTTOM - TOP) * value / self.top
     }
+}
+
+/// The next number that people like at an axis: 1, 2, 2.5 or 5 times a power of ten.
+fn round_up(value: f64) -> f64 {
+    let power = 10f64.powf(value.log10().floor());
+    let steps = [1.0, 2.0, 2.5, 5.0].map(|step| step * power);
+    steps.into_iter().find(|step| *step >= value).unwrap_or(10.0 * power)
 }
 
 /// Draws it.
@@ -201,12 +209,20 @@ mod tests {
         check(axes.x(10.0), LEFT + (RIGHT - LEFT) * 0.7 / 2.7);
         check(axes.x(1000.0), RIGHT);
         check(axes.y(0.0), BOTTOM);
-        check(axes.y(105.0), TOP);
+        // Four steps of 25 reach to 100.
+        check(axes.y(100.0), TOP);
         let svg = draw(&plot);
         assert_eq!(svg.matches("<circle").count(), 4);
         assert_eq!(svg.matches("<polyline").count(), 2);
         assert!(svg.contains("qcow2 over NBD") && svg.contains(">1000</text>"), "{svg}");
-        assert!(svg.contains(">105/s</text>"), "{svg}");
+        assert!(svg.contains(">100/s</text>"), "{svg}");
+    }
+
+    #[test]
+    fn steps_are_round_numbers() {
+        for (value, expected) in [(0.9, 1.0), (1.0, 1.0), (21.0, 25.0), (6948.0, 10_000.0)] {
+            assert_eq!(round_up(value), expected, "{value}");
+        }
     }
 
     #[test]
