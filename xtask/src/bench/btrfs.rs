@@ -96,8 +96,10 @@ impl Mounted {
         let attach = Run::new("losetup").words("--find --show --direct-io=on").arg(&image);
         let device = attach.read()?.trim().to_owned();
         let mut mounted = Self { device: Some(device.clone()), directory };
-        Run::new("mkfs.btrfs").words("-q -f").arg(&device).read()?;
-        Run::new("mount").words("-t btrfs").arg(&device).arg(&mounted.directory).read()?;
+        Run::new("mkfs.btrfs").words("-q -f --nodiscard").arg(&device).read()?;
+        // As stores that are made with all their space: none of it is given back.
+        let mount = Run::new("mount").words("-t btrfs -o nodiscard");
+        mount.arg(&device).arg(&mounted.directory).read()?;
         // It goes by itself with the mount, whatever becomes of us.
         Run::new("losetup").arg("-d").arg(&device).read()?;
         mounted.device = None;

@@ -99,7 +99,7 @@ mod tests {
             clock::sleep(std::time::Duration::from_millis(1));
             Ok(())
         };
-        let error = each(2, 0..100_000, || Ok(()), fail).unwrap_err();
+        let error = each(2, 0..5_000, || Ok(()), fail).unwrap_err();
         assert_eq!(error.to_string(), "three");
         assert!(carried_out.load(Ordering::Relaxed) < 1000);
     }

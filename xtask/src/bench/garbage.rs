@@ -341,15 +341,19 @@ mod tests {
 
     #[test]
     fn what_came_back_is_judged_by_what_there_was() {
-        let mut figured = Figured::new(7);
-        for (columns, value) in [(&mut figured.lost, 1.0), (&mut figured.garbage, 200.0)] {
-            for column in columns {
-                column.values.push(value);
+        let check = |lost: f64, expected: bool| {
+            let mut figured = Figured::new(7);
+            for (columns, value) in [(&mut figured.lost, lost), (&mut figured.garbage, 200.0)] {
+                for column in columns {
+                    column.values.push(value);
+                }
             }
-        }
-        let lines = figured.lines();
-        let judged = |line: &Line| line.goals.first().and_then(|goal| line.is_reached(goal));
-        let all: Vec<_> = lines.iter().map(judged).collect();
-        assert_eq!(all, [None, None, None, Some(true), Some(true)]);
+            let lines = figured.lines();
+            let judged = |line: &Line| line.goals.first().and_then(|goal| line.is_reached(goal));
+            let all: Vec<_> = lines.iter().map(judged).collect();
+            assert_eq!(all, [None, None, None, Some(expected), Some(expected)]);
+        };
+        check(2.0, true);
+        check(2.1, false);
     }
 }

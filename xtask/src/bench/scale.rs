@@ -55,8 +55,8 @@ pub(crate) fn many_disks(bench: &Bench) -> Result<Vec<Line>> {
 
     let alone = turns::ours(bench, &options, "alone")?;
     turns::fill(bench, &alone, options.disk_bytes)?;
-    many.start()?;
-    let mut entrants = [Entrant::stopped("ours", many)?, Entrant::stopped(ALONE, alone)?];
+    let many = Entrant { label: "ours".to_owned(), server: many, export: EXPORT.to_owned() };
+    let mut entrants = [many, Entrant::stopped(ALONE, alone)?];
     let measure = format!("random read, depth 32, beside {count} disks");
     lines.push(Line {
         columns: turns::measure(bench, &measure, &Access::random_read(32), &mut entrants)?,
