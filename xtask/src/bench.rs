@@ -211,7 +211,7 @@ fn measure_and_record(bench: &Bench, arguments: &Arguments, directory: &Path) ->
                 continue;
             }
         };
-        heading.done("measured");
+        heading.done(if measured.lines.is_empty() { "left out" } else { "measured" });
         for line in &measured.lines {
             report::say(line);
         }

@@ -211,8 +211,9 @@ impl Figured {
         }
     }
 
-    /// One round: garbage is made, the guest is watched with and without collections, and marking is
-    /// timed with and without a cache.
+    /// One round: garbage is made and collected, with and without a cache, and a guest is watched with
+    /// and without collections of more of it. The guest comes last: what it frees between blocks that
+    /// are used stays with the file, and is no garbage.
     fn round(&mut self, bench: &Bench, server: &mut Server, leaves: u64) -> Result<()> {
         control(server)?.collect_garbage()?;
         let before = in_use(server)?;
@@ -221,18 +222,17 @@ impl Figured {
         // A clean stop brings all nodes to the store.
         restart(server, SMALL_CACHE_BYTES)?;
         let full = in_use(server)?;
-
-        let p99 = |figures: Figures| figures.p99_milliseconds.context("fio gave no percentile");
-        self.quiet.values.push(p99(guest_load(bench, server)?)?);
         control(server)?.remove(GARBAGE)?;
-        let (figures, collections) = load_beside_collections(bench, server)?;
-        self.beside.values.push(p99(figures)?);
-        self.collections += collections;
-
-        restart(server, SMALL_CACHE_BYTES)?;
         let marking = collect_alone(server)?;
         let bytes = self.nodes * BLOCK_BYTES;
         self.uncached.values.push(bytes as f64 / marking.as_secs_f64());
+        let after = in_use(server)?;
+        let columns = self.lost.iter_mut().zip(&mut self.garbage);
+        let seen = before.into_iter().zip(full).zip(after);
+        for ((lost, garbage), ((before, full), after)) in columns.zip(seen) {
+            lost.values.push(mebibytes_above(after, before));
+            garbage.values.push(mebibytes_above(full, before));
+        }
 
         restart(server, 2 * bytes + SMALL_CACHE_BYTES)?;
         warm(bench, server, leaves)?;
@@ -241,23 +241,25 @@ impl Figured {
         self.misses = self.misses.max(control(server)?.stat("cache_misses")? - misses);
         self.cached.values.push(self.nodes as f64 / marking.as_secs_f64());
 
-        let after = in_use(server)?;
-        let columns = self.lost.iter_mut().zip(&mut self.garbage);
-        let seen = before.into_iter().zip(full).zip(after);
-        for ((lost, garbage), ((before, full), after)) in columns.zip(seen) {
-            lost.values.push(mebibytes_above(after, before));
-            garbage.values.push(mebibytes_above(full, before));
-        }
+        control(server)?.create(GARBAGE, leaves * LEAF_BYTES)?;
+        write_leaves(server, GARBAGE, leaves)?;
+        restart(server, SMALL_CACHE_BYTES)?;
+        let p99 = |figures: Figures| figures.p99_milliseconds.context("fio gave no percentile");
+        self.quiet.values.push(p99(guest_load(bench, server)?)?);
+        control(server)?.remove(GARBAGE)?;
+        let (figures, collections) = load_beside_collections(bench, server)?;
+        self.beside.values.push(p99(figures)?);
+        self.collections += collections;
         Ok(())
     }
 
     fn say(&self, round: usize) {
         let last = |column: &Column| column.values.last().copied().unwrap_or_default();
-        let [lost, _] = self.lost.each_ref().map(last);
-        let [garbage, _] = self.garbage.each_ref().map(last);
+        let [lost, file_lost] = self.lost.each_ref().map(last);
+        let [garbage, file_garbage] = self.garbage.each_ref().map(last);
         console::say(&format!(
             "round {round}: marked {}, without a cache {}; 99th percentile {:.2} ms, alone {:.2} ms; {lost:.1} \
-             of {garbage:.1} MiB did not come back",
+             of {garbage:.1} MiB did not come back, {file_lost:.1} of {file_garbage:.1} to the file system",
             Unit::Iops.show(last(&self.cached)),
             Unit::BytesPerSecond.show(last(&self.uncached)),
             last(&self.beside),
