@@ -93,6 +93,7 @@ impl Sealer {
                 ("vdis", Contents::Vdis),
                 ("bitmaps", Contents::Pages),
                 ("bad_blocks", Contents::Pages),
+                ("marks", Contents::Pages),
             ] {
                 self.root(ram, &mut slot, field(&HOST_SLOT_LAYOUT, name), contents);
             }

@@ -135,6 +135,7 @@ fn empty_slot(log_start: Pba, wall_ns: u64, boot_id: [u8; 16]) -> HostSlot {
             vdis: RootRef::empty(1),
             bitmaps: RootRef::empty(1),
             bad_blocks: RootRef::empty(1),
+            marks: RootRef::empty(1),
         },
         segments: Vec::new(),
         failures: 0,

@@ -1,6 +1,7 @@
 //! What it takes to open or format a store: the device, identities, secrets.
 
 use std::path::Path;
+use std::time::Duration;
 
 use api::{Error, Kind};
 use base::ErrorKind;
@@ -45,6 +46,9 @@ pub(crate) fn in_use(path: &Path) -> Error {
 /// Disks that stay in memory though nobody uses them: some megabytes.
 const IDLE_VDIS_MAX: usize = 1000;
 
+/// What a garbage collection loses at most when the daemon is stopped.
+const MARKS_STORED_EVERY: Duration = Duration::from_secs(30);
+
 /// Options for opening a store in a new epoch.
 pub(crate) fn options(cache_bytes: usize, after_failure: bool) -> Result<OpenOptions, Error> {
     let (boot_id, nonce) = (boot_id()?, nonce()?);
@@ -54,6 +58,7 @@ pub(crate) fn options(cache_bytes: usize, after_failure: bool) -> Result<OpenOpt
         nonce,
         after_failure,
         idle_vdis_max: IDLE_VDIS_MAX,
+        marks_stored_every: MARKS_STORED_EVERY,
         reuse: Reuse::Late,
     })
 }

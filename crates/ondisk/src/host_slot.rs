@@ -52,7 +52,8 @@ layout! {
         bad_blocks: [u8; RootRef::BYTES],
         segments: [RawSegment; LOG_SEGMENTS_MAX],
         failures: U64,
-        reserved: [u8; 3064],
+        marks: [u8; RootRef::BYTES],
+        reserved: [u8; 3032],
         checksum: U64,
     }
 }
@@ -101,6 +102,8 @@ pub struct Roots {
     pub bitmaps: RootRef,
     /// Blocks that failed a write and are never used again.
     pub bad_blocks: RootRef,
+    /// What a garbage collection under way has reached so far; empty if none is.
+    pub marks: RootRef,
 }
 
 /// A part of the log that one epoch wrote.
@@ -184,7 +187,8 @@ impl HostSlot {
             bad_blocks: self.roots.bad_blocks.to_bytes(),
             segments: std::array::from_fn(|index| segment(index).unwrap_or(EMPTY_SEGMENT)),
             failures: self.failures.into(),
-            reserved: [0; 3064],
+            marks: self.roots.marks.to_bytes(),
+            reserved: [0; 3032],
             checksum: 0.into(),
         };
         let unsealed = Buffer::from_bytes(raw.as_bytes());
@@ -241,6 +245,11 @@ impl HostSlot {
                 vdis: RootRef::from_bytes(raw.vdis)?,
                 bitmaps: RootRef::from_bytes(raw.bitmaps)?,
                 bad_blocks: RootRef::from_bytes(raw.bad_blocks)?,
+                // Older writers know none: what was marked before is forgotten then.
+                marks: match raw.marks == [0; RootRef::BYTES] {
+                    true => RootRef::empty(1),
+                    false => RootRef::from_bytes(raw.marks)?,
+                },
             },
             segments,
             failures: raw.failures.get(),
@@ -375,6 +384,7 @@ mod tests {
                 vdis: root,
                 bitmaps: root,
                 bad_blocks: root,
+                marks: root,
             },
             segments,
             failures: 5,

@@ -35,13 +35,15 @@ pub enum Focus {
     Branches,
     /// Many snapshots between two checkpoints, which are read, cloned and deleted.
     History,
+    /// Garbage is collected all the time, and the daemon is killed meanwhile.
+    Collections,
     /// The power goes while snapshots and clones wait for the flush that makes them durable.
     Unsettled,
 }
 
 impl Focus {
     /// All of them, with the names that the command line knows.
-    pub const ALL: [(Self, &str); 13] = [
+    pub const ALL: [(Self, &str); 14] = [
         (Self::SlowReads, "slow-reads"),
         (Self::SlowWrites, "slow-writes"),
         (Self::Laps, "laps"),
@@ -54,6 +56,7 @@ impl Focus {
         (Self::FlushErrors, "flush-errors"),
         (Self::Branches, "branches"),
         (Self::History, "history"),
+        (Self::Collections, "collections"),
         (Self::Unsettled, "unsettled"),
     ];
 
@@ -115,6 +118,7 @@ impl Plan {
             }
             Focus::Branches => self.branch_out(random),
             Focus::History => self.remember(random),
+            Focus::Collections => self.collect(random),
             Focus::Unsettled => self.leave_unsettled(random),
         }
     }
@@ -213,6 +217,30 @@ impl Plan {
         self.live(3, 200, random, |random| {
             let ending = if random.chance(500) { Ending::Kill } else { Ending::PowerCut };
             (ending, after_promise(random))
+        });
+    }
+
+    fn collect(&mut self, random: &mut Random) {
+        self.reuse = Reuse::Soon;
+        // Each in a leaf of its own: checkpoints take many nodes, and so those that were freed.
+        let leaves: Vec<_> = (0..random.between(4, 60)).map(|leaf| (leaf * 256, 2)).collect();
+        self.layout = Layout::new(&leaves);
+        self.weights.management_per_mille = random.between(100, 500);
+        self.weights.blocks_max = random.magnitude(4);
+        for (weight, kind) in [
+            (60, ManagementKind::Snapshot),
+            (30, ManagementKind::CloneSnapshot),
+            (20, ManagementKind::Rollback),
+            (60, ManagementKind::RemoveSnapshot),
+            (20, ManagementKind::Remove),
+            (random.magnitude(1_000), ManagementKind::Checkpoint),
+            (random.magnitude(200), ManagementKind::CollectGarbage),
+        ] {
+            self.weights.management.push((u32::try_from(weight).unwrap_or(u32::MAX), kind));
+        }
+        self.weights.requests.push((100, RequestKind::Write));
+        self.live(6, 300, random, |random| {
+            (Ending::Kill, Strike::WorkSteps(random.magnitude(20_000)))
         });
     }
 

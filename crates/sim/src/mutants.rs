@@ -223,6 +223,18 @@ pub const ALL: &[Mutant] = &[
         focus: Some(Focus::History),
     },
     Mutant {
+        name: "gc_marks_outlive_their_cycle",
+        rule: "51",
+        breaks: "goes on with marks of a garbage collection that had ended",
+        focus: Some(Focus::Collections),
+    },
+    Mutant {
+        name: "gc_resumes_with_what_was_freed",
+        rule: "51",
+        breaks: "goes on with marks of blocks that became free before the crash",
+        focus: Some(Focus::Collections),
+    },
+    Mutant {
         name: "unloads_what_changed",
         rule: "22",
         breaks: "drops a VDI from memory of which no checkpoint has everything",

@@ -225,6 +225,7 @@ impl Run {
             nonce: random.number(),
             after_failure: false,
             idle_vdis_max: random.index(3),
+            marks_stored_every: std::time::Duration::from_millis(random.below(2) * 30_000),
             reuse: self.world.plan.reuse,
         };
         drop(random);

@@ -23,6 +23,8 @@ pub struct Handle {
     pub disk: Rc<dyn Disk>,
     /// How often handles of its VDI had been severed when this one was opened.
     severed_before: u64,
+    /// The same when it had been opened: what was asked for meanwhile may have come first.
+    severed_after: u64,
     place: Place,
 }
 
@@ -148,7 +150,8 @@ impl Session {
         self.world.progressed();
         match opened {
             Ok(disk) => {
-                let handle = Handle { disk, severed_before, place };
+                let severed_after = self.world.model.borrow().vdi(vdi).severed;
+                let handle = Handle { disk, severed_before, severed_after, place };
                 let mut handles = self.handles.borrow_mut();
                 let open = handles.entry(key).or_default();
                 open.push(handle.clone());
@@ -175,7 +178,7 @@ impl Session {
         let handles = self.handles.borrow();
         for handle in handles.iter().filter(|((number, _), _)| *number == vdi.0) {
             for handle in handle.1.iter().filter(|handle| matches!(handle.place, Place::Head(_))) {
-                if handle.severed_before < severed && !handle.disk.severed() {
+                if handle.severed_after < severed && !handle.disk.severed() {
                     self.world.fail(format!(
                         "a handle of {} outlived what must sever it",
                         self.world.name_of(handle.place)

@@ -301,6 +301,9 @@ impl Engine {
         self.checkpoints.damaged.written(&frozen.rewritten);
         // The blocks of what is written afresh are left too.
         self.collector.suspect(merge.left + as_u64(frozen.rewritten.len()));
+        if let Some(marked) = &merge.marks {
+            self.collector.marks_stored(marked);
+        }
         if let Some(known) = merge.bad_known {
             self.checkpoints.bad_known.set(known);
         }

@@ -463,6 +463,7 @@ fn show_slot(slot: &HostSlot, copy: u64, at: base::Pba, line: Lines<'_>) {
         ("vdis", &roots.vdis),
         ("bitmaps", &roots.bitmaps),
         ("bad blocks", &roots.bad_blocks),
+        ("marks", &roots.marks),
     ] {
         line(format!("  {title}: {}", root(tree)));
     }

@@ -28,6 +28,9 @@
 //! - *After a crash* the same holds: recovery starts from a published checkpoint, whose bitmaps
 //!   hold `g` until one without it is published, and replays records above its cut.
 //!
+//! A cycle that a restart cuts short is gone on with: what it had marked is stored now and then
+//! (docs/decisions/0015-marks.md).
+//!
 //! If a node cannot be read, nothing is freed: what is below it is not known. If it is damaged, it
 //! is *given up* for good, as a bad block, and a new cycle begins: whatever was still built of it
 //! is a tree of the new cut, and nothing is built of it later. So damage costs what is below it, and
@@ -136,8 +139,14 @@ pub(crate) struct Collector {
     in_need: Cell<usize>,
     /// Swept blocks that the next checkpoint takes.
     garbage: RefCell<Vec<Pba>>,
-    /// Blocks whose release waits for the end of the mark, while one is under way.
+    /// Blocks whose release waits for the end of the mark, while one is under way or to be resumed.
     held: RefCell<Option<BlockSet>>,
+    /// What a mark had reached when the store was closed or crashed.
+    resumed: RefCell<Option<BlockSet>>,
+    /// What the next checkpoint stores in place of the marks that the roots name.
+    unstored: RefCell<Option<Rc<BlockSet>>>,
+    /// How often a mark stores what it has reached.
+    store_every: Duration,
     /// No cycle starts by itself before.
     not_before: Cell<Time>,
     /// Whether the last mark met damage that was not known.
@@ -145,7 +154,7 @@ pub(crate) struct Collector {
 }
 
 impl Collector {
-    pub(crate) fn new(now: Time) -> Self {
+    pub(crate) fn new(now: Time, store_every: Duration) -> Self {
         Self {
             cycle: Semaphore::new(1),
             started: Cell::new(0),
@@ -158,6 +167,9 @@ impl Collector {
             in_need: Cell::new(0),
             garbage: RefCell::default(),
             held: RefCell::default(),
+            resumed: RefCell::default(),
+            unstored: RefCell::default(),
+            store_every,
             not_before: Cell::new(now.after(QUIET_AFTER_OPEN)),
             gave_up: Cell::new(false),
         }
@@ -187,6 +199,32 @@ impl Collector {
     /// What a failed merge gives back.
     pub(crate) fn put_garbage(&self, garbage: Vec<Pba>) {
         self.garbage.borrow_mut().extend(garbage);
+    }
+
+    /// Has the next cycle go on with what an earlier run of the store had marked, and is still there.
+    pub(crate) fn resume(&self, marked: BlockSet) {
+        *self.held.borrow_mut() = Some(BlockSet::default());
+        self.store_marks(marked.clone());
+        *self.resumed.borrow_mut() = Some(marked);
+    }
+
+    /// Has the next checkpoint store these marks, and not those that the roots name.
+    pub(crate) fn store_marks(&self, marked: BlockSet) {
+        *self.unstored.borrow_mut() = Some(Rc::new(marked));
+    }
+
+    /// What a merge is to store in place of the marks that the roots name.
+    pub(crate) fn unstored_marks(&self) -> Option<Rc<BlockSet>> {
+        self.unstored.borrow().as_ref().map(Rc::clone)
+    }
+
+    /// Notes what a merge has stored.
+    pub(crate) fn marks_stored(&self, marked: &Rc<BlockSet>) {
+        let mut unstored = self.unstored.borrow_mut();
+        // There may be newer ones by now.
+        if unstored.as_ref().is_some_and(|newest| Rc::ptr_eq(newest, marked)) {
+            *unstored = None;
+        }
     }
 
     /// Holds blocks back that are to be released, if a mark is under way; else returns them.
@@ -229,6 +267,13 @@ impl Engine {
         Ok(report)
     }
 
+    async fn finish_and_trim(self: &Rc<Self>) -> Result<GcReport, Error> {
+        let _one = self.collector.cycle.acquire(1).await;
+        let report = self.finish_cycle().await?;
+        self.released(self.releases.up_to_now(), || false).await;
+        Ok(GcReport { trimmed_blocks: self.trim(Scope::Freed).await?, ..report })
+    }
+
     async fn run_or_join_cycle(self: &Rc<Self>) -> Result<GcReport, Error> {
         let collector = &self.collector;
         let asked = collector.started.get();
@@ -237,6 +282,25 @@ impl Engine {
         if completed > asked {
             return Ok(report);
         }
+        let resumed = self.finish_cycle().await?;
+        let report = self.run_cycle().await?;
+        Ok(GcReport { freed_blocks: resumed.freed_blocks + report.freed_blocks, ..report })
+    }
+
+    /// Ends the cycle that an earlier run of the store had begun, if there is one: what became garbage since
+    /// is left to the next.
+    async fn finish_cycle(self: &Rc<Self>) -> Result<GcReport, Error> {
+        if self.collector.resumed.borrow().is_none() {
+            return Ok(GcReport::default());
+        }
+        let report = self.run_cycle().await?;
+        self.collector.has_dropped.set(true);
+        self.collector.suspect(1);
+        Ok(report)
+    }
+
+    async fn run_cycle(self: &Rc<Self>) -> Result<GcReport, Error> {
+        let collector = &self.collector;
         let number = collector.started.get() + 1;
         collector.started.set(number);
         let began = self.runtime.now();
@@ -306,15 +370,21 @@ impl Engine {
         let now = self.runtime.now();
         let scarce = self.allocator.free_blocks() < self.allocator.capacity_blocks() / 2;
         let delayed = collector.dropped_at.get().is_some_and(|at| now.since(at) >= DELAY_MAX);
-        let wanted = (collector.has_dropped.get() && scarce) || delayed;
-        let rested = now >= collector.not_before.get();
+        // What an earlier run had marked holds releases back until it is used.
+        let resumes = collector.resumed.borrow().is_some();
+        let wanted = (collector.has_dropped.get() && scarce) || delayed || resumes;
+        let rested = now >= collector.not_before.get() || resumes;
         let idle = collector.cycle.available() > 0;
         if !(wanted && rested && idle) || self.closing.get() {
             return;
         }
         let engine = Rc::clone(self);
         drop(self.runtime.spawn(async move {
-            match engine.collect_and_trim(Scope::Freed).await {
+            let collected = match resumes {
+                true => engine.finish_and_trim().await,
+                false => engine.collect_and_trim(Scope::Freed).await,
+            };
+            match collected {
                 Ok(GcReport { freed_blocks: freed, trimmed_blocks: trimmed, .. }) => {
                     tracing::info!(freed, trimmed, "garbage was collected");
                 }
@@ -325,7 +395,14 @@ impl Engine {
 
     async fn cycle(self: &Rc<Self>) -> Result<GcReport, Error> {
         // Also takes what an earlier cycle swept and no checkpoint has taken yet.
-        self.checkpoint(SlotState::Running).await?;
+        if let Err(error) = self.checkpoint(SlotState::Running).await {
+            // What is held back since the store was opened may be what it lacks.
+            if self.go_on().is_ok() && self.collector.resumed.take().is_some() {
+                self.end_mark().await;
+            }
+            return Err(error);
+        }
+        let already = self.collector.resumed.take().unwrap_or_default();
         let (roots, candidates) = self.cut().await;
         let status = GcStatus {
             phase: GcPhase::Marking,
@@ -334,10 +411,10 @@ impl Engine {
             ..self.collector.status.get()
         };
         self.collector.status.set(status);
-        let marked = self.mark(&roots).await;
-        // In the same breath in which the walk ended, or failed.
-        let held = self.collector.held.take().unwrap_or_default();
-        self.release_set(held);
+        let marked = self.mark(&roots, already).await;
+        // What is stored is of use to the next run: nothing that it names may be allocated in this one.
+        self.go_on()?;
+        self.end_mark().await;
         let marked = marked?;
         let reached_blocks = marked.len();
         let candidates = if base::mutant::active("gc_frees_newly_live") {
@@ -356,7 +433,7 @@ impl Engine {
         self.collector.suspected.set(0);
         self.collector.has_dropped.set(false);
         self.collector.dropped_at.set(None);
-        *self.collector.held.borrow_mut() = Some(BlockSet::default());
+        self.collector.held.borrow_mut().get_or_insert_default();
         let roots = self.roots.get();
         let candidates = self.live_now().await;
         (roots, candidates)
@@ -375,9 +452,26 @@ impl Engine {
         live
     }
 
-    /// Everything that the roots reach.
-    async fn mark(&self, roots: &Roots) -> Result<BlockSet, Error> {
-        let mut mark = Mark { engine: self, found: Found::new(&self.nodes) };
+    /// Lets go of what was held back for a mark. No checkpoint may publish stored marks from here on: what
+    /// they name may be allocated anew, and a mark that went on with them would not look below it.
+    async fn end_mark(self: &Rc<Self>) {
+        let _merges_wait = self.between_merges().await;
+        if !base::mutant::active("gc_marks_outlive_their_cycle") {
+            self.collector.store_marks(BlockSet::default());
+        }
+        let held = self.collector.held.take().unwrap_or_default();
+        self.release_set(held);
+    }
+
+    /// Everything that the roots reach. Of what was marked already nothing is looked at again.
+    async fn mark(self: &Rc<Self>, roots: &Roots, already: BlockSet) -> Result<BlockSet, Error> {
+        let mut mark = Mark {
+            engine: self,
+            found: Found { marked: already, ..Found::new(&self.nodes) },
+            stored_at: self.runtime.now(),
+        };
+        mark.pages(&roots.marks).await?;
+        mark.give_up();
         for (table, root) in [
             (Table::Directory, roots.directory),
             (Table::Extents, roots.extents),
@@ -395,6 +489,7 @@ impl Engine {
             for record in vdis {
                 mark.walk(&[record.root]).await?;
                 mark.give_up();
+                mark.store_if_due().await;
                 // Snapshots with the same history follow each other.
                 let mut history: Option<(History, Vec<Lsn>)> = None;
                 for page in mark.pages(&record.snapshots).await? {
@@ -407,6 +502,7 @@ impl Engine {
                         snapshots.iter().map(|snapshot| snapshot.root).collect();
                     mark.walk(&roots).await?;
                     mark.give_up();
+                    mark.store_if_due().await;
                     for snapshot in snapshots {
                         let Some(of_snapshot) = snapshot.history else { continue };
                         if let Some((of_last, positions)) = &mut history
@@ -432,7 +528,9 @@ impl Engine {
             let message = "damaged metadata was met and given up";
             return Err(Error::refused(ErrorKind::Corrupt, message));
         }
-        Ok(mark.found.marked)
+        let Found { mut marked, tables, .. } = mark.found;
+        marked.union(tables);
+        Ok(marked)
     }
 
     /// Gives the candidates that are not marked to checkpoints; how many these were.
@@ -523,13 +621,18 @@ struct Pace {
 
 /// A mark under way.
 struct Mark<'a> {
-    engine: &'a Engine,
+    engine: &'a Rc<Engine>,
     found: Found,
+    /// When what it has reached was stored.
+    stored_at: Time,
 }
 
 struct Found {
     nodes: NodeStore,
+    /// Blocks of trees of VDIs. When no walk of one is under way, everything below is marked, too.
     marked: BlockSet,
+    /// Blocks of tables: each cycle reads all of them.
+    tables: BlockSet,
     /// What leaves of a table name, by the number of the page.
     pages: Option<Vec<(u64, Entry)>>,
     /// Damaged blocks that were not known to be.
@@ -542,6 +645,7 @@ impl Found {
         Self {
             nodes: nodes.clone(),
             marked: BlockSet::default(),
+            tables: BlockSet::default(),
             pages: None,
             damaged: Vec::new(),
             failure: None,
@@ -585,12 +689,25 @@ impl Mark<'_> {
         Ok(())
     }
 
+    /// Has a checkpoint store what is marked, now and then. Called when no walk is under way.
+    async fn store_if_due(&mut self) {
+        let now = self.engine.runtime.now();
+        if now.since(self.stored_at) < self.engine.collector.store_every {
+            return;
+        }
+        self.stored_at = now;
+        self.engine.collector.store_marks(self.found.marked.clone());
+        if let Err(error) = self.engine.checkpoint(SlotState::Running).await {
+            tracing::debug!(%error, "what was marked could not be stored");
+        }
+    }
+
     /// Marks a history, and what the snapshots at these positions see of it (design rule 37).
     async fn history(&mut self, (history, positions): (History, Vec<Lsn>)) -> Result<(), Error> {
         if base::mutant::active("gc_misses_histories") {
             return Ok(());
         }
-        if self.found.marked.contains(history.at()) {
+        if self.found.tables.contains(history.at()) {
             // For other snapshots: what these see of it would not be marked.
             let message = "a history stands in two places of the tables";
             return Err(Error::refused(ErrorKind::Corrupt, message));
@@ -678,13 +795,18 @@ impl Mark<'_> {
 
 impl Marker for Found {
     fn enter(&mut self, node: &Named) -> bool {
-        self.marked.insert(node.entry.pba())
+        match self.pages {
+            Some(_) => self.tables.insert(node.entry.pba()),
+            None => self.marked.insert(node.entry.pba()),
+        }
     }
 
     fn block(&mut self, block: &Named) {
-        self.marked.insert(block.entry.pba());
         if let Some(pages) = &mut self.pages {
+            self.tables.insert(block.entry.pba());
             pages.push((block.start, block.entry));
+        } else {
+            self.marked.insert(block.entry.pba());
         }
     }
 

@@ -285,7 +285,7 @@ fn build(
         registry: RefCell::new(Registry { id_next: slot.vdi_id_next, ..Registry::default() }),
         checkpoints: Checkpoints::new(),
         reserve: Reserve::new(),
-        collector: Collector::new(opened_at),
+        collector: Collector::new(opened_at, options.marks_stored_every),
         releases: Releases::default(),
         trimmer: Trimmer::new(),
         read_only: broken.is_some(),

@@ -1,5 +1,7 @@
 //! What the management interface takes and gives. Plain data; sizes in bytes.
 
+use std::time::Duration;
+
 use base::{SnapshotNumber, SnapshotUuid, VdiId};
 use blockstore::allocator::Reuse;
 
@@ -40,6 +42,9 @@ pub struct OpenOptions {
     pub after_failure: bool,
     /// VDIs that stay in memory though nobody uses them.
     pub idle_vdis_max: usize,
+    /// How often a garbage collection stores how far it has come, so that it goes on from there when the
+    /// store is opened again.
+    pub marks_stored_every: Duration,
     /// Which free blocks are written first. Anything but the default is for the simulator.
     pub reuse: Reuse,
 }

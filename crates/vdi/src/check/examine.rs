@@ -75,6 +75,7 @@ pub(super) struct Space {
     pub(super) directory_state: TableState,
     pub(super) extents_state: TableState,
     pub(super) bad_blocks_state: TableState,
+    pub(super) marks_state: TableState,
     pub(super) vdis_state: TableState,
 }
 
@@ -186,6 +187,7 @@ impl Examiner<'_> {
         self.extents(slot).await;
         self.bitmaps(slot.roots.bitmaps).await;
         self.bad_blocks(slot.roots.bad_blocks).await;
+        self.space.marks_state = self.marks("the marks", slot.roots.marks).await;
         self.directory(slot).await;
         self.vdi_table(slot).await;
         self.step(CheckStage::Vdis);
@@ -456,6 +458,14 @@ impl Examiner<'_> {
         self.space.bad_blocks_state = state;
     }
 
+    /// Marks name what was reached, and nothing depends on them: damage of theirs hides nothing else.
+    async fn marks(&mut self, title: &str, root: RootRef) -> TableState {
+        let unread = self.audit.unread;
+        let state = self.table_pages(title, TreeKind::Table, root, |_, _, _| {}).await;
+        self.audit.unread = unread;
+        state
+    }
+
     async fn directory(&mut self, slot: &HostSlot) {
         let (records, state) =
             self.table::<DirectoryRecord>("the directory", slot.roots.directory).await;
@@ -616,6 +626,9 @@ impl Examiner<'_> {
             if !same(&root, &other) {
                 self.table_pages(title, kind, root, |_, _, _| {}).await;
             }
+        }
+        if !same(&roots.marks, &newer.marks) {
+            self.marks("the older marks", roots.marks).await;
         }
         if !same(&roots.directory, &newer.directory) {
             self.table::<DirectoryRecord>("the older directory", roots.directory).await;

@@ -134,6 +134,7 @@ impl<'a> Repairer<'a> {
             || found(FindingKind::BitmapBlockLive)
             || report.counts.leaked_blocks > 0;
         let bad_wrong = !space.bad_blocks_state.is_complete;
+        let bitmaps_wrong = bitmaps_wrong || !space.marks_state.is_complete;
         if directory.is_none() && extents.is_none() && !bitmaps_wrong && !bad_wrong {
             return Ok(());
         }
@@ -144,6 +145,9 @@ impl<'a> Repairer<'a> {
             + NODES_MARGIN;
         let taken = self.find_free(&mut extents_now, needed)?;
         let mut live = self.live_blocks();
+        // They are of bitmaps that are no more.
+        forget(&mut live, &space.marks_state.blocks);
+        self.slot.roots.marks = RootRef::empty(1);
         if let Some(records) = directory {
             forget(&mut live, &space.directory_state.blocks);
             self.slot.roots.directory = self.store(&records).await?;

@@ -21,6 +21,7 @@ use crate::damage::{Table, is_damage};
 use crate::engine::{Engine, as_u64};
 use crate::history::{self, Past};
 use crate::manage::labels_used_up;
+use crate::mark::{BlockSet, PAGE_WORDS};
 use crate::overlay::newest_only;
 use crate::vdi::{Snapshot, Vdi};
 
@@ -57,6 +58,8 @@ pub(super) struct Merge {
     extents: Vec<ExtentIndex>,
     /// Retired blocks that it stores, if there are more than before.
     pub(super) bad_known: Option<usize>,
+    /// Marks that it stores.
+    pub(super) marks: Option<Rc<BlockSet>>,
 }
 
 /// What a point became.
@@ -107,6 +110,7 @@ impl Merge {
             left: 0,
             extents: Vec::new(),
             bad_known: None,
+            marks: None,
         }
     }
 
@@ -134,6 +138,7 @@ impl Merge {
         roots.directory =
             self.store(Table::Directory, roots.directory, directory, OnDamage::Fail).await?;
         roots.bad_blocks = self.store_bad_blocks(roots.bad_blocks).await?;
+        roots.marks = self.store_marks(roots.marks).await?;
         // The table's own blocks may take an extent, which belongs into it too.
         loop {
             self.engine.allocator.reclaim_empty_extents();
@@ -528,6 +533,40 @@ impl Merge {
         }
     }
 
+    /// Stores what a garbage collection has marked, if it asks for that, in place of what is stored; nothing
+    /// if that would take the space of what this and the next checkpoint need.
+    async fn store_marks(&mut self, root: RootRef) -> Result<RootRef, Error> {
+        let Some(marked) = self.engine.collector.unstored_marks() else { return Ok(root) };
+        let (nodes, bitmap_pages) = (&self.engine.nodes, self.engine.bitmap_pages());
+        let mut walk = table::Walk::new(nodes, &root, bitmap_pages);
+        loop {
+            match walk.next().await {
+                Ok(Some(table::Named::Node(entry) | table::Named::Page(_, entry))) => {
+                    self.replaced.push(entry.pba());
+                }
+                Ok(None) => break,
+                // What cannot be read names what garbage collection frees.
+                Err(blockstore::Error::Damaged { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let pages: Vec<_> =
+            marked.pages().map(|(number, words)| page_of_bits(number, words)).collect();
+        let left = self.engine.reserve.block_count();
+        let fits = as_u64(2 * pages.len()) + self.engine.nodes_needed() <= left;
+        let empty = RootRef::empty(1);
+        let mut stored = empty;
+        if fits && !pages.is_empty() {
+            let store =
+                async |writer: &mut TreeWriter<'_>| table::store_pages(writer, empty, pages).await;
+            let (written, outcome) = self.write(OnDamage::Fail, store).await;
+            self.account(outcome);
+            stored = written?;
+        }
+        self.marks = Some(marked);
+        Ok(stored)
+    }
+
     async fn store_bad_blocks(&mut self, root: RootRef) -> Result<RootRef, Error> {
         let bad = self.engine.allocator.bad_blocks();
         if bad.len() == self.engine.checkpoints.bad_known.get() {
@@ -613,6 +652,12 @@ impl Span {
     fn end(&self) -> Lsn {
         self.points.last().map_or(Lsn::default(), |point| point.position)
     }
+}
+
+/// A page of a table of bits, to be written.
+fn page_of_bits(number: u64, words: &[u64; PAGE_WORDS]) -> (u64, base::Buffer) {
+    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    (number, base::Buffer::from_bytes(&bytes))
 }
 
 fn mapped(change: &Change) -> Option<Pba> {

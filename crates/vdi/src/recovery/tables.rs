@@ -5,11 +5,12 @@ use std::rc::Rc;
 use base::{ExtentIndex, Pba};
 use blockstore::allocator::{BITMAP_PAGE_BLOCKS, Space};
 use blockstore::table::{self, Named};
-use ondisk::{DirectoryRecord, ExtentRecord, RootRef};
+use ondisk::{DirectoryRecord, EntryState, ExtentRecord, RootRef};
 
 use crate::Error;
 use crate::directory::Directory;
 use crate::engine::Engine;
+use crate::mark::{BlockSet, PAGE_WORDS, words_of};
 use crate::types::OpenReport;
 
 impl Engine {
@@ -73,6 +74,9 @@ impl Engine {
             }
             self.allocator.mark_busy(pba, 1, Space::Metadata)?;
         }
+        if roots.marks.entry.state() == EntryState::Mapped && !self.read_only {
+            self.load_marks(roots.marks).await?;
+        }
         let bad = self.load_bad_blocks(roots.bad_blocks).await?;
         if bad > 0 {
             report.alarms.push(format!("{bad} blocks were retired after failed writes"));
@@ -80,8 +84,38 @@ impl Engine {
         Ok(())
     }
 
+    /// What a garbage collection had marked: of that, what the bitmaps have, too. What they do not may be
+    /// allocated from now on.
+    async fn load_marks(&self, root: RootRef) -> Result<(), Error> {
+        let mut marked = BlockSet::default();
+        let mut walk = table::Walk::new(&self.nodes, &root, self.bitmap_pages());
+        loop {
+            match walk.next_page().await {
+                Ok(Some((index, page))) => {
+                    let mut words = words_of(&page.block().0);
+                    let live = self.allocator.live_page(index).filter(|(at, _)| *at == index);
+                    let live = live.map_or([0; PAGE_WORDS], |(_, live)| *live);
+                    if !base::mutant::active("gc_resumes_with_what_was_freed") {
+                        words.iter_mut().zip(live).for_each(|(word, live)| *word &= live);
+                    }
+                    marked.insert_page(index, &words);
+                }
+                Ok(None) => break,
+                // It starts over.
+                Err(blockstore::Error::Damaged { .. }) => {
+                    marked = BlockSet::default();
+                    break;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        tracing::info!(blocks = marked.len(), "a garbage collection goes on where it was");
+        self.collector.resume(marked);
+        Ok(())
+    }
+
     /// Pages of bits that describe the store.
-    fn bitmap_pages(&self) -> u64 {
+    pub(crate) fn bitmap_pages(&self) -> u64 {
         self.geometry.block_count.div_ceil(BITMAP_PAGE_BLOCKS)
     }
 

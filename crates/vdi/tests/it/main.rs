@@ -28,6 +28,7 @@ mod stuck;
 mod walks;
 
 use std::rc::Rc;
+use std::time::Duration;
 
 use base::{BLOCK_SIZE, Buffer, ErrorKind, SnapshotNumber};
 use disk::{Disk, Extent, ExtentState, Request, Response, copy_segments};
@@ -57,6 +58,7 @@ pub(crate) fn open_options(nonce: u64) -> OpenOptions {
         nonce,
         after_failure: false,
         idle_vdis_max: 0,
+        marks_stored_every: Duration::ZERO,
         reuse: Reuse::Late,
     }
 }
