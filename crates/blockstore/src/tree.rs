@@ -142,3 +142,26 @@ pub async fn leaf(nodes: &NodeStore, root: &RootRef, index: u64) -> Result<Leaf,
 pub async fn lookup(nodes: &NodeStore, root: &RootRef, index: u64) -> Result<Entry, Error> {
     Ok(leaf(nodes, root, index).await?.entry(index))
 }
+
+/// The entry that names the node on `level` that covers block `index`; one that names none if there is
+/// no such node.
+///
+/// # Errors
+/// As [`leaf`], of the nodes above it.
+pub async fn node(
+    nodes: &NodeStore,
+    root: &RootRef,
+    level: u8,
+    index: u64,
+) -> Result<Entry, Error> {
+    let mut at = root.height.saturating_sub(1);
+    if index >= coverage(root) || at < level {
+        return Ok(Entry::UNMAPPED);
+    }
+    let mut entry = root.entry;
+    while at > level && entry.state() == EntryState::Mapped {
+        entry = nodes.load(entry).await?.entry(slot(index, at));
+        at -= 1;
+    }
+    Ok(entry)
+}

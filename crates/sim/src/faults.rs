@@ -176,6 +176,8 @@ const RECORD_BLOCKS: u64 = 64;
 #[derive(Clone, Debug, Default)]
 pub struct Atlas {
     damage: BTreeMap<u64, Damage>,
+    /// Blocks that were damaged at some time.
+    ever: BTreeSet<u64>,
     /// Blocks of VDIs that the device lost, or lied about, since everything was last compared.
     lied_about: BTreeSet<u64>,
     counts: BTreeMap<&'static str, u64>,
@@ -209,6 +211,7 @@ impl Atlas {
     /// Notes that the block `pba` is damaged.
     pub fn damage(&mut self, pba: u64, mut damage: Damage) {
         self.damaged += 1;
+        self.ever.insert(pba);
         if self.damage.get(&pba).is_some_and(|before| before.victim != damage.victim) {
             // Damaged twice: what stood there may have been either.
             damage.victim = Victim::Unknown;
@@ -231,6 +234,12 @@ impl Atlas {
     #[must_use]
     pub fn at(&self, pba: u64) -> Option<Damage> {
         self.damage.get(&pba).copied()
+    }
+
+    /// Whether a block was damaged at some time.
+    #[must_use]
+    pub fn was_damaged(&self, pba: u64) -> bool {
+        self.ever.contains(&pba)
     }
 
     /// Blocks that are damaged now.

@@ -103,10 +103,12 @@ impl Plan {
             Focus::LostNodes => {
                 self.suffer(FaultKind::LostNode, 5_000, 100_000, random);
                 self.cache_bytes = 16 << 10;
+                self.weights.management.push((10, ManagementKind::Scrub));
             }
             Focus::Rot => {
                 self.suffer(FaultKind::Rot, 1_000, 10_000, random);
                 self.weights.requests.push((60, RequestKind::Read));
+                self.weights.management.push((20, ManagementKind::Scrub));
             }
             Focus::WriteErrors => self.suffer(FaultKind::WriteError, 2_000, 40_000, random),
             Focus::FlushErrors => {
@@ -130,6 +132,7 @@ impl Plan {
         self.checkpoint_often(random);
         self.weights.requests.push((60, RequestKind::Read));
         self.weights.requests.push((60, RequestKind::Write));
+        self.weights.management.push((20, ManagementKind::Scrub));
         self.live(2, 300, random, |_| (Ending::Kill, Strike::Never));
     }
 

@@ -36,6 +36,7 @@ pub mod probes;
 pub mod random;
 pub mod requests;
 pub mod run;
+pub mod scrub;
 pub mod session;
 pub mod trace;
 pub mod verify;

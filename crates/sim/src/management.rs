@@ -16,6 +16,7 @@ use crate::moments;
 use crate::plan::ManagementKind;
 use crate::random::{Random, to_u64, to_usize};
 use crate::requests;
+use crate::scrub;
 use crate::session::{Reach, Session};
 use crate::world::{Pending, Source};
 
@@ -43,6 +44,7 @@ pub async fn make(session: Rc<Session>, kind: ManagementKind, mut random: Random
         ManagementKind::RemoveSnapshot => remove_snapshot(&session, random).await,
         ManagementKind::Checkpoint => checkpoint(&session).await,
         ManagementKind::CollectGarbage => collect_garbage(&session).await,
+        ManagementKind::Scrub => scrub::scrub(&session, random).await,
         ManagementKind::List => list(&session).await,
         ManagementKind::Describe => describe(&session, random).await,
         ManagementKind::Diff => diff(&session, random).await,

@@ -277,6 +277,12 @@ pub const ALL: &[Mutant] = &[
         focus: Some(Focus::History),
     },
     Mutant {
+        name: "scrub_does_not_look_again",
+        rule: "19",
+        breaks: "has scrub call a block damaged that was freed and written again meanwhile",
+        focus: Some(Focus::SlowReads),
+    },
+    Mutant {
         name: "labels_wrap",
         rule: "42",
         breaks: "starts birth labels anew when few bits are used up",
@@ -304,6 +310,18 @@ pub const ALL: &[Mutant] = &[
         name: "ignore_data_checksum",
         rule: "G5",
         breaks: "hands out data that does not verify",
+        focus: Some(Focus::Rot),
+    },
+    Mutant {
+        name: "scrub_trusts_the_cache",
+        rule: "G5",
+        breaks: "has scrub take nodes from memory that may be damaged on the device",
+        focus: Some(Focus::Rot),
+    },
+    Mutant {
+        name: "scrub_skips_what_a_snapshot_has",
+        rule: "G5",
+        breaks: "has scrub pass over what only snapshots reach",
         focus: Some(Focus::Rot),
     },
     Mutant {

@@ -15,6 +15,7 @@ use crate::model::block::Floor;
 use crate::moments;
 use crate::plan::{Ending, Life, Limits, Plan, Strike};
 use crate::probes::Probes;
+use crate::scrub;
 use crate::session::{Injected, Session};
 use crate::trace::Trace;
 use crate::verify;
@@ -345,8 +346,9 @@ impl Run {
             // What can be read is right. What cannot be listed, the model does not know any more.
             world.probe("open: nodes are damaged");
         }
-        if nodes_damaged || world.model.borrow().unknowable {
-            executor.kill();
+        let is_over = nodes_damaged || world.model.borrow().unknowable;
+        if is_over || (self.last && world.random.borrow_mut().chance(500)) {
+            self.compare_scrub(executor, session);
             return Next::Over;
         }
         world.device.arm(true);
@@ -361,6 +363,12 @@ impl Run {
         let work = client::work(Rc::clone(session), life.requests);
         if self.is_over(&executor.run(work), "working") || session.stopped() {
             return self.end(executor, life.ending, session);
+        }
+        // Also with caches that have not met the damage.
+        let damaged = world.device.with_atlas(|atlas| atlas.damaged > 0);
+        if damaged && world.random.borrow_mut().chance(300) {
+            self.compare_scrub(executor, session);
+            return Next::Over;
         }
         if life.ending != Ending::Close {
             return self.end(executor, life.ending, session);
@@ -397,6 +405,30 @@ impl Run {
             other => {
                 self.is_over(&other, "closing");
                 self.end(executor, Ending::PowerCut, session)
+            }
+        }
+    }
+
+    /// Scrubs a store that nobody uses, ends its process, and asks the offline check what it finds: two
+    /// walks that share no code but the trees' own. What is damaged and named, both find.
+    fn compare_scrub(&mut self, executor: Executor, session: &Rc<Session>) {
+        let world = Rc::clone(&self.world);
+        let outcome = executor.run(scrub::quietly(Rc::clone(session)));
+        executor.kill();
+        world.device.kill();
+        let (Driven::Done(Some(found)), false) = (outcome, world.failed()) else { return };
+        let executor = Executor::new(&world);
+        let (device, opening) = self.opening();
+        let (boot_id, nonce) = (opening.boot_id, opening.nonce);
+        let options = CheckOptions { repair: false, read_data: true, boot_id, nonce };
+        let runtime = executor.runtime().clone();
+        let outcome = executor
+            .run(async move { vdi::check::check(&device, &runtime, options, &|_| {}).await });
+        executor.kill();
+        if let Driven::Done(Ok(report)) = outcome {
+            world.probe("scrub: compared");
+            if let Some(missed) = scrub::missed(&report, &found) {
+                world.fail(format!("scrub has not found this: {missed}; but: {found:?}"));
             }
         }
     }

@@ -251,6 +251,12 @@ impl Session {
         }
     }
 
+    /// What had been injected when the store was opened.
+    #[must_use]
+    pub fn before(&self) -> Injected {
+        self.before
+    }
+
     /// Whether a lack of space is believable.
     #[must_use]
     pub fn is_nearly_full(&self) -> bool {

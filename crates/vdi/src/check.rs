@@ -1,4 +1,4 @@
-//! Offline check: whether everything that a store promised is there.
+//! Check: whether everything that a store promised is there.
 //!
 //! Reads the superblock copies, the host slots, the log, and everything that the published roots
 //! reach; writes nothing unless it is asked to repair. What it holds the store to:
@@ -13,11 +13,12 @@
 //! Blocks that the bitmaps hold and nothing reaches are leaked: counted, no error; garbage
 //! collection frees them.
 //!
-//! It knows nothing of overlays and the running engine: nobody may use the store meanwhile.
+//! It knows nothing of overlays and the running engine: nobody may use the store meanwhile. `online.rs` has
+//! the same walk look at what one checkpoint of a store in use has published.
 
 mod audit;
-mod data;
 mod examine;
+mod online;
 mod repair;
 
 use base::Pba;
@@ -50,6 +51,8 @@ pub enum CheckStage {
     Vdis,
     /// The older slot's trees.
     OlderSlot,
+    /// Data, by scrub; `done` and `total` count blocks.
+    Data,
     /// Writing repairs.
     Repair,
 }

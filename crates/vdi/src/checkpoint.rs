@@ -133,6 +133,18 @@ impl Engine {
         self.checkpoints.preparing.acquire(1).await
     }
 
+    /// The slot that was published last, when none is on its way. Who holds
+    /// [`Self::between_merges`] has the slot of the last merge.
+    ///
+    /// # Errors
+    /// If the store has stopped.
+    pub(crate) async fn published_slot(&self) -> Result<HostSlot, Error> {
+        let _publishing = self.checkpoints.publishing.acquire(1).await;
+        self.go_on()?;
+        let slot = self.slots.borrow().as_ref().map(|writer| writer.current().clone());
+        slot.ok_or_else(|| Error::refused(ErrorKind::Fenced, "the store is being closed"))
+    }
+
     /// One checkpoint. Durable on return, if it was the last change.
     ///
     /// # Errors

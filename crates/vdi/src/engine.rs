@@ -23,6 +23,7 @@ use crate::gc::Collector;
 use crate::manage::Appended;
 use crate::release::Releases;
 use crate::reserve::Reserve;
+use crate::scrub::Scrubber;
 use crate::trim::Trimmer;
 use crate::vdi::Vdi;
 use crate::{Error, Stats};
@@ -61,6 +62,7 @@ pub(crate) struct Engine {
     pub(crate) collector: Collector,
     pub(crate) releases: Releases,
     pub(crate) trimmer: Trimmer,
+    pub(crate) scrubber: Scrubber,
     /// Set if the log is damaged: what is shown is the state before, and nothing is written.
     pub(crate) read_only: bool,
     /// Requests under way, and who waits for their end.

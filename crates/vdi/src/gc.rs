@@ -40,21 +40,19 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
 
-use base::{ErrorKind, Lsn, Pba};
+use base::{ErrorKind, Lsn, Pba, SnapshotNumber, VdiId};
 use blockstore::NodeStore;
 use blockstore::allocator::BITMAP_PAGE_BLOCKS;
-use ondisk::{
-    Entry, History, Node, RootRef, Roots, SlotState, SnapshotRecord, TableRecord, VdiRecord,
-    VersionRecord,
-};
+use ondisk::{Entry, History, HostSlot, Node, RootRef, Roots, SlotState, VdiRecord, VersionRecord};
 use runtime::Time;
-use runtime::sync::Semaphore;
+use runtime::sync::{Permits, Semaphore};
 
 use crate::Error;
 use crate::damage::Table;
 use crate::engine::{Engine, as_u64};
 use crate::history::seen_by;
 use crate::mark::{BlockSet, Marker, Named, Walk};
+use crate::reach::{self, Visitor};
 use crate::trim::Scope;
 
 /// Blocks that one checkpoint sweeps.
@@ -439,6 +437,45 @@ impl Engine {
         (roots, candidates)
     }
 
+    /// Holds back what is released, for somebody else who walks the roots of a checkpoint, as a mark does;
+    /// no cycle runs meanwhile. Returns the published slot, the blocks that are live in it, and what
+    /// [`Self::let_go`] takes.
+    pub(crate) async fn hold_back(
+        self: &Rc<Self>,
+    ) -> Result<(HostSlot, BlockSet, HeldBack), Error> {
+        let cycle = self.collector.cycle.acquire(1).await;
+        // It has held back what it needs since the store was opened.
+        self.finish_cycle().await?;
+        let _merges_wait = self.between_merges().await;
+        let slot = self.published_slot().await?;
+        *self.collector.held.borrow_mut() = Some(BlockSet::default());
+        let live = self.live_now().await;
+        Ok((slot, live, HeldBack(cycle)))
+    }
+
+    /// Releases what was held back.
+    pub(crate) fn let_go(self: &Rc<Self>, held_back: HeldBack) {
+        let held = self.collector.held.take().unwrap_or_default();
+        self.release_set(held);
+        drop(held_back);
+    }
+
+    /// As [`Self::go_on`], for who holds back what others may wait for.
+    ///
+    /// # Errors
+    /// Also if somebody needs space.
+    pub(crate) fn go_on_checking(&self) -> Result<(), Error> {
+        self.go_on()?;
+        match self.collector.in_need.get() {
+            0 => Ok(()),
+            _ => Err(Error::refused(
+                ErrorKind::Busy,
+                "the store is short of space, and a check holds back what becomes free: check again \
+                 when some was freed",
+            )),
+        }
+    }
+
     async fn live_now(&self) -> BlockSet {
         let mut live = BlockSet::default();
         let mut from = 0;
@@ -470,7 +507,7 @@ impl Engine {
             found: Found { marked: already, ..Found::new(&self.nodes) },
             stored_at: self.runtime.now(),
         };
-        mark.pages(&roots.marks).await?;
+        mark.table_pages(&roots.marks).await?;
         mark.give_up();
         for (table, root) in [
             (Table::Directory, roots.directory),
@@ -478,52 +515,15 @@ impl Engine {
             (Table::BadBlocks, roots.bad_blocks),
         ] {
             // Their pages name no blocks, but should be there when the store is opened again.
-            for (_, page) in mark.pages(&root).await? {
-                mark.verify(page).await?;
-            }
-            mark.note_damage(table);
-        }
-        for page in mark.pages(&roots.vdis).await? {
-            let vdis = mark.records::<VdiRecord>(page).await?;
-            mark.note_damage(Table::Vdis);
-            for record in vdis {
-                mark.walk(&[record.root]).await?;
-                mark.give_up();
-                mark.store_if_due().await;
-                // Snapshots with the same history follow each other.
-                let mut history: Option<(History, Vec<Lsn>)> = None;
-                for page in mark.pages(&record.snapshots).await? {
-                    let snapshots = mark.records::<SnapshotRecord>(page).await?;
-                    mark.note_damage(Table::Snapshots(record.id));
-                    if base::mutant::active("gc_misses_snapshot_roots") {
-                        continue;
-                    }
-                    let roots: Vec<RootRef> =
-                        snapshots.iter().map(|snapshot| snapshot.root).collect();
-                    mark.walk(&roots).await?;
-                    mark.give_up();
-                    mark.store_if_due().await;
-                    for snapshot in snapshots {
-                        let Some(of_snapshot) = snapshot.history else { continue };
-                        if let Some((of_last, positions)) = &mut history
-                            && *of_last == of_snapshot
-                        {
-                            positions.push(snapshot.position);
-                            continue;
-                        }
-                        if let Some(last) = history.replace((of_snapshot, vec![snapshot.position]))
-                        {
-                            mark.history(last).await?;
-                        }
-                    }
-                }
-                mark.note_damage(Table::Snapshots(record.id));
-                if let Some(last) = history {
-                    mark.history(last).await?;
-                }
+            for page in mark.pages(table, &root).await? {
+                mark.page(table, page).await?;
             }
         }
-        mark.note_damage(Table::Vdis);
+        for page in mark.pages(Table::Vdis, &roots.vdis).await? {
+            for record in reach::records::<VdiRecord>(&mut mark, Table::Vdis, page).await? {
+                reach::vdi(&record, &mut mark).await?;
+            }
+        }
         if self.collector.gave_up.get() {
             let message = "damaged metadata was met and given up";
             return Err(Error::refused(ErrorKind::Corrupt, message));
@@ -580,14 +580,14 @@ impl Engine {
     }
 
     /// A moment of the guests' work, for [`Self::keep_pace`].
-    fn pace(&self) -> Pace {
+    pub(crate) fn pace(&self) -> Pace {
         let stats = self.stats.borrow();
         Pace { at: self.runtime.now(), served: stats.reads + stats.writes }
     }
 
     /// Rests as long as the last step took, if guests had something to do meanwhile and nobody needs the
     /// space at once: they have half of the device and of the thread at least.
-    async fn keep_pace(&self, last: Pace) -> Pace {
+    pub(crate) async fn keep_pace(&self, last: Pace) -> Pace {
         let now = self.pace();
         match now.served > last.served && self.collector.in_need.get() == 0 {
             true => self.runtime.sleep(now.at.since(last.at)).await,
@@ -611,9 +611,12 @@ impl Engine {
     }
 }
 
+/// Shows that releases are held back.
+pub(crate) struct HeldBack(#[expect(dead_code, reason = "held, not looked at")] Permits);
+
 /// What guests had done by some moment.
 #[derive(Clone, Copy)]
-struct Pace {
+pub(crate) struct Pace {
     at: Time,
     /// Requests.
     served: u64,
@@ -691,50 +694,20 @@ impl Mark<'_> {
 
     /// Has a checkpoint store what is marked, now and then. Called when no walk is under way.
     async fn store_if_due(&mut self) {
+        let collector = &self.engine.collector;
         let now = self.engine.runtime.now();
-        if now.since(self.stored_at) < self.engine.collector.store_every {
+        if now.since(self.stored_at) < collector.store_every || collector.gave_up.get() {
             return;
         }
         self.stored_at = now;
-        self.engine.collector.store_marks(self.found.marked.clone());
+        collector.store_marks(self.found.marked.clone());
         if let Err(error) = self.engine.checkpoint(SlotState::Running).await {
             tracing::debug!(%error, "what was marked could not be stored");
         }
     }
 
-    /// Marks a history, and what the snapshots at these positions see of it (design rule 37).
-    async fn history(&mut self, (history, positions): (History, Vec<Lsn>)) -> Result<(), Error> {
-        if base::mutant::active("gc_misses_histories") {
-            return Ok(());
-        }
-        if self.found.tables.contains(history.at()) {
-            // For other snapshots: what these see of it would not be marked.
-            let message = "a history stands in two places of the tables";
-            return Err(Error::refused(ErrorKind::Corrupt, message));
-        }
-        let pages = self.pages(&history.versions).await?;
-        let mut versions = Vec::new();
-        let mut began = self.engine.pace();
-        for pages in pages.chunks(PAGES_AT_ONCE) {
-            // All at once, before each is asked for.
-            self.nodes().load_all(pages.iter().map(|(_, entry)| *entry).collect()).await;
-            for &page in pages {
-                if as_u64(versions.len()) < u64::from(history.count) {
-                    versions.extend(self.records::<VersionRecord>(page).await?);
-                }
-            }
-            self.engine.go_on()?;
-            began = self.engine.keep_pace(began).await;
-        }
-        self.give_up();
-        for version in seen_by(&versions, &positions) {
-            self.found.marked.insert(version.entry.pba());
-        }
-        Ok(())
-    }
-
     /// Walks a table; its pages, with their numbers.
-    async fn pages(&mut self, root: &RootRef) -> Result<Vec<(u64, Entry)>, Error> {
+    async fn table_pages(&mut self, root: &RootRef) -> Result<Vec<(u64, Entry)>, Error> {
         self.found.pages = Some(Vec::new());
         let walked = self.walk(&[*root]).await;
         let mut pages = self.found.pages.take().unwrap_or_default();
@@ -776,20 +749,75 @@ impl Mark<'_> {
             }
         }
     }
+}
 
-    /// The records of a page that are left.
-    async fn records<R: TableRecord>(
+impl Visitor for Mark<'_> {
+    async fn trees(
         &mut self,
-        (number, page): (u64, Entry),
-    ) -> Result<Vec<R>, Error> {
-        let mut records = Vec::new();
-        let Some(page) = self.verify(page).await? else { return Ok(records) };
-        for index in number * R::PER_PAGE..(number + 1) * R::PER_PAGE {
-            let record = R::get(page.block(), index);
-            let damaged = |_| Error::refused(ErrorKind::Corrupt, "a table record makes no sense");
-            records.extend(record.map_err(damaged)?);
+        _: VdiId,
+        trees: &[(Option<SnapshotNumber>, RootRef)],
+    ) -> Result<(), Error> {
+        let is_of_snapshots = trees.iter().any(|(snapshot, _)| snapshot.is_some());
+        if is_of_snapshots && base::mutant::active("gc_misses_snapshot_roots") {
+            return Ok(());
         }
-        Ok(records)
+        let roots: Vec<RootRef> = trees.iter().map(|(_, root)| *root).collect();
+        self.walk(&roots).await?;
+        self.give_up();
+        self.store_if_due().await;
+        Ok(())
+    }
+
+    async fn pages(&mut self, table: Table, root: &RootRef) -> Result<Vec<(u64, Entry)>, Error> {
+        let pages = self.table_pages(root).await;
+        self.note_damage(table);
+        pages
+    }
+
+    async fn page(&mut self, table: Table, (_, page): (u64, Entry)) -> Result<Option<Node>, Error> {
+        let page = self.verify(page).await;
+        self.note_damage(table);
+        page
+    }
+
+    /// Marks a history, and what its snapshots see of it (design rule 37).
+    async fn history(
+        &mut self,
+        _: VdiId,
+        history: History,
+        snapshots: &[(SnapshotNumber, Lsn)],
+    ) -> Result<(), Error> {
+        if base::mutant::active("gc_misses_histories")
+            || base::mutant::active("gc_misses_snapshot_roots")
+        {
+            return Ok(());
+        }
+        if self.found.tables.contains(history.at()) {
+            // For other snapshots: what these see of it would not be marked.
+            let message = "a history stands in two places of the tables";
+            return Err(Error::refused(ErrorKind::Corrupt, message));
+        }
+        let pages = self.table_pages(&history.versions).await?;
+        let mut versions = Vec::new();
+        let mut began = self.engine.pace();
+        for pages in pages.chunks(PAGES_AT_ONCE) {
+            // All at once, before each is asked for.
+            self.nodes().load_all(pages.iter().map(|(_, entry)| *entry).collect()).await;
+            for &page in pages {
+                if as_u64(versions.len()) < u64::from(history.count) {
+                    let node = self.verify(page.1).await?;
+                    versions.extend(reach::decoded::<VersionRecord>(node.as_ref(), page.0)?);
+                }
+            }
+            self.engine.go_on()?;
+            began = self.engine.keep_pace(began).await;
+        }
+        self.give_up();
+        let positions: Vec<Lsn> = snapshots.iter().map(|(_, position)| *position).collect();
+        for version in seen_by(&versions, &positions) {
+            self.found.marked.insert(version.entry.pba());
+        }
+        Ok(())
     }
 }
 

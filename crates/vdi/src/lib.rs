@@ -35,23 +35,27 @@ mod manage;
 mod mark;
 mod overlay;
 mod ranges;
+mod reach;
 mod read;
 mod receive;
 mod recovery;
 mod release;
 mod reserve;
 mod retention;
+mod scrub;
 mod snapshots;
 pub mod store;
 mod trim;
 mod types;
 mod vdi;
+mod verify;
 mod write;
 
 pub use blockstore::allocator::Reuse;
 pub use error::Error;
 pub use gc::{GcPhase, GcReport, GcStatus};
 pub use retention::Retention;
+pub use scrub::{Damage, DamageKind, Owner, ScrubEnd, ScrubReport, ScrubStatus};
 pub use store::Store;
 pub use types::{
     DiffExtent, FormatOptions, OpenOptions, OpenReport, Received, SnapshotEntry, Stats, Target,

@@ -1,5 +1,5 @@
-//! Sets of blocks, and walking trees to find out what they reach: `check` and garbage collection
-//! mark with it.
+//! Sets of blocks, and walking trees to find out what they reach: `check`, garbage collection and
+//! scrub do so. `reach.rs` says which trees a VDI has.
 //!
 //! A walk reads nodes only, several at a time, and each shared subtree once: a [`Marker`] says for
 //! every node that is named whether it must be entered. Memory is bounded by the height of the
@@ -11,7 +11,7 @@ use std::collections::btree_map::Entry as Page;
 use base::{BLOCK_SIZE, BirthLabel, Pba};
 use blockstore::allocator::BITMAP_PAGE_BLOCKS;
 use blockstore::{Error, NodeStore, tree};
-use ondisk::{Entry, EntryState, RootRef};
+use ondisk::{Entry, EntryState, Node, RootRef};
 
 /// Words in a page of bits.
 pub(crate) const PAGE_WORDS: usize = BLOCK_SIZE / 8;
@@ -204,37 +204,48 @@ impl Walk {
 
     /// Reads some nodes and shows what they name; false if none is left.
     pub(crate) async fn step(&mut self, nodes: &NodeStore, marker: &mut impl Marker) -> bool {
-        let batch = self.0.split_off(self.0.len().saturating_sub(NODES_AT_ONCE));
+        let batch = self.take(NODES_AT_ONCE);
         if batch.is_empty() {
             return false;
         }
         let loaded = nodes.load_all(batch.iter().map(|named| named.entry).collect()).await;
         for (parent, loaded) in batch.iter().zip(loaded) {
-            let node = match loaded {
-                Ok(node) => node,
-                Err(error) => {
-                    marker.failed(parent, &error);
-                    continue;
-                }
-            };
-            let width = tree::span(parent.level);
-            for (slot, entry) in (0u64..).zip(node.entries()) {
-                let child = Named {
-                    tree: parent.tree,
-                    entry,
-                    level: parent.level.saturating_sub(1),
-                    start: parent.start + slot * width,
-                    parent_birth: parent.entry.birth(),
-                };
-                match (entry.state(), parent.level) {
-                    (EntryState::Mapped, 0) => marker.block(&child),
-                    (EntryState::Mapped, _) if marker.enter(&child) => self.0.push(child),
-                    (EntryState::Damaged, _) => marker.lost(&child),
-                    _ => {}
-                }
+            match loaded {
+                Ok(node) => self.show(parent, &node, marker),
+                Err(error) => marker.failed(parent, &error),
             }
         }
         true
+    }
+
+    /// Takes some nodes that are to be read; none if the walk is at its end.
+    pub(crate) fn take(&mut self, count: usize) -> Vec<Named> {
+        self.0.split_off(self.0.len().saturating_sub(count))
+    }
+
+    /// Adds a node that is to be read.
+    pub(crate) fn push(&mut self, node: Named) {
+        self.0.push(node);
+    }
+
+    /// Shows what a node names.
+    pub(crate) fn show(&mut self, parent: &Named, node: &Node, marker: &mut impl Marker) {
+        let width = tree::span(parent.level);
+        for (slot, entry) in (0u64..).zip(node.entries()) {
+            let child = Named {
+                tree: parent.tree,
+                entry,
+                level: parent.level.saturating_sub(1),
+                start: parent.start + slot * width,
+                parent_birth: parent.entry.birth(),
+            };
+            match (entry.state(), parent.level) {
+                (EntryState::Mapped, 0) => marker.block(&child),
+                (EntryState::Mapped, _) if marker.enter(&child) => self.0.push(child),
+                (EntryState::Damaged, _) => marker.lost(&child),
+                _ => {}
+            }
+        }
     }
 }
 

@@ -39,6 +39,7 @@ use crate::mark::BlockSet;
 use crate::release::Releases;
 use crate::reserve::Reserve;
 use crate::retention::Retention;
+use crate::scrub::Scrubber;
 use crate::trim::Trimmer;
 use crate::types::{OpenOptions, OpenReport};
 use crate::vdi::Vdi;
@@ -288,6 +289,7 @@ fn build(
         collector: Collector::new(opened_at, options.marks_stored_every),
         releases: Releases::default(),
         trimmer: Trimmer::new(),
+        scrubber: Scrubber::new(),
         read_only: broken.is_some(),
         active: Cell::new(0),
         idle: Signal::default(),

@@ -126,6 +126,7 @@ impl Engine {
             self.allocator.release(part.inspect(|&pba| {
                 self.nodes.cache().remove(pba);
                 self.trimmer.note_freed(pba);
+                self.scrubber.note_freed(pba);
             }));
             self.runtime.yield_now().await;
         }

@@ -8,13 +8,14 @@ use disk::Disk;
 use ondisk::Origin;
 use runtime::Runtime;
 
+use crate::check::{CheckProgress, CheckReport};
 use crate::engine::{Engine, as_u64};
 use crate::handle::{SnapshotHandle, VdiHandle};
 use crate::manage::not_found;
 use crate::retention::Retention;
 use crate::trim::Scope;
 use crate::vdi::{Outline, Snapshot, Vdi};
-use crate::{GcReport, GcStatus, background, recovery};
+use crate::{GcReport, GcStatus, ScrubReport, ScrubStatus, background, recovery};
 
 use crate::Error;
 use crate::types::{
@@ -387,6 +388,56 @@ impl Store {
     #[must_use]
     pub fn gc_status(&self) -> GcStatus {
         self.0.gc_status()
+    }
+
+    /// Begins to read and verify everything in use that was in use when it began, in the background, and
+    /// returns the number of that pass; or that of the pass under way. `rate_bytes` is how much it reads in
+    /// a second, from now on: 0 has no limit, `None` leaves it as it is, or as it was set. Nobody waits for
+    /// it. It changes nothing: damage is counted and told of.
+    pub fn begin_scrub(&self, rate_bytes: Option<u64>) -> u64 {
+        self.0.begin_scrub(rate_bytes)
+    }
+
+    /// Sets how many bytes passes read in a second that are begun without a rate of their own: 64 MiB
+    /// if this is not called, 0 for no limit.
+    pub fn set_scrub_rate(&self, rate_bytes: u64) {
+        self.0.scrubber.set_rate(rate_bytes);
+    }
+
+    /// Waits for the end of a pass that was begun. If others were begun since, the report is of the last
+    /// that ended.
+    pub async fn scrubbed(&self, pass: u64) -> ScrubReport {
+        self.0.scrubbed(pass).await
+    }
+
+    /// Ends the pass under way; whether there is one. What it found until then is told of.
+    pub fn stop_scrub(&self) -> bool {
+        self.0.stop_scrub()
+    }
+
+    /// How scrub stands.
+    #[must_use]
+    pub fn scrub_status(&self) -> ScrubStatus {
+        self.0.scrub_status()
+    }
+
+    /// Checks the store while it is in use: what one checkpoint published is held to what
+    /// [`crate::check`] holds a store to, but for the log and the older slot. With `read_data`, scrub
+    /// reads the data then, at its rate or at `rate_bytes`. Guests go on; what becomes free while metadata
+    /// is walked is held back until that has ended. Changes nothing.
+    ///
+    /// # Errors
+    /// `Busy` if somebody needs the space that is held back, or scrub was stopped; `Io` if the device fails;
+    /// `Fenced` if the store was closed meanwhile. Damage is what the report is about, and no error.
+    pub async fn check(
+        &self,
+        read_data: bool,
+        rate_bytes: Option<u64>,
+        progress: impl Fn(CheckProgress) + 'static,
+    ) -> Result<CheckReport, Error> {
+        let engine = Rc::clone(&self.0);
+        self.finish(async move { engine.check_online(read_data, rate_bytes, &progress).await })
+            .await
     }
 
     /// Current counters.

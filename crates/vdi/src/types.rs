@@ -237,6 +237,14 @@ pub struct Stats {
     pub collected_blocks: u64,
     /// Free blocks whose space was given back to what lies below.
     pub trimmed_blocks: u64,
+    /// Bytes that scrub has read and verified.
+    pub scrubbed_bytes: u64,
+    /// Damaged blocks that it found: one that stays damaged counts once in each pass.
+    pub scrub_damaged_blocks: u64,
+    /// Its passes that went through everything.
+    pub scrubs: u64,
+    /// When the last of them ended, in seconds since 1970; 0 if none did since the store was opened.
+    pub scrub_ended_seconds: u64,
     /// Node cache hits.
     pub cache_hits: u64,
     /// Node cache misses.

@@ -83,6 +83,7 @@ const fn stage(stage: vdi::check::CheckStage) -> &'static str {
         vdi::check::CheckStage::Tables => "tables",
         vdi::check::CheckStage::Vdis => "disks",
         vdi::check::CheckStage::OlderSlot => "older copy",
+        vdi::check::CheckStage::Data => "data",
         vdi::check::CheckStage::Repair => "repair",
     }
 }

@@ -6,12 +6,12 @@ use base::{BirthLabel, ExtentIndex, Pba};
 use blockstore::{Geometry, tree};
 use ondisk::{Entry, ExtentKind};
 
-use super::data::DataBlock;
 use super::{CheckCounts, CheckReport, Finding, FindingKind};
 use crate::mark::{BlockSet, Marker, Named};
+use crate::verify::DataBlock;
 
 /// Findings that are listed; more are counted only, so that a ruined store cannot fill memory.
-const FINDINGS_MAX: usize = 1000;
+pub(super) const FINDINGS_MAX: usize = 1000;
 
 /// What a tree is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

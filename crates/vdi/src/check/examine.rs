@@ -16,13 +16,14 @@ use ondisk::{
 use runtime::Runtime;
 
 use super::audit::{Audit, Tree, TreeKind, runs};
-use super::data::{self, DataBlock, Fault, GATHER_BLOCKS};
 use super::{CheckOptions, CheckProgress, CheckReport, CheckStage, FindingKind};
 use crate::Error;
 use crate::claim::{self, Place};
-use crate::engine::as_u64;
+use crate::engine::{Engine, as_u64};
+use crate::gc::Pace;
 use crate::history::seen_by;
-use crate::mark::{BlockSet, Marker, Named, Walk, words_of};
+use crate::mark::{BlockSet, Marker, Named, PAGE_WORDS, Walk, words_of};
+use crate::verify::{self, DataBlock, Fault};
 
 /// The one host that there is today.
 pub(super) const HOST: HostId = HostId::new(0);
@@ -32,6 +33,13 @@ const CACHE_BYTES: usize = 4 << 20;
 
 /// Pages that are read at a time.
 const PAGES_AT_ONCE: usize = 64;
+
+/// Runs of data that are read at a time.
+const READS_AT_ONCE: usize = 8;
+
+/// Data blocks that are gathered before they are read: what was scattered over a tree may be adjacent
+/// on the device.
+const GATHER_BLOCKS: usize = 16 << 10;
 
 /// What an examination found, for a repair to go on from.
 pub(super) struct Examined {
@@ -99,6 +107,8 @@ struct Examiner<'a> {
     stage: CheckStage,
     /// The trees of each VDI that were walked for the newer slot.
     walked: HashMap<u64, (RootRef, RootRef)>,
+    /// Whose store it is, if it is in use.
+    engine: Option<&'a Engine>,
 }
 
 /// Reads everything and judges it.
@@ -115,19 +125,8 @@ pub(super) async fn examine(
     let geometry = Geometry::new(&found.superblock);
     let checksums = Checksums::new(found.superblock.uuid, &found.superblock.key);
     let scheduler = WriteScheduler::new(runtime.clone(), device.clone());
-    let nodes =
-        NodeStore::new(runtime.clone(), device.clone(), scheduler, checksums.clone(), CACHE_BYTES);
-    let mut examiner = Examiner {
-        device,
-        runtime,
-        checksums: checksums.clone(),
-        nodes,
-        progress,
-        audit: Audit::new(geometry.clone(), options.read_data),
-        space: Space::default(),
-        stage: CheckStage::Log,
-        walked: HashMap::new(),
-    };
+    let at = Place { device, runtime, geometry: &geometry, checksums: &checksums, host: HOST };
+    let mut examiner = Examiner::new(&at, scheduler, options.read_data, progress, None);
     for &at in &found.damaged {
         let message = format!("the copy of the superblock at block {at} is damaged");
         examiner.audit.error(FindingKind::Superblock, Some(at), message);
@@ -171,7 +170,66 @@ pub(super) async fn examine(
     Ok(examined)
 }
 
-impl Examiner<'_> {
+/// Reads everything that one checkpoint of a store in use has published, and judges it. Nothing of it may
+/// be released meanwhile. `live` are the blocks that its engine says are reached.
+///
+/// # Errors
+/// If the store has failed, is being closed, or somebody needs the space that is held back.
+pub(super) async fn examine_cut(
+    engine: &Engine,
+    slot: &HostSlot,
+    live: &BlockSet,
+    progress: &dyn Fn(CheckProgress),
+) -> Result<CheckReport, Error> {
+    let scheduler = engine.scheduler.clone();
+    let mut examiner = Examiner::new(&engine.place(), scheduler, false, progress, Some(engine));
+    let found = superblock::read(&engine.device, &engine.runtime, false).await?;
+    for &at in &found.damaged {
+        let message = format!("the copy of the superblock at block {at} is damaged");
+        examiner.audit.error(FindingKind::Superblock, Some(at), message);
+    }
+    examiner.published(slot).await;
+    let reached = std::mem::take(&mut examiner.audit.reached);
+    for (first, last) in examiner.runs_beyond(&reached, live).await {
+        let message = format!(
+            "blocks {first} to {last} are reached, but the daemon holds them for free: stop it"
+        );
+        examiner.audit.error(FindingKind::ReachedButFree, Some(first), message);
+    }
+    engine.go_on_checking()?;
+    Ok(examiner.audit.report)
+}
+
+impl<'a> Examiner<'a> {
+    fn new(
+        place: &Place<'a>,
+        scheduler: WriteScheduler,
+        read_data: bool,
+        progress: &'a dyn Fn(CheckProgress),
+        engine: Option<&'a Engine>,
+    ) -> Self {
+        let (device, runtime, checksums) = (place.device, place.runtime, place.checksums);
+        let nodes = NodeStore::new(
+            runtime.clone(),
+            device.clone(),
+            scheduler,
+            checksums.clone(),
+            CACHE_BYTES,
+        );
+        Self {
+            device,
+            runtime,
+            checksums: checksums.clone(),
+            nodes,
+            progress,
+            audit: Audit::new(place.geometry.clone(), read_data),
+            space: Space::default(),
+            stage: CheckStage::Log,
+            walked: HashMap::new(),
+            engine,
+        }
+    }
+
     async fn run(&mut self, pair: &SlotPair) -> Result<(Replayed, Option<Break>), Error> {
         let slot = &pair.newest;
         self.audit.report.closed_cleanly = slot.state == SlotState::Clean;
@@ -183,6 +241,17 @@ impl Examiner<'_> {
         {
             self.audit.error(FindingKind::HostSlot, None, error.to_string());
         }
+        self.published(slot).await;
+        self.step(CheckStage::OlderSlot);
+        if let Some(older) = &pair.older {
+            self.older_slot(older, slot).await?;
+        }
+        self.logged_blocks(&log, slot).await;
+        Ok((log, log_break))
+    }
+
+    /// Everything that a slot's roots reach.
+    async fn published(&mut self, slot: &HostSlot) {
         self.step(CheckStage::Tables);
         self.extents(slot).await;
         self.bitmaps(slot.roots.bitmaps).await;
@@ -200,13 +269,7 @@ impl Examiner<'_> {
         }
         self.space.trees_are_complete =
             self.space.vdis_state.is_complete && self.audit.unread == unread;
-        self.compare_space();
-        self.step(CheckStage::OlderSlot);
-        if let Some(older) = &pair.older {
-            self.older_slot(older, slot).await?;
-        }
-        self.logged_blocks(&log, slot).await;
-        Ok((log, log_break))
+        self.compare_space().await;
     }
 
     fn step(&mut self, stage: CheckStage) {
@@ -283,25 +346,43 @@ impl Examiner<'_> {
             }
             walk.add(number, root, &mut self.audit);
         }
+        let mut pace = self.engine.map(Engine::pace);
         while walk.step(&self.nodes, &mut self.audit).await {
             if self.audit.unverified.len() >= GATHER_BLOCKS {
                 self.verify().await;
             }
             self.report_progress();
-            self.runtime.yield_now().await;
+            if self.engine.is_some_and(|engine| engine.go_on_checking().is_err()) {
+                return;
+            }
+            pace = self.rest(pace).await;
         }
         self.verify().await;
+    }
+
+    /// Leaves the device and the thread to others for a while.
+    async fn rest(&self, last: Option<Pace>) -> Option<Pace> {
+        match (self.engine, last) {
+            (Some(engine), Some(last)) => Some(engine.keep_pace(last).await),
+            _ => {
+                self.runtime.yield_now().await;
+                None
+            }
+        }
     }
 
     async fn verify(&mut self) {
         let blocks = std::mem::take(&mut self.audit.unverified);
         self.audit.counts().data_blocks_verified += as_u64(blocks.len());
-        let faults = data::verify(self.device, self.runtime, &self.checksums, blocks).await;
-        for (block, fault) in faults {
+        for (block, fault) in self.faults(blocks).await {
             let title = self.audit.trees.get(block.tree).map_or("?", |tree| &tree.title);
             let what = format!("{title}, block {}: block {} of the store", block.lba, block.pba);
             self.data_fault(block.pba, &what, fault);
         }
+    }
+
+    async fn faults(&self, blocks: Vec<DataBlock>) -> Vec<(DataBlock, Fault)> {
+        verify::verify(self.device, self.runtime, &self.checksums, READS_AT_ONCE, blocks).await
     }
 
     fn data_fault(&mut self, pba: Pba, what: &str, fault: Fault) {
@@ -576,10 +657,9 @@ impl Examiner<'_> {
     }
 
     /// Holds what is reached against the bitmaps.
-    fn compare_space(&mut self) {
+    async fn compare_space(&mut self) {
         let reached = std::mem::take(&mut self.audit.reached);
-        let free: Vec<Pba> = reached.iter().filter(|&pba| !self.space.live.contains(pba)).collect();
-        for (first, last) in runs(free.into_iter()) {
+        for (first, last) in self.runs_beyond(&reached, &self.space.live).await {
             let message = format!(
                 "blocks {first} to {last} are reached, but the bitmaps say that they are free"
             );
@@ -604,10 +684,29 @@ impl Examiner<'_> {
         }
         // What lies below a node that could not be read is not known to be leaked.
         if self.audit.unread == 0 {
-            let leaked = self.space.live.iter().filter(|&pba| !reached.contains(pba)).count();
-            self.audit.counts().leaked_blocks = as_u64(leaked);
+            let mut leaked = 0;
+            for (index, live) in self.space.live.pages() {
+                leaked += live.iter().zip(words_at(&reached, index)).map(beyond).sum::<u64>();
+                self.runtime.yield_now().await;
+            }
+            self.audit.counts().leaked_blocks = leaked;
         }
         self.audit.reached = reached;
+    }
+
+    /// The blocks of a set that another one lacks, as runs.
+    async fn runs_beyond(&self, all: &BlockSet, known: &BlockSet) -> Vec<(Pba, Pba)> {
+        let mut found = Vec::new();
+        for (index, words) in all.pages() {
+            self.runtime.yield_now().await;
+            if words.iter().zip(words_at(known, index)).map(beyond).sum::<u64>() == 0 {
+                continue;
+            }
+            let start = index * BITMAP_PAGE_BLOCKS;
+            let blocks = (start..start + BITMAP_PAGE_BLOCKS).map(Pba::new);
+            found.extend(runs(blocks.filter(|&at| all.contains(at) && !known.contains(at))));
+        }
+        found
     }
 
     /// Walks what only the older slot reaches: it must be whole too, and so must its log.
@@ -679,9 +778,7 @@ impl Examiner<'_> {
             }
         }
         self.audit.counts().data_blocks_verified += as_u64(settled.len());
-        for (block, fault) in
-            data::verify(self.device, self.runtime, &self.checksums, settled).await
-        {
+        for (block, fault) in self.faults(settled).await {
             let what = format!("log record {}: block {} of the store", block.lba, block.pba);
             self.data_fault(block.pba, &what, fault);
         }
@@ -725,6 +822,16 @@ impl Examiner<'_> {
             self.audit.error(FindingKind::WrongExtent, Some(pba), message);
         }
     }
+}
+
+/// A page of a set; an empty one if it has none.
+fn words_at(set: &BlockSet, index: u64) -> &[u64; PAGE_WORDS] {
+    set.page(index).unwrap_or(&[0; PAGE_WORDS])
+}
+
+/// How many blocks one word has that the other lacks.
+fn beyond((all, known): (&u64, &u64)) -> u64 {
+    u64::from((all & !known).count_ones())
 }
 
 /// Histories by where they stand, with the numbers and positions of their snapshots.

@@ -52,7 +52,7 @@ pub(crate) fn small_store(clean: bool) -> Ram {
         store.clone_vdi(&Target::parse("web01@first"), "clone").await.unwrap();
         write(&disk(&store, "clone").await, 4096, &[4; 4096]).await;
         store.checkpoint().await.unwrap();
-        write(&head, 1 << 20, &[5; 8192]).await;
+        write(&head, 1 << 20, &[150; 8192]).await;
         store.snapshot("web01", None).await.unwrap();
         write(&head, 1 << 20, &[6; 4096]).await;
         if clean {

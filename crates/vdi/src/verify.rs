@@ -6,40 +6,34 @@ use ondisk::Checksums;
 use runtime::Runtime;
 use runtime::sync::Semaphore;
 
-/// Device reads at a time.
-const READS_AT_ONCE: usize = 8;
-
-/// Blocks that are gathered before they are read: what was scattered over a tree may be adjacent
-/// on the device.
-pub(super) const GATHER_BLOCKS: usize = 16 << 10;
-
 /// A data block and what it must hash to.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct DataBlock {
-    pub(super) pba: Pba,
+pub(crate) struct DataBlock {
+    pub(crate) pba: Pba,
     /// 48 bits.
-    pub(super) hash48: u64,
+    pub(crate) hash48: u64,
     /// The caller's number of the tree that names it.
-    pub(super) tree: usize,
-    pub(super) lba: u64,
+    pub(crate) tree: usize,
+    pub(crate) lba: u64,
 }
 
 /// Why a block is not what it must be.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Fault {
+pub(crate) enum Fault {
     Mismatch,
     Unreadable(DeviceError),
 }
 
-/// Reads blocks and returns those that are not what they must be.
-pub(super) async fn verify(
+/// Reads blocks, so many runs at a time, and returns those that are not what they must be.
+pub(crate) async fn verify(
     device: &Device,
     runtime: &Runtime,
     checksums: &Checksums,
+    reads_at_once: usize,
     mut blocks: Vec<DataBlock>,
 ) -> Vec<(DataBlock, Fault)> {
     blocks.sort_unstable_by_key(|block| block.pba);
-    let at_once = Semaphore::new(READS_AT_ONCE);
+    let at_once = Semaphore::new(reads_at_once);
     let mut reads = Vec::new();
     let adjacent = |a: &DataBlock, b: &DataBlock| a.pba.plus(1) == b.pba;
     let runs = blocks.chunk_by(adjacent).flat_map(|run| run.chunks(REQUEST_BLOCKS_MAX));
