@@ -12,6 +12,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
+use crate::check::CheckReport;
+use crate::scrub::{BeginCheck, BeginScrub, CheckStatus, ScrubStatus};
 use crate::types::{
     Attach, Attachment, ChangeVdi, CompleteReceive, CreateVdi, DaemonStatus, Diff, DiffPage, Gc,
     GcStatus, Mounted, Removed, Rollback, Snapshot, SnapshotPage, Space, Stats, TakeSnapshot,
@@ -83,6 +85,46 @@ impl Client {
     /// If the daemon cannot answer.
     pub async fn gc_status(&self) -> Result<GcStatus, Error> {
         self.ask(Method::GET, "/v1/gc", NOTHING).await
+    }
+
+    /// How scrub stands, and what its last pass found.
+    ///
+    /// # Errors
+    /// If the daemon cannot answer.
+    pub async fn scrub_status(&self) -> Result<ScrubStatus, Error> {
+        self.ask(Method::GET, "/v1/scrub", NOTHING).await
+    }
+
+    /// Begins a pass of scrub, or sets the rate of the one that is under way. Does not wait for its end.
+    ///
+    /// # Errors
+    /// If the daemon cannot answer.
+    pub async fn begin_scrub(&self, request: BeginScrub) -> Result<ScrubStatus, Error> {
+        self.ask(Method::POST, "/v1/scrub", Some(&request)).await
+    }
+
+    /// Ends the pass of scrub that is under way.
+    ///
+    /// # Errors
+    /// `NotFound` if none is.
+    pub async fn stop_scrub(&self) -> Result<ScrubStatus, Error> {
+        self.ask(Method::DELETE, "/v1/scrub", NOTHING).await
+    }
+
+    /// Checks the store while it is served. What is wrong with it is in the report, and no error.
+    ///
+    /// # Errors
+    /// `Busy` if somebody needs space that a check holds back.
+    pub async fn check(&self, request: BeginCheck) -> Result<CheckReport, Error> {
+        self.ask(Method::POST, "/v1/check", Some(&request)).await
+    }
+
+    /// How far the check is that is under way.
+    ///
+    /// # Errors
+    /// If the daemon cannot answer.
+    pub async fn check_status(&self) -> Result<CheckStatus, Error> {
+        self.ask(Method::GET, "/v1/check", NOTHING).await
     }
 
     /// Every VDI, in order of name.

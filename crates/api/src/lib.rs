@@ -23,6 +23,11 @@
 //! | `/v1/diff?from=&to=&after=&max=` | GET | | [`DiffPage`] |
 //! | `/v1/gc` | GET | | [`GcStatus`] |
 //! | `/v1/gc` | POST | | [`Gc`] |
+//! | `/v1/scrub` | GET | | [`ScrubStatus`] |
+//! | `/v1/scrub` | POST | [`BeginScrub`] | [`ScrubStatus`], of the pass that was begun or is under way |
+//! | `/v1/scrub` | DELETE | | [`ScrubStatus`], of the pass that is ended |
+//! | `/v1/check` | GET | | [`CheckStatus`] |
+//! | `/v1/check` | POST | [`BeginCheck`] | [`CheckReport`], when it has ended |
 //! | `/v1/attachments` | GET | | list of [`Attachment`] |
 //! | `/v1/attachments` | POST | [`Attach`] | [`Attachment`] |
 //! | `/v1/attachments/{path}` | DELETE | | [`Attachment`], as it was |
@@ -37,12 +42,17 @@ mod check;
 mod client;
 mod error;
 pub mod mount;
+mod scrub;
 mod types;
 mod url;
 
 pub use check::{CheckCounts, CheckReport, Finding, FindingKind};
 pub use client::Client;
 pub use error::{Error, Kind};
+pub use scrub::{
+    BeginCheck, BeginScrub, CheckStatus, ScrubDamage, ScrubDamageKind, ScrubEnd, ScrubOwner,
+    ScrubReport, ScrubStatus,
+};
 pub use types::{
     Attach, Attachment, ChangeVdi, CompleteReceive, CreateVdi, DIFF_EXTENTS_MAX, DaemonStatus,
     Diff, DiffExtent, DiffPage, FrontendMetrics, Gc, GcPhase, GcStatus, Mounted, NbdEndpoint,

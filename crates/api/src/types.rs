@@ -424,6 +424,14 @@ stats! {
     collected_blocks,
     /// Free blocks whose space was given back to what lies below.
     trimmed_blocks,
+    /// Bytes that scrub has read and verified.
+    scrubbed_bytes,
+    /// Damaged blocks that scrub has found; one that stays damaged counts once in each pass.
+    scrub_damaged_blocks,
+    /// Passes of scrub that went through everything.
+    scrubs,
+    /// When the last of them ended, in seconds since 1970; 0 if none did since the daemon opened the store.
+    scrub_ended_seconds,
     /// Node cache hits.
     cache_hits,
     /// Node cache misses.

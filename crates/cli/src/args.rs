@@ -403,6 +403,27 @@ pub(crate) enum Command {
         status: bool,
     },
 
+    /// Read and verify everything that is stored, now, and tell what is damaged
+    ///
+    /// The daemon does so by itself from time to time: see `serve --scrub-every`. Every block in use is read
+    /// from the device once, however many snapshots share it. Guests go on, and what they write meanwhile is
+    /// left to the next time. Nothing is changed. If it finds damage, it says whose, and ends with code 4.
+    ///
+    /// Ctrl-C leaves the daemon at it; `--stop` ends it.
+    Scrub {
+        /// Read so many bytes in a second, such as 100M; 0 for no limit [default: that of `serve`]
+        ///
+        /// Also for a scrub that is running.
+        #[arg(long, value_name = "SIZE", value_parser = rate(), conflicts_with_all = ["status", "stop"])]
+        rate: Option<u64>,
+        /// Only tell how far it is, and what it found the last time
+        #[arg(long, conflicts_with = "stop")]
+        status: bool,
+        /// End the one that is running
+        #[arg(long)]
+        stop: bool,
+    },
+
     /// Print a completion script for a shell
     ///
     /// For bash: parallax completion bash > /etc/bash_completion.d/parallax
@@ -478,9 +499,17 @@ pub(crate) enum Preallocate {
 
 #[derive(Args, Debug)]
 pub(crate) struct Check {
-    /// The store
+    /// The store; with --online it is the daemon's
     #[arg(value_name = "PATH", value_hint = ValueHint::FilePath)]
-    pub(crate) path: PathBuf,
+    #[arg(required_unless_present = "online")]
+    pub(crate) path: Option<PathBuf>,
+    /// Have the daemon check the store that it serves; guests go on
+    ///
+    /// Checks what one checkpoint has published: all but the log and the older copy. The space that becomes
+    /// free while metadata is read is held back until that has ended. Data is read by scrub, at its
+    /// rate.
+    #[arg(long, conflicts_with_all = ["path", "repair", "buffered"])]
+    pub(crate) online: bool,
     /// Repair what can be repaired, then check again
     ///
     /// Superblock copies, tables and bitmaps are written afresh from what is intact. Blocks of
@@ -599,6 +628,15 @@ pub(crate) struct Serve {
     /// Use the page cache: only for file systems without direct I/O
     #[arg(long)]
     pub(crate) buffered: bool,
+    /// Read and verify all that is stored again so long after the last time; `off` for never
+    ///
+    /// See `parallax scrub`. A scrub that the end of the daemon cut short begins anew ten minutes after the next
+    /// start; if nothing is known of an earlier one, as after a boot, the first begins after a day.
+    #[arg(long, value_name = "PERIOD", default_value = "30d", value_parser = period())]
+    pub(crate) scrub_every: Duration,
+    /// How much scrub reads in a second; 0 for no limit
+    #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = rate())]
+    pub(crate) scrub_rate: u64,
     /// How much to log on stderr
     #[arg(long, value_enum, default_value_t = LogLevel::Info, value_name = "LEVEL")]
     pub(crate) log: LogLevel,
@@ -620,6 +658,42 @@ pub(crate) enum LogLevel {
 
 fn size() -> ValueParser {
     ValueParser::new(parse_size)
+}
+
+/// Bytes in a second, or 0.
+fn rate() -> ValueParser {
+    ValueParser::new(|text: &str| match text {
+        "0" => Ok(0),
+        text => parse_size(text),
+    })
+}
+
+/// Longest time between two scrubs: ten years.
+const SCRUB_PERIOD_MAX_SECONDS: u64 = 10 * 365 * 24 * 3600;
+
+/// A period such as 30d, or `off`.
+fn period() -> ValueParser {
+    ValueParser::new(parse_period)
+}
+
+fn parse_period(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("'{text}' is no period: use 12h, 7d or 4w, or off");
+    if text == "off" || text == "0" {
+        return Ok(Duration::ZERO);
+    }
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match text.strip_prefix(digits) {
+        Some("m") => 60,
+        Some("h") => 3600,
+        Some("d") => 24 * 3600,
+        Some("w") => 7 * 24 * 3600,
+        _ => return Err(wrong()),
+    };
+    let count: u64 = digits.parse().map_err(|_| wrong())?;
+    match count.checked_mul(unit) {
+        Some(seconds @ 1..=SCRUB_PERIOD_MAX_SECONDS) => Ok(Duration::from_secs(seconds)),
+        _ => Err(format!("'{text}' is not between a minute and ten years")),
+    }
 }
 
 fn parse_size(text: &str) -> Result<u64, String> {

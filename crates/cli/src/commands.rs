@@ -14,6 +14,7 @@ mod progress;
 mod qemu_img;
 mod quickstart;
 mod receive;
+mod scrub;
 mod send;
 mod serve;
 mod snapshots;
@@ -43,7 +44,7 @@ pub(crate) fn run(cli: Cli) -> Result<(), Error> {
     match command {
         Command::Quickstart { dir, buffered } => return quickstart::run(&dir, buffered, global),
         Command::Format(format) => return format::run(&format, global.json),
-        Command::Check(check) => return check::run(&check, global.json),
+        Command::Check(check) if !check.online => return check::run(&check, global.json),
         Command::Dump(dump) => return dump::run(&dump, global.json),
         Command::Serve(serve) => return serve::run(serve, global),
         Command::Completion { shell } => return docs::completion(shell),
@@ -101,6 +102,10 @@ async fn ask(context: Context, command: Command) -> Result<(), Error> {
         Command::Stats { watch, interval } => stats::run(&context, watch.then_some(interval)).await,
         Command::Gc { status: true } => gc::status(&context).await,
         Command::Gc { status: false } => gc::run(&context).await,
+        Command::Scrub { status: true, .. } => scrub::status(&context).await,
+        Command::Scrub { stop: true, .. } => scrub::stop(&context).await,
+        Command::Scrub { rate, .. } => scrub::run(&context, rate).await,
+        Command::Check(check) => check::online(&context, &check).await,
         Command::Import { file, name, format } => {
             transfer::import(&context, &file, &name.name, format).await
         }
@@ -122,7 +127,6 @@ async fn ask(context: Context, command: Command) -> Result<(), Error> {
         Command::Upgrade { binary } => upgrade::run(&context, binary.as_deref()).await,
         Command::Quickstart { .. }
         | Command::Format(_)
-        | Command::Check(_)
         | Command::Dump(_)
         | Command::Serve(_)
         | Command::Mount(_)

@@ -9,6 +9,7 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use api::{Error, Kind};
 
@@ -41,6 +42,17 @@ pub struct Config {
     pub insecure_plaintext: bool,
     /// Go through the page cache, for file systems without O_DIRECT.
     pub buffered: bool,
+    /// When and how fast scrub runs by itself.
+    pub scrub: Scrub,
+}
+
+/// When scrub runs by itself, and how fast.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Scrub {
+    /// From the end of one pass to the beginning of the next; zero: never.
+    pub every: Duration,
+    /// Bytes that a pass reads in a second; 0 has no limit.
+    pub rate_bytes: u64,
 }
 
 /// Where TLS certificates lie, named as QEMU and nbdkit name them.
@@ -151,6 +163,8 @@ pub(crate) struct Plan {
     pub(crate) tls: Option<TlsFiles>,
     /// Whether to go through the page cache.
     pub(crate) buffered: bool,
+    /// When and how fast scrub runs by itself.
+    pub(crate) scrub: Scrub,
     /// The sockets that the process has.
     pub(crate) sockets: Arc<Sockets>,
 }
@@ -191,9 +205,9 @@ impl Config {
             }
         }
         check_socket_path(&api::mount::socket(&self.socket))?;
-        let Self { store, socket, tls, buffered, .. } = self;
+        let Self { store, socket, tls, buffered, scrub, .. } = self;
         let sockets = Arc::new(Sockets::inherit());
-        Ok(Plan { store, socket, listen, cache_bytes, tls, buffered, sockets })
+        Ok(Plan { store, socket, listen, cache_bytes, tls, buffered, scrub, sockets })
     }
 
     fn listen_tcp(&self, address: &NbdAddress, host: &str, port: u16) -> Result<Listen, Error> {
@@ -229,6 +243,7 @@ mod tests {
             tls: None,
             insecure_plaintext: false,
             buffered: false,
+            scrub: Scrub { every: Duration::ZERO, rate_bytes: 0 },
         }
     }
 

@@ -97,6 +97,10 @@ pub(crate) fn stats(
         collections: stats.collections,
         collected_blocks: stats.collected_blocks,
         trimmed_blocks: stats.trimmed_blocks,
+        scrubbed_bytes: stats.scrubbed_bytes,
+        scrub_damaged_blocks: stats.scrub_damaged_blocks,
+        scrubs: stats.scrubs,
+        scrub_ended_seconds: stats.scrub_ended_seconds,
         cache_hits: stats.cache_hits,
         cache_misses: stats.cache_misses,
         cache_bytes: stats.cache_bytes,
@@ -170,6 +174,89 @@ fn finding(finding: vdi::check::Finding) -> api::Finding {
         From::Record => api::FindingKind::Record,
     };
     api::Finding { kind, block: finding.at.map(base::Pba::get), message: finding.message }
+}
+
+pub(crate) fn scrub_status(status: vdi::ScrubStatus, next: Option<Timestamp>) -> api::ScrubStatus {
+    let bytes = |blocks: u64| blocks.saturating_mul(base::BLOCK_SIZE_U64);
+    api::ScrubStatus {
+        pass: status.pass,
+        running: status.running,
+        rate_bytes: status.rate_bytes,
+        elapsed_ms: u64::try_from(status.elapsed.as_millis()).unwrap_or(u64::MAX),
+        done_bytes: bytes(status.done_blocks),
+        total_bytes: bytes(status.total_blocks),
+        read_bytes: bytes(status.read_blocks),
+        damaged_blocks: status.damaged_blocks,
+        next,
+        last: status.last.map(scrub_report),
+    }
+}
+
+fn scrub_report(report: vdi::ScrubReport) -> api::ScrubReport {
+    let (end, why) = match report.end {
+        vdi::ScrubEnd::Finished => (api::ScrubEnd::Finished, None),
+        vdi::ScrubEnd::Stopped => (api::ScrubEnd::Stopped, None),
+        vdi::ScrubEnd::Failed(why) => (api::ScrubEnd::Failed, Some(why)),
+    };
+    api::ScrubReport {
+        pass: report.pass,
+        began: time(report.began_ns),
+        ended: time(report.ended_ns),
+        end,
+        why,
+        read_bytes: report.read_blocks.saturating_mul(base::BLOCK_SIZE_U64),
+        damaged_blocks: report.damaged_blocks,
+        damages: report.damages.into_iter().map(scrub_damage).collect(),
+        damages_omitted: report.damages_omitted,
+    }
+}
+
+fn scrub_damage(damage: vdi::Damage) -> api::ScrubDamage {
+    let owner = |owner: vdi::Owner| api::ScrubOwner {
+        id: owner.id.get(),
+        name: owner.name,
+        head: owner.head,
+        snapshots: owner.snapshots.into_iter().map(base::SnapshotNumber::get).collect(),
+        snapshots_omitted: owner.snapshots_omitted,
+    };
+    api::ScrubDamage {
+        kind: match damage.kind {
+            vdi::DamageKind::Data => api::ScrubDamageKind::Data,
+            vdi::DamageKind::Node => api::ScrubDamageKind::Node,
+            vdi::DamageKind::Table(_) => api::ScrubDamageKind::Table,
+        },
+        block: damage.at.get(),
+        block_count: damage.block_count,
+        offset: damage.offset,
+        length: damage.length,
+        unreadable: damage.is_unreadable,
+        message: damage.to_string(),
+        owners: damage.owners.into_iter().map(owner).collect(),
+        owners_omitted: damage.owners_omitted,
+    }
+}
+
+pub(crate) fn check_status(at: Option<vdi::check::CheckProgress>) -> api::CheckStatus {
+    match at {
+        None => api::CheckStatus::default(),
+        Some(at) => api::CheckStatus {
+            stage: check_stage(at.stage).to_owned(),
+            done: at.done,
+            total: at.total,
+        },
+    }
+}
+
+/// What a check is at, in a word or two.
+pub(crate) const fn check_stage(stage: vdi::check::CheckStage) -> &'static str {
+    match stage {
+        vdi::check::CheckStage::Log => "log",
+        vdi::check::CheckStage::Tables => "tables",
+        vdi::check::CheckStage::Vdis => "disks",
+        vdi::check::CheckStage::OlderSlot => "older copy",
+        vdi::check::CheckStage::Data => "data",
+        vdi::check::CheckStage::Repair => "repair",
+    }
 }
 
 /// Nanoseconds since 1970 in 64 bits reach to 2554, well within a timestamp's range.

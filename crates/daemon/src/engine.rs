@@ -7,7 +7,7 @@
 
 mod listen;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::thread;
@@ -26,6 +26,7 @@ use crate::devices::Devices;
 use crate::directory::StoreDirectory;
 use crate::failure_mark::FailureMark;
 use crate::mounts::Mounts;
+use crate::scrub_schedule::ScrubSchedule;
 use crate::{convert, open};
 
 /// Most calls under way on the engine thread; further ones wait.
@@ -42,6 +43,9 @@ pub(crate) struct Served {
     pub(crate) attachments: Rc<Attachments>,
     pub(crate) devices: Rc<Devices>,
     pub(crate) mounts: Rc<Mounts>,
+    /// How far the check is that is under way.
+    pub(crate) checking: Rc<Cell<Option<vdi::check::CheckProgress>>>,
+    scrub: Rc<ScrubSchedule>,
     servers: Rc<listen::Servers>,
     stop: RefCell<Option<OneshotSender<()>>>,
 }
@@ -50,6 +54,10 @@ impl Served {
     pub(crate) fn stats(&self) -> api::Stats {
         let stats = self.store.stats();
         convert::stats(&stats, self.servers.connection_count(), self.attachments.connection_count())
+    }
+
+    pub(crate) fn scrub_status(&self) -> api::ScrubStatus {
+        convert::scrub_status(self.store.scrub_status(), self.scrub.next())
     }
 
     pub(crate) fn nbd_metrics(&self) -> api::FrontendMetrics {
@@ -220,6 +228,8 @@ async fn serve(
         attachments: Rc::clone(&attachments),
         devices: Rc::clone(&devices),
         mounts: Rc::clone(&mounts),
+        checking: Rc::default(),
+        scrub: ScrubSchedule::start(&runtime, &store, plan.scrub, socket, path),
         servers: Rc::clone(&servers),
         stop: Some(stop).into(),
     };

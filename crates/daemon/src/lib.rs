@@ -27,6 +27,7 @@ mod mounts;
 pub mod offline;
 mod open;
 mod remembered;
+mod scrub_schedule;
 mod socket_file;
 mod sockets;
 mod supervisor;
@@ -37,7 +38,7 @@ use std::time::Duration;
 
 use api::{DaemonStatus, Error, Kind};
 use config::Plan;
-pub use config::{CACHE_BYTES_MIN, Config, NBD_PORT, NbdAddress, TlsFiles, own_nbd_socket};
+pub use config::{CACHE_BYTES_MIN, Config, NBD_PORT, NbdAddress, Scrub, TlsFiles, own_nbd_socket};
 use current::Current;
 pub use devices::called_aside;
 use engine::Engine;

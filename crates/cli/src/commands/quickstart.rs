@@ -1,10 +1,11 @@
 //! `parallax quickstart`: from nothing to a disk that is served, in one command.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use api::{Error, OpenReport, percent_encode};
 use daemon::offline::{self, Format};
-use daemon::{Config, Daemon, own_nbd_socket};
+use daemon::{Config, Daemon, Scrub, own_nbd_socket};
 use serde_json::json;
 
 use crate::args::{Global, LogLevel};
@@ -39,6 +40,7 @@ pub(super) fn run(dir: &Path, buffered: bool, global: Global) -> Result<(), Erro
         tls: None,
         insecure_plaintext: false,
         buffered,
+        scrub: Scrub { every: Duration::ZERO, rate_bytes: 64 << 20 },
     })?;
     let made_disk = daemon.create_unless_there(DEMO, DEMO_BYTES)?;
     let status = daemon.status()?;

@@ -3,7 +3,7 @@
 use std::io::IsTerminal;
 
 use api::{DaemonStatus, Error};
-use daemon::{Config, Daemon, TlsFiles};
+use daemon::{Config, Daemon, Scrub, TlsFiles};
 use serde_json::json;
 use tracing::level_filters::LevelFilter;
 
@@ -21,6 +21,7 @@ pub(super) fn run(serve: Serve, global: Global) -> Result<(), Error> {
         tls: serve.tls_dir.map(|dir| TlsFiles { dir, verify_clients }),
         insecure_plaintext: serve.insecure_plaintext,
         buffered: serve.buffered,
+        scrub: Scrub { every: serve.scrub_every, rate_bytes: serve.scrub_rate },
     };
     let socket = std::path::absolute(&config.socket).unwrap_or_else(|_| config.socket.clone());
     let daemon = Daemon::start(config)?;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use api::{DaemonStatus, Error, Stats};
 use base::BLOCK_SIZE_U64;
+use jiff::Timestamp;
 use tokio::time::Instant;
 
 use super::Context;
@@ -109,9 +110,22 @@ fn table(now: &Stats, rates: Option<&Rates<'_>>) -> String {
         ("collections", plain(|s| s.collections)),
         ("collected", volume(|s| s.collected_blocks.saturating_mul(BLOCK_SIZE_U64))),
         ("trimmed", volume(|s| s.trimmed_blocks.saturating_mul(BLOCK_SIZE_U64))),
+        ("scrubbed", volume(|s| s.scrubbed_bytes)),
+        ("scrubs", gauge(now.scrubs)),
+        ("scrub ended", format!("{:>14}", scrub_ended(now))),
+        ("scrub damage", plain(|s| s.scrub_damaged_blocks)),
         ("node cache", format!("{:>14}{}", bytes(now.cache_bytes), hit_rate(now))),
     ];
     lines.map(|(name, value)| format!("{name:<15}{value}")).join("\n")
+}
+
+/// When the last scrub ended that read everything.
+fn scrub_ended(stats: &Stats) -> String {
+    let ended = i64::try_from(stats.scrub_ended_seconds).unwrap_or(i64::MAX);
+    match Timestamp::from_second(ended) {
+        Ok(ended) if stats.scrub_ended_seconds > 0 => output::time(ended),
+        _ => "never".to_owned(),
+    }
 }
 
 fn hit_rate(stats: &Stats) -> String {

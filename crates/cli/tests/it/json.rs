@@ -109,6 +109,10 @@ fn commands_print_what_is_described() {
     check("stats", &["stats"]);
     check("gc", &["gc"]);
     check("gc status", &["gc", "--status"]);
+    check("scrub status", &["scrub", "--status"]);
+    check("scrub", &["scrub"]);
+    check("scrub status", &["scrub", "--status"]);
+    check("check", &["check", "--online"]);
     check("disk", &["rollback", "a@s"]);
     check("export", &["export", "a", "f"]);
     check("disk", &["import", "f", "e"]);

@@ -17,6 +17,7 @@ mod mounts;
 mod network;
 mod place;
 mod quickstart;
+mod scrub;
 mod snapshots;
 mod stats;
 mod streams;

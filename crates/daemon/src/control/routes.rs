@@ -1,11 +1,13 @@
 //! One function per route: take the request apart, call the engine, put the answer together.
 
+use std::rc::Rc;
 use std::time::Duration;
 
 use api::{
-    Attach, Attachment, ChangeVdi, CompleteReceive, CreateVdi, DIFF_EXTENTS_MAX, DaemonStatus,
-    DiffPage, Error, FrontendMetrics, Gc, GcStatus, Kind, Mounted, PAGE_MAX, Removed, Rollback,
-    Snapshot, SnapshotPage, Space, Stats, TakeSnapshot, Upgrade, Upgrading, Vdi, VdiPage,
+    Attach, Attachment, BeginCheck, BeginScrub, ChangeVdi, CheckReport, CheckStatus,
+    CompleteReceive, CreateVdi, DIFF_EXTENTS_MAX, DaemonStatus, DiffPage, Error, FrontendMetrics,
+    Gc, GcStatus, Kind, Mounted, PAGE_MAX, Removed, Rollback, ScrubStatus, Snapshot, SnapshotPage,
+    Space, Stats, TakeSnapshot, Upgrade, Upgrading, Vdi, VdiPage,
 };
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -31,6 +33,8 @@ pub(super) fn router(current: Current) -> Router {
         .route("/daemon", get(daemon))
         .route("/stats", get(stats))
         .route("/gc", get(gc_status).post(collect_garbage))
+        .route("/scrub", get(scrub_status).post(begin_scrub).delete(stop_scrub))
+        .route("/check", get(check_status).post(check))
         .route("/upgrade", post(upgrade))
         .route("/nbd", get(nbd))
         .route("/vhost-user", get(vhost_user))
@@ -90,6 +94,49 @@ async fn collect_garbage(State(current): State<Current>) -> Answer<Gc> {
         Ok(GcReport { trimmed_blocks, ..report })
     };
     Ok(Json(convert::gc(current.call(answer).await?)))
+}
+
+async fn scrub_status(State(current): State<Current>) -> Answer<ScrubStatus> {
+    let answer = async |served: &Served| Ok(served.scrub_status());
+    Ok(Json(current.call(answer).await?))
+}
+
+async fn begin_scrub(
+    State(current): State<Current>,
+    Body(request): Body<BeginScrub>,
+) -> Answer<ScrubStatus> {
+    let answer = async move |served: &Served| {
+        served.store.begin_scrub(request.rate_bytes);
+        Ok(served.scrub_status())
+    };
+    Ok(Json(current.call(answer).await?))
+}
+
+async fn stop_scrub(State(current): State<Current>) -> Answer<ScrubStatus> {
+    let answer = async |served: &Served| match served.store.stop_scrub() {
+        true => Ok(served.scrub_status()),
+        false => Err(refused(ErrorKind::NotFound, "no scrub is running".to_owned())),
+    };
+    Ok(Json(current.call(answer).await?))
+}
+
+async fn check_status(State(current): State<Current>) -> Answer<CheckStatus> {
+    let answer = async |served: &Served| Ok(served.checking.get());
+    Ok(Json(convert::check_status(current.call(answer).await?)))
+}
+
+async fn check(
+    State(current): State<Current>,
+    Body(request): Body<BeginCheck>,
+) -> Answer<CheckReport> {
+    let answer = async move |served: &Served| {
+        let shown = Rc::clone(&served.checking);
+        let tell = move |at| shown.set(Some(at));
+        let report = served.store.check(request.read_data, request.rate_bytes, tell).await;
+        served.checking.set(None);
+        report
+    };
+    Ok(Json(convert::check_report(current.call(answer).await?)))
 }
 
 async fn nbd(State(current): State<Current>) -> Answer<FrontendMetrics> {

@@ -52,7 +52,11 @@ pub fn check(
     };
     let runtime = reactor.runtime().clone();
     let tell = move |at: vdi::check::CheckProgress| {
-        progress(CheckProgress { stage: stage(at.stage), done: at.done, total: at.total });
+        progress(CheckProgress {
+            stage: convert::check_stage(at.stage),
+            done: at.done,
+            total: at.total,
+        });
     };
     let outcome =
         reactor.run(async move { vdi::check::check(&device, &runtime, options, &tell).await });
@@ -74,16 +78,5 @@ fn explain(path: &Path, error: &vdi::Error) -> Error {
             ),
         ),
         _ => open::explain(path, error),
-    }
-}
-
-const fn stage(stage: vdi::check::CheckStage) -> &'static str {
-    match stage {
-        vdi::check::CheckStage::Log => "log",
-        vdi::check::CheckStage::Tables => "tables",
-        vdi::check::CheckStage::Vdis => "disks",
-        vdi::check::CheckStage::OlderSlot => "older copy",
-        vdi::check::CheckStage::Data => "data",
-        vdi::check::CheckStage::Repair => "repair",
     }
 }
