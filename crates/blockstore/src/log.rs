@@ -22,7 +22,7 @@ use std::rc::Rc;
 
 use base::{BlockSlice, Epoch, Lsn, Pba, RingPosition};
 use device::{Cause, DeviceError};
-use ondisk::{Checksums, LogBlockBuilder, LogSegment, Record, Seal};
+use ondisk::{Checksums, LOG_PAYLOAD_BYTES, LogBlockBuilder, LogSegment, Record, Seal};
 use runtime::Runtime;
 use runtime::sync::{OneshotReceiver, OneshotSender, Signal, oneshot};
 
@@ -208,6 +208,18 @@ impl Log {
             self.schedule_commit();
         }
         (lsn, outcome)
+    }
+
+    /// Begins a new block unless so many bytes of records fit into the open one. What is appended
+    /// next, in the same breath, is there after a crash as a whole or not at all.
+    ///
+    /// # Panics
+    /// If no block holds so much.
+    pub fn together(&self, bytes: usize) {
+        assert!(bytes <= LOG_PAYLOAD_BYTES, "records of one block");
+        if !self.0.state.borrow().open.fits(bytes) {
+            self.seal_open();
+        }
     }
 
     /// Says that a record is complete: its receiver has answered, and its data, if it has any,

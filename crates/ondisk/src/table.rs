@@ -386,7 +386,8 @@ pub enum Origin {
 pub(crate) const KEPT: u8 = 1;
 
 impl Origin {
-    pub(crate) const BYTES: usize = 16;
+    /// Bytes that one takes in a record.
+    pub const BYTES: usize = 16;
 
     pub(crate) fn flags(self) -> u8 {
         if matches!(self, Self::Kept { .. }) { KEPT } else { 0 }

@@ -72,6 +72,9 @@ impl Executor {
             Strike::AfterPromise(count, steps) => {
                 Strike::AfterPromise(self.world.promises() + count, steps)
             }
+            Strike::InReceive(count, steps) => {
+                Strike::InReceive(self.world.receives.get() + count, steps)
+            }
             Strike::AfterSlotWrite(count, steps) => {
                 Strike::AfterSlotWrite(self.world.device.counts().slot_writes + count, steps)
             }
@@ -124,6 +127,10 @@ impl Executor {
                 self.strike.set(Strike::Steps(self.steps.get() + steps));
                 false
             }
+            Strike::InReceive(count, steps) if self.world.receives.get() >= count => {
+                self.strike.set(Strike::Steps(self.steps.get() + steps));
+                false
+            }
             Strike::AfterSlotWrite(count, steps)
                 if self.world.device.counts().slot_writes >= count =>
             {
@@ -131,6 +138,7 @@ impl Executor {
                 false
             }
             Strike::AfterPromise(..)
+            | Strike::InReceive(..)
             | Strike::AfterSlotWrite(..)
             | Strike::WorkSteps(_)
             | Strike::Never => false,

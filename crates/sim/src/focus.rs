@@ -39,6 +39,8 @@ pub enum Focus {
     Collections,
     /// The power goes while snapshots and clones wait for the flush that makes them durable.
     Unsettled,
+    /// Snapshots are received, and the process dies or the power goes while one becomes part of a disk.
+    Receive,
 }
 
 impl Focus {
@@ -58,6 +60,7 @@ impl Focus {
         (Self::History, "history"),
         (Self::Collections, "collections"),
         (Self::Unsettled, "unsettled"),
+        (Self::Receive, "receive"),
     ];
 
     /// Its name on the command line.
@@ -122,6 +125,7 @@ impl Plan {
             Focus::History => self.remember(random),
             Focus::Collections => self.collect(random),
             Focus::Unsettled => self.leave_unsettled(random),
+            Focus::Receive => self.receive(random),
         }
     }
 
@@ -255,6 +259,31 @@ impl Plan {
         self.weights.requests.push((200, RequestKind::Write));
         self.live(5, 60, random, |random| {
             (Ending::PowerCut, Strike::WorkSteps(random.between(50, 1_500)))
+        });
+    }
+
+    fn receive(&mut self, random: &mut Random) {
+        self.reuse = Reuse::Soon;
+        self.layout = Layout::new(&[(0, random.between(4, 24)), (250, random.between(1, 12))]);
+        self.erratic = Erratic::Flushes(random.between(1, 20));
+        self.weights.management_per_mille = random.between(200, 500);
+        self.weights.blocks_max = random.magnitude(4);
+        for (weight, kind) in [
+            (40, ManagementKind::Snapshot),
+            (20, ManagementKind::RemoveSnapshot),
+            (20, ManagementKind::Remove),
+            (10, ManagementKind::Rollback),
+            (10, ManagementKind::Checkpoint),
+            (10, ManagementKind::CollectGarbage),
+            (200, ManagementKind::Receive),
+        ] {
+            self.weights.management.push((weight, kind));
+        }
+        self.weights.requests.push((60, RequestKind::Write));
+        self.live(5, 120, random, |random| {
+            let ending = if random.chance(300) { Ending::Kill } else { Ending::PowerCut };
+            let strike = Strike::InReceive(random.magnitude(8), random.magnitude(600));
+            (ending, strike)
         });
     }
 

@@ -21,6 +21,7 @@
 
 pub mod client;
 pub mod clock;
+pub mod compare;
 pub mod content;
 pub mod device;
 pub mod executor;
@@ -34,6 +35,7 @@ pub mod mutants;
 pub mod plan;
 pub mod probes;
 pub mod random;
+pub mod receive;
 pub mod requests;
 pub mod run;
 pub mod scrub;

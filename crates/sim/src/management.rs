@@ -7,24 +7,26 @@
 
 use std::rc::Rc;
 
-use base::{BLOCK_SIZE_U64, ErrorKind};
-use vdi::{Error, Target};
+use base::{BLOCK_SIZE_U64, ErrorKind, SnapshotNumber};
+use vdi::{Error, SnapshotEntry, Target};
 
+use crate::compare;
 use crate::model::ops::Outcome;
 use crate::model::{Place, VdiRef};
 use crate::moments;
 use crate::plan::ManagementKind;
-use crate::random::{Random, to_u64, to_usize};
+use crate::random::{Random, to_u64};
+use crate::receive;
 use crate::requests;
 use crate::scrub;
 use crate::session::{Reach, Session};
 use crate::world::{Pending, Source};
 
 /// Most VDIs that a run has at a time.
-const VDIS_MAX: usize = 8;
+pub const VDIS_MAX: usize = 8;
 
 /// Most snapshots of one VDI.
-const SNAPSHOTS_MAX: usize = 8;
+pub const SNAPSHOTS_MAX: usize = 8;
 
 /// Makes one change or asks one question.
 pub async fn make(session: Rc<Session>, kind: ManagementKind, mut random: Random) {
@@ -47,9 +49,10 @@ pub async fn make(session: Rc<Session>, kind: ManagementKind, mut random: Random
         ManagementKind::Scrub => scrub::scrub(&session, random).await,
         ManagementKind::List => list(&session).await,
         ManagementKind::Describe => describe(&session, random).await,
-        ManagementKind::Diff => diff(&session, random).await,
+        ManagementKind::Diff => compare::diff(&session, random).await,
         ManagementKind::Retain => moments::retain(&session, random).await,
         ManagementKind::ReadMoment => moments::read(&session, random).await,
+        ManagementKind::Receive => receive::receive(&session, random).await,
     }
     world.progressed();
     world.trace.event([31, number, 0, 0], || format!("manage  #{number} ended"));
@@ -80,17 +83,22 @@ pub async fn create(session: &Session, random: &mut Random) {
 }
 
 /// A VDI was created or cloned, or not.
-fn created(session: &Session, number: u64, what: &str, answer: Result<base::VdiId, Error>) {
+pub fn created(
+    session: &Session,
+    number: u64,
+    what: &str,
+    answer: Result<base::VdiId, Error>,
+) -> Option<VdiRef> {
     let world = &session.world;
-    let Some(id) = certain(session, number, what, answer) else { return };
+    let id = certain(session, number, what, answer)?;
     let Some(Pending::Create { name, block_count, source }) = world.answered(number) else {
-        return;
+        return None;
     };
-    add_vdi(session, &name, id.get(), block_count, source);
+    Some(add_vdi(session, &name, id.get(), block_count, source))
 }
 
 /// A VDI exists that did not.
-pub fn add_vdi(session: &Session, name: &str, id: u64, block_count: u64, source: Source) {
+pub fn add_vdi(session: &Session, name: &str, id: u64, block_count: u64, source: Source) -> VdiRef {
     let world = &session.world;
     if !world.ids.borrow_mut().insert(id) {
         world.fail(format!("VDI {name} has the id {id}, which another one had before"));
@@ -106,11 +114,17 @@ pub fn add_vdi(session: &Session, name: &str, id: u64, block_count: u64, source:
     };
     let vdi = model.add(name, id, block_count, contents);
     world.trace.note(|| format!("         VDI {} is '{name}', id {id}", vdi.0));
+    vdi
 }
 
 /// Judges the answer to a request for a change: its value, if it happened. If it is not certain
 /// whether it did, the request stays pending.
-fn certain<T>(session: &Session, number: u64, what: &str, answer: Result<T, Error>) -> Option<T> {
+pub fn certain<T>(
+    session: &Session,
+    number: u64,
+    what: &str,
+    answer: Result<T, Error>,
+) -> Option<T> {
     match answer {
         Ok(value) => Some(value),
         Err(error) => {
@@ -132,13 +146,17 @@ fn certain<T>(session: &Session, number: u64, what: &str, answer: Result<T, Erro
 }
 
 /// What was asked for did not happen.
-fn forget(session: &Session, pending: &Pending) {
+pub fn forget(session: &Session, pending: &Pending) {
     let mut model = session.world.model.borrow_mut();
     match pending {
         Pending::Create { source: Source::Running(_, asked), .. }
         | Pending::Snapshot { source: Source::Running(_, asked), .. } => model.answered(*asked),
         Pending::Rollback(_, _, serial) | Pending::Resize(_, _, Some(serial)) => {
             model.end(*serial, Outcome::Failed, false);
+        }
+        Pending::Receive(receive) => {
+            model.end(receive.serial, Outcome::Failed, false);
+            model.decide(receive.vdi, receive.serial, false);
         }
         _ => {}
     }
@@ -213,7 +231,8 @@ pub fn add_snapshot(
     model.add_snapshot(vdi, number, label, block_count, contents);
 }
 
-fn release_if_certain(session: &Session, vdi: VdiRef, number: u64) {
+/// Lets go of a VDI, unless it is not certain what became of the request.
+pub fn release_if_certain(session: &Session, vdi: VdiRef, number: u64) {
     if !session.world.pending.borrow().contains_key(&number) {
         session.world.release(vdi);
     }
@@ -276,7 +295,8 @@ async fn rollback(session: &Session, random: &mut Random) {
         let mut model = world.model.borrow_mut();
         model.vdi_mut(vdi).severed += 1;
         let size = model.vdi(vdi).snapshots.get(&snapshot).map(|s| s.block_count);
-        size.zip(model.begin_rollback(vdi, snapshot))
+        let contents = model.contents_of(vdi, snapshot);
+        size.zip(contents.map(|contents| model.begin_replace(vdi, "rollback", &contents)))
     };
     let Some((block_count, serial)) = asked else {
         world.release(vdi);
@@ -298,7 +318,7 @@ async fn rollback(session: &Session, random: &mut Random) {
 }
 
 /// Reads what is not certain yet of a snapshot. `false`: it could not be read.
-async fn settle_snapshot(session: &Session, vdi: VdiRef, snapshot: u64) -> bool {
+pub async fn settle_snapshot(session: &Session, vdi: VdiRef, snapshot: u64) -> bool {
     let world = &session.world;
     let place = Place::Snapshot(vdi, snapshot);
     if world.model.borrow().is_settled(vdi, snapshot) {
@@ -343,7 +363,7 @@ async fn rename(session: &Session, random: &mut Random) {
 }
 
 /// A request that must be refused was answered.
-fn refused<T>(session: &Session, what: &str, kind: ErrorKind, answer: Result<T, Error>) {
+pub fn refused<T>(session: &Session, what: &str, kind: ErrorKind, answer: Result<T, Error>) {
     match answer {
         Err(error) if error.kind() == kind => {}
         Err(error) => session.excuse(what, error.kind(), &error, Reach::Metadata),
@@ -358,6 +378,14 @@ async fn resize(session: &Session, random: &mut Random) {
         return;
     }
     let block_count = draw_size(session, random);
+    let (number, _) = resize_to(session, vdi, block_count).await;
+    release_if_certain(session, vdi, number);
+}
+
+/// Changes the size of a VDI that is held alone; the number of the request, and whether it happened
+/// for certain.
+pub async fn resize_to(session: &Session, vdi: VdiRef, block_count: u64) -> (u64, bool) {
+    let world = &session.world;
     let target = session.target(Place::Head(vdi));
     let serial = {
         let mut model = world.model.borrow_mut();
@@ -368,18 +396,19 @@ async fn resize(session: &Session, random: &mut Random) {
     let number = world.ask(Pending::Resize(vdi, block_count, serial));
     let answer = session.store.resize(&target.vdi, block_count * BLOCK_SIZE_U64).await;
     let what = format!("resize {target} to {block_count} blocks");
-    if certain(session, number, &what, answer).is_some() {
+    let happened = certain(session, number, &what, answer).is_some();
+    if happened {
         world.answered(number);
         let mut model = world.model.borrow_mut();
         model.vdi_mut(vdi).block_count = block_count;
         if let Some(serial) = serial {
             model.end(serial, Outcome::Acked, true);
+            drop(model);
+            session.check_severed(vdi);
         }
-        drop(model);
-        session.check_severed(vdi);
         world.probe(if serial.is_some() { "resize: shrink" } else { "resize: grow" });
     }
-    release_if_certain(session, vdi, number);
+    (number, happened)
 }
 
 async fn remove(session: &Session, random: &mut Random) {
@@ -524,62 +553,24 @@ async fn describe(session: &Session, random: &mut Random) {
     world.release(vdi);
 }
 
-/// Compares a diff of two snapshots with what the model knows of them.
-async fn diff(session: &Session, random: &mut Random) {
-    let world = &session.world;
-    let (Some(one), Some(other)) = (pick_snapshot(session, random), pick_snapshot(session, random))
-    else {
-        return;
-    };
-    if !world.hold(one.0, false) {
-        return;
-    }
-    if !world.hold(other.0, false) {
-        world.release(one.0);
-        return;
-    }
-    let places = [one, other].map(|(vdi, number)| Place::Snapshot(vdi, number));
-    let [from, to] = places.map(|place| session.target(place));
-    let extents_max = to_usize(1 + random.below(8));
-    match diff_in_parts(session, &from, &to, extents_max).await {
-        Ok(ranges) => {
-            let model = world.model.borrow();
-            if let Some(outcome) = model.check_diff(one, other, &ranges) {
-                world.probe("diff: compared");
-                let _ = world.check(outcome);
+/// All snapshots of a VDI, moments too, listed some at a time. `None`: that failed.
+pub async fn list_snapshots(session: &Session, name: &str) -> Option<Vec<SnapshotEntry>> {
+    let mut listed: Vec<SnapshotEntry> = Vec::new();
+    loop {
+        let after = listed.last().map_or(SnapshotNumber::new(0), |snapshot| snapshot.number);
+        match session.store.snapshots(name, after, 3).await {
+            Ok(more) if more.is_empty() => return Some(listed),
+            Ok(more) => listed.extend(more),
+            Err(error) => {
+                session.excuse("snapshots", error.kind(), &error, Reach::Metadata);
+                return None;
             }
         }
-        Err(error) => session.excuse("diff", error.kind(), &error, Reach::Metadata),
-    }
-    world.release(one.0);
-    world.release(other.0);
-}
-
-/// What differs between two snapshots, asked for in parts: first byte, end, whether there is data.
-async fn diff_in_parts(
-    session: &Session,
-    from: &Target,
-    to: &Target,
-    extents_max: usize,
-) -> Result<Vec<(u64, u64, bool)>, Error> {
-    let mut ranges = Vec::new();
-    let mut next = Some(0);
-    while let Some(offset) = next {
-        let part = session.store.diff(from, to, offset, extents_max).await?;
-        let goes_on =
-            part.next.is_none_or(|next| next > offset && part.extents.len() == extents_max);
-        if part.extents.len() > extents_max || !goes_on {
-            session.world.fail(format!("{extents_max} differences from {offset} on: {part:?}"));
-            break;
-        }
-        let ends = part.extents.iter().map(|extent| (extent, extent.offset + extent.length));
-        ranges.extend(ends.map(|(extent, end)| (extent.offset, end, extent.data)));
-        next = part.next;
-        if next.is_some() {
-            session.world.probe("diff: in parts");
+        if !listed.is_sorted_by(|one, other| one.number < other.number) {
+            session.world.fail(format!("snapshots of {name} are not in order: {listed:?}"));
+            return None;
         }
     }
-    Ok(ranges)
 }
 
 /// A random snapshot.
@@ -593,12 +584,13 @@ pub fn pick_snapshot(session: &Session, random: &mut Random) -> Option<(VdiRef, 
 }
 
 /// A name that no VDI has; often one that another VDI had before.
-fn new_name(session: &Session, random: &mut Random) -> String {
+pub fn new_name(session: &Session, random: &mut Random) -> String {
     let world = &session.world;
     let name = format!("vdi-{}", random.below(12));
     let taken = world.model.borrow().by_name(&name).is_some()
         || world.is_pending(|pending| match pending {
             Pending::Create { name: other, .. } | Pending::Rename(_, other) => *other == name,
+            Pending::Receive(receive) => receive.name == name,
             _ => false,
         });
     if taken { format!("vdi-{}", 100 + world.number()) } else { name }

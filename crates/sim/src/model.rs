@@ -17,12 +17,13 @@ pub mod block;
 pub mod layout;
 pub mod ops;
 pub mod segments;
+mod whole;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::rc::Rc;
 
-use base::{BLOCK_SIZE, BLOCK_SIZE_U64};
+use base::{BLOCK_SIZE, BLOCK_SIZE_U64, SnapshotUuid};
 
 use crate::content::{self, SECTOR_SIZE, SECTOR_SIZE_U64, Tag};
 use crate::random::{mix, to_u64, to_usize};
@@ -86,6 +87,8 @@ pub struct SnapshotModel {
     pub label: Option<String>,
     /// Size of the VDI then.
     pub block_count: u64,
+    /// What it is known by in every store, once that was seen.
+    pub uuid: Option<SnapshotUuid>,
     blocks: Blocks,
     /// See [`Contents`].
     copied_at: Moment,
@@ -420,61 +423,13 @@ impl Model {
         let snapshot = SnapshotModel {
             label,
             block_count,
+            uuid: None,
             blocks: contents.blocks,
             copied_at: contents.copied_at,
             latest_in: Moment(0),
             earliest_out: Moment::NEVER,
         };
         vdi.snapshots.insert(number, snapshot);
-    }
-
-    /// Making the VDI a copy of one of its snapshots, all of which was read, is asked for.
-    pub fn begin_rollback(&mut self, vdi: VdiRef, number: u64) -> Option<Serial> {
-        let from = self.contents_of(vdi, number)?;
-        let serial = self.ops.begin(vdi.0, "rollback", 0, u64::MAX >> 1);
-        self.change_blocks(vdi, serial, 0, u64::MAX >> 1, |slot| {
-            let settled = from.blocks.get(slot).and_then(|block| block.settled().cloned());
-            settled.map_or(Content::Tag(Tag::ZERO), |segments| Content::Segments(Rc::new(segments)))
-        });
-        Some(serial)
-    }
-
-    /// Cutting a VDI at `block_count` blocks is asked for.
-    pub fn begin_shrink(&mut self, vdi: VdiRef, block_count: u64) -> Serial {
-        let start = block_count * BLOCK_SIZE_U64;
-        let length = (u64::MAX >> 1) - start;
-        let serial = self.ops.begin(vdi.0, "shrink", start, length);
-        self.change_blocks(vdi, serial, start, start + length, |_| Content::Tag(Tag::ZERO));
-        serial
-    }
-
-    /// It turned out whether a rollback or shrink happened that nobody heard of again.
-    pub fn decide(&mut self, vdi: VdiRef, serial: Serial, happened: bool) {
-        let count = self.layout.slot_count();
-        for slot in 0..count {
-            let block = &mut self.vdi_mut(vdi).blocks[slot];
-            if !block.is_settled() {
-                Rc::make_mut(block).decide(serial, happened);
-            }
-        }
-    }
-
-    /// Whether what was seen of whole blocks of a VDI is legal if a rollback or shrink that nobody
-    /// heard of again happened, or did not.
-    #[must_use]
-    pub fn could_have(
-        &self,
-        vdi: VdiRef,
-        serial: Serial,
-        happened: bool,
-        seen: &[(usize, Vec<u8>)],
-    ) -> bool {
-        seen.iter().all(|(slot, bytes)| {
-            let mut block = BlockModel::clone(&self.vdi(vdi).blocks[*slot]);
-            block.decide(serial, happened);
-            let lba = self.layout.lba(*slot);
-            block.check(&self.ops, lba, 0, bytes, Floor::Before(Moment::NEVER)).is_ok()
-        })
     }
 
     /// Changes whenever a VDI appears, vanishes or gets another name or size.

@@ -104,6 +104,8 @@ pub enum Strike {
     DeviceWrites(u64),
     /// So many steps after the given number of changes was promised to be durable.
     AfterPromise(u64, u64),
+    /// So many steps after the given number of receives was about to be completed.
+    InReceive(u64, u64),
     /// So many steps after the device was given the given number of slots to write.
     AfterSlotWrite(u64, u64),
     /// When so many blocks of the log were written since a slot was.
@@ -182,6 +184,7 @@ pub enum ManagementKind {
     Diff,
     Retain,
     ReadMoment,
+    Receive,
 }
 
 /// Everything that a seed decides.
@@ -372,6 +375,7 @@ impl Weights {
             (weight(4), ManagementKind::Diff),
             (weight(3), ManagementKind::Retain),
             (weight(6), ManagementKind::ReadMoment),
+            (weight(5), ManagementKind::Receive),
         ];
         Self {
             requests,

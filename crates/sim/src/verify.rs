@@ -3,14 +3,15 @@
 use std::collections::BTreeSet;
 use std::rc::Rc;
 
-use base::{BLOCK_SIZE_U64, SnapshotNumber};
+use base::BLOCK_SIZE_U64;
 use vdi::{Target, VdiEntry};
 
 use crate::content;
-use crate::management::{add_snapshot, add_vdi, list_all};
+use crate::management::{add_snapshot, add_vdi, list_all, list_snapshots};
 use crate::model::ops::Serial;
 use crate::model::{Place, VdiRef};
 use crate::moments;
+use crate::receive;
 use crate::requests::{read_all, read_blocks};
 use crate::session::{Reach, Session};
 use crate::world::Pending;
@@ -19,6 +20,7 @@ use crate::world::Pending;
 pub async fn everything(session: Rc<Session>) {
     let world = &session.world;
     let Some(entries) = list_all(&session, 5).await else { return };
+    receive::decide(&session, &entries).await;
     reconcile(&session, &entries);
     let vdis: Vec<VdiRef> = world.model.borrow().live().collect();
     for &vdi in &vdis {
@@ -174,22 +176,7 @@ fn lied(session: &Session) -> bool {
 async fn reconcile_snapshots(session: &Session, vdi: VdiRef) {
     let world = &session.world;
     let name = world.name_of(Place::Head(vdi));
-    let mut listed = Vec::new();
-    loop {
-        let after = listed.last().map_or(SnapshotNumber::new(0), |s: &vdi::SnapshotEntry| s.number);
-        match session.store.snapshots(&name, after, 3).await {
-            Ok(more) if more.is_empty() => break,
-            Ok(more) => listed.extend(more),
-            Err(error) => {
-                session.excuse("snapshots", error.kind(), &error, Reach::Metadata);
-                return;
-            }
-        }
-        if !listed.is_sorted_by(|one, other| one.number < other.number) {
-            world.fail(format!("snapshots of {name} are not in order: {listed:?}"));
-            return;
-        }
-    }
+    let Some(mut listed) = list_snapshots(session, &name).await else { return };
     moments::forget_others(session, vdi, &listed);
     listed.retain(|entry| entry.changed_bytes.is_none());
     for entry in &listed {
@@ -202,6 +189,12 @@ async fn reconcile_snapshots(session: &Session, vdi: VdiRef) {
                     "{name}: {entry:?} was {:?}, {} blocks",
                     known.label, known.block_count
                 ));
+            }
+            if known.uuid.is_some_and(|uuid| uuid != entry.uuid) {
+                world.fail(format!("{name}: {entry:?} was known by {:?}", known.uuid));
+            }
+            if let Some(known) = world.model.borrow_mut().vdi_mut(vdi).snapshots.get_mut(&number) {
+                known.uuid = Some(entry.uuid);
             }
             continue;
         }

@@ -3,6 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 
+use base::SnapshotUuid;
 use runtime::{Clock, Time};
 
 use crate::clock::SimClock;
@@ -48,6 +49,29 @@ pub enum Pending {
     Resize(VdiRef, u64, Option<Serial>),
     /// A VDI gets the contents and the size of a snapshot.
     Rollback(VdiRef, u64, Serial),
+    /// A VDI becomes what was received.
+    Receive(Receive),
+}
+
+/// What was received, and is to become a snapshot of a VDI: all of it happens, or nothing.
+#[derive(Clone, Debug)]
+pub struct Receive {
+    /// The VDI that it was received into.
+    pub partial: VdiRef,
+    /// The VDI that it is meant for; the same one for a new disk.
+    pub vdi: VdiRef,
+    /// Its name then.
+    pub name: String,
+    /// Its size.
+    pub block_count: u64,
+    /// What the VDI holds then.
+    pub contents: Contents,
+    /// The change of its blocks.
+    pub serial: Serial,
+    /// The snapshot's label.
+    pub label: Option<String>,
+    /// What it is known by.
+    pub uuid: SnapshotUuid,
 }
 
 /// Where the contents of a snapshot or clone come from.
@@ -94,6 +118,8 @@ pub struct World {
     /// When a client last got an answer.
     progress: Cell<Time>,
     promises: Cell<u64>,
+    /// How often the store was asked to complete a receive.
+    pub receives: Cell<u64>,
     /// What moments that the engine keeps by itself were seen to hold, by VDI and number.
     pub moments: RefCell<Moments>,
     /// How much of what the device had lost was known when everything was last compared.
@@ -131,6 +157,7 @@ impl World {
             ids: RefCell::default(),
             progress: Cell::default(),
             promises: Cell::default(),
+            receives: Cell::default(),
             moments: RefCell::default(),
             lies_compared: Cell::default(),
             random: RefCell::new(Random::split(seed, "world")),

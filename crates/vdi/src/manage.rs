@@ -99,16 +99,6 @@ impl Engine {
         name: &str,
         label: Option<&str>,
     ) -> Result<SnapshotNumber, Error> {
-        self.snapshot_from(name, label, Origin::Asked).await
-    }
-
-    /// As [`Self::snapshot`], of what may have been received.
-    pub(crate) async fn snapshot_from(
-        self: &Rc<Self>,
-        name: &str,
-        label: Option<&str>,
-        origin: Origin,
-    ) -> Result<SnapshotNumber, Error> {
         let _request = self.begin_change()?;
         self.reserve_metadata(|| false).await?;
         let label = label.unwrap_or_default();
@@ -121,7 +111,7 @@ impl Engine {
         }
         refuse_without_labels(&vdi.branch.borrow())?;
         let number = vdi.snapshot_next.get();
-        let appended = self.append_snapshot(room, &vdi, label, origin);
+        let appended = self.append_snapshot(room, &vdi, label, Origin::Asked);
         // Guests go on; what they wrote before is waited for (design rule 30).
         self.settle(appended).await?;
         self.stats.borrow_mut().snapshots += 1;
@@ -294,22 +284,28 @@ impl Engine {
         loop {
             let vdi = self.find(name).await?;
             let severs = severs(&vdi)?;
-            if severs {
-                vdi.sever();
-                vdi.leaving.set(vdi.leaving.get() + 1);
-                // Who waits for space gives up.
-                self.releases.wake_all();
-            }
-            let all = vdi.ranges.lock(0..u64::MAX).await;
-            if severs {
-                vdi.leaving.set(vdi.leaving.get() - 1);
-            }
+            let all = self.still(&vdi, severs).await;
             let one = self.management.acquire(1).await;
             // It may have been deleted or renamed meanwhile.
             if Rc::ptr_eq(&vdi, &self.find(name).await?) {
                 return Ok(Quiet { vdi, all, one });
             }
         }
+    }
+
+    /// Waits until nothing of a VDI is on its way, and keeps it so.
+    pub(crate) async fn still(&self, vdi: &Vdi, severs: bool) -> RangeGuard {
+        if severs {
+            vdi.sever();
+            vdi.leaving.set(vdi.leaving.get() + 1);
+            // Who waits for space gives up.
+            self.releases.wake_all();
+        }
+        let all = vdi.ranges.lock(0..u64::MAX).await;
+        if severs {
+            vdi.leaving.set(vdi.leaving.get() - 1);
+        }
+        all
     }
 
     /// The VDI of this name.
@@ -648,7 +644,7 @@ impl Engine {
 }
 
 /// Nodes that a tree of a VDI as it is now takes at most, beside what overlays count.
-fn nodes_of_head(vdi: &Vdi) -> u64 {
+pub(crate) fn nodes_of_head(vdi: &Vdi) -> u64 {
     vdi.branch.borrow().nodes_now().min(vdi.block_count.get().div_ceil(as_u64(FANOUT)))
 }
 
@@ -723,7 +719,7 @@ pub(crate) fn blocks_of(size: u64) -> Result<u64, Error> {
 
 /// Names are shown in tables, typed in shells and sent over NBD and in URLs: none may look like an
 /// option or like a step in a path.
-fn check_name(name: &str) -> Result<(), Error> {
+pub(crate) fn check_name(name: &str) -> Result<(), Error> {
     let allowed = |c: char| c.is_alphanumeric() || matches!(c, '-' | '_' | '.' | '/' | ':' | '+');
     let begins = name.starts_with(|c: char| c.is_alphanumeric() || c == '_');
     if !begins || name.len() > NAME_BYTES_MAX || !name.chars().all(allowed) {

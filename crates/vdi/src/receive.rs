@@ -1,8 +1,11 @@
 //! The end of a receive: what a stream brought into a disk of its own, the *partial* one, becomes a
 //! snapshot of the disk that it was meant for.
 //!
-//! - Until then that disk does not exist, or is as it was before. From then on it is what was sent:
-//!   a rename or one log record, whatever the size.
+//! - Until then that disk does not exist, or is as it was before. From then on it is what was sent: a
+//!   few records in one log block, whatever the size, so that a crash takes all of them or none. The
+//!   partial disk is what it was, with the note of how far it has come, or it is gone.
+//! - Those records count as they stand, as what they build on is durable before: recovery drops none
+//!   of them alone (`recovery/verify.rs`).
 //! - The snapshot keeps the uuid that it has where it comes from, so that the next stream, which
 //!   builds on it, finds it.
 //! - A stream that builds on a snapshot goes onto that one alone: it must be the newest, and nothing
@@ -10,16 +13,36 @@
 
 use std::rc::Rc;
 
-use base::{BLOCK_SIZE_U64, ErrorKind, SnapshotNumber, SnapshotUuid};
-use ondisk::{Origin, RecordBody};
+use base::{ErrorKind, SnapshotNumber, SnapshotUuid};
+use ondisk::{LABEL_BYTES_MAX, LOG_PAYLOAD_BYTES, NAME_BYTES_MAX, Origin, RecordBody};
+use runtime::sync::Permits;
 
 use crate::Error;
 use crate::engine::Engine;
 use crate::manage::{
-    Quiet, check_label, find_snapshot, nodes_wanted, refuse_taken_label, refuse_without_labels,
+    Appended, blocks_of, check_label, check_name, find_snapshot, nodes_of_head, not_found,
+    refuse_taken_label, refuse_without_labels,
 };
+use crate::ranges::RangeGuard;
 use crate::types::{Received, Target};
 use crate::vdi::{Snapshot, Vdi};
+
+/// Most bytes of a record that has a name or a label, and of all that belong together.
+const RECORD_BYTES: usize = 256;
+const TOGETHER_BYTES: usize = 5 * RECORD_BYTES;
+const _: () = {
+    let text = if NAME_BYTES_MAX > LABEL_BYTES_MAX { NAME_BYTES_MAX } else { LABEL_BYTES_MAX };
+    // Its header, three numbers, the text with its length, an origin, and padding.
+    assert!(16 + 3 * 8 + 2 + text + Origin::BYTES + 7 <= RECORD_BYTES);
+    assert!(TOGETHER_BYTES <= LOG_PAYLOAD_BYTES);
+};
+
+/// VDIs of which nothing is on its way, and all is durable. Nobody else manages any meanwhile.
+struct Complete<const COUNT: usize> {
+    vdis: [Rc<Vdi>; COUNT],
+    ranges: Vec<RangeGuard>,
+    one: Permits,
+}
 
 impl Engine {
     /// What a snapshot is known by in every store that has it.
@@ -35,76 +58,173 @@ impl Engine {
         self: &Rc<Self>,
         received: &Received,
     ) -> Result<SnapshotNumber, Error> {
-        check_label(received.label.as_deref().unwrap_or_default())?;
+        check_label(received.label())?;
         match received.base {
-            None => {
-                self.refuse_taken(&received.name)?;
-                self.cut_partial(received).await?;
-                let label = received.label.as_deref();
-                let origin = Origin::Received(received.uuid);
-                let number = self.snapshot_from(&received.partial, label, origin).await?;
-                self.rename(&received.partial, &received.name).await?;
-                Ok(number)
-            }
-            Some(base) => {
-                let vdi = self.find(&received.name).await?;
-                self.refuse_other_base(&vdi, received, base)?;
-                // Before anybody is disconnected.
-                self.refuse_changed(&vdi, received).await?;
-                self.cut_partial(received).await?;
-                let source = self.snapshot(&received.partial, None).await?;
-                let number = self.take_over(received, base, source).await?;
-                self.remove(&Target { vdi: received.partial.clone(), snapshot: None }).await?;
-                Ok(number)
-            }
+            None => self.name_partial(received).await,
+            Some(base) => self.take_over(received, base).await,
         }
     }
 
-    /// Takes away what only a partial disk has: where its receive stands.
-    async fn cut_partial(self: &Rc<Self>, received: &Received) -> Result<(), Error> {
-        let partial = self.find(&received.partial).await?;
-        if partial.block_count.get() * BLOCK_SIZE_U64 == received.size_bytes {
-            return Ok(());
-        }
-        self.resize(&received.partial, received.size_bytes).await
+    /// Gives a partial disk its size, its snapshot and its name.
+    async fn name_partial(self: &Rc<Self>, received: &Received) -> Result<SnapshotNumber, Error> {
+        let _request = self.begin_change()?;
+        self.reserve_metadata(|| false).await?;
+        check_name(&received.name)?;
+        let block_count = blocks_of(received.size_bytes)?;
+        let check = |vdis: &[Rc<Vdi>; 1]| {
+            let [partial] = vdis;
+            self.refuse_taken(&received.name)?;
+            refuse_taken_label(partial, &received.partial, received.label())?;
+            refuse_without_labels(&partial.branch.borrow())
+        };
+        let Complete { vdis, ranges, one } = self.complete([&received.partial], check).await?;
+        let [cut, taken, renamed] = [self.room().await?, self.room().await?, self.room().await?];
+        // Names and snapshots may have changed meanwhile.
+        check(&vdis)?;
+        let [partial] = &vdis;
+        partial.sever();
+        self.log.together(TOGETHER_BYTES);
+        let cut = self.append(cut, partial, RecordBody::Resize { block_count });
+        self.apply_resize(partial, block_count, cut.0);
+        let number = partial.snapshot_next.get();
+        let origin = Origin::Received(received.uuid);
+        let taken = self.append_snapshot(taken, partial, received.label(), origin);
+        self.break_up();
+        let body = RecordBody::Rename { name: received.name.clone() };
+        let renamed = self.append(renamed, partial, body);
+        self.apply_rename(partial.id, &received.name);
+        drop((ranges, one));
+        self.settle_all([cut, taken, renamed]).await?;
+        self.stats.borrow_mut().snapshots += 1;
+        Ok(number)
     }
 
-    /// Makes a disk what a snapshot of the partial one is, and that a snapshot of it.
+    /// Makes a disk what the partial one is, and that a snapshot of it; the partial one goes.
     async fn take_over(
         self: &Rc<Self>,
         received: &Received,
         base: SnapshotUuid,
-        source: SnapshotNumber,
     ) -> Result<SnapshotNumber, Error> {
         let _request = self.begin_change()?;
-        let partial = self.find(&received.partial).await?;
-        let source = find_snapshot(&partial, &received.partial, &source.to_string())?;
-        self.reserve_nodes(nodes_wanted(&source), || false).await?;
-        let label = received.label.as_deref().unwrap_or_default();
-        let check = |vdi: &Vdi| {
+        let block_count = blocks_of(received.size_bytes)?;
+        if received.partial == received.name {
+            let message = format!("{} cannot be received into itself", received.name);
+            return Err(Error::refused(ErrorKind::Invalid, message));
+        }
+        let check = |vdis: &[Rc<Vdi>; 2]| {
+            let [partial, vdi] = vdis;
             self.refuse_other_base(vdi, received, base)?;
-            refuse_taken_label(vdi, &received.name, label)?;
+            refuse_taken_label(vdi, &received.name, received.label())?;
             refuse_without_labels(&vdi.branch.borrow())?;
-            refuse_without_labels(&source.branch)?;
-            Ok(true)
+            refuse_without_labels(&partial.branch.borrow())
         };
-        let Quiet { vdi, all, one } = self.quiet(&received.name, check).await?;
+        let (partial, vdi) =
+            (self.find(&received.partial).await?, self.find(&received.name).await?);
+        // Before anybody is disconnected.
+        let vdis = [partial, vdi];
+        check(&vdis)?;
+        let [partial, vdi] = vdis;
         self.refuse_changed(&vdi, received).await?;
-        let (room, more_room) = (self.room().await?, self.room().await?);
+        self.reserve_nodes(nodes_of_head(&partial), || false).await?;
+        let names = [&*received.partial, &*received.name];
+        let Complete { vdis, ranges, one } = self.complete(names, check).await?;
+        self.refuse_changed(&vdis[1], received).await?;
+        let rooms = [self.room().await?, self.room().await?, self.room().await?];
+        let more_rooms = [self.room().await?, self.room().await?, self.room().await?];
         // Its snapshots may have changed meanwhile.
-        check(&vdi)?;
-        vdi.sever();
+        check(&vdis)?;
+        let ([cut, as_sent, adopted], [taken, removed, left]) = (rooms, more_rooms);
+        let [partial, vdi] = &vdis;
+        if !base::mutant::active("adopt_leaves_handles") {
+            vdis.iter().for_each(|vdi| vdi.sever());
+        }
+        // What is lost by force stays in the history.
+        let is_left = !vdi.retention.borrow().is_off() && vdi.changed_blocks.get() > 0;
+        let left = is_left.then(|| self.append_moment(left, vdi));
+        self.log.together(TOGETHER_BYTES);
+        let cut = self.append(cut, partial, RecordBody::Resize { block_count });
+        self.apply_resize(partial, block_count, cut.0);
+        let source = partial.snapshot_next.get();
+        let as_sent = self.append_snapshot(as_sent, partial, "", Origin::Asked);
+        let source = find_snapshot(partial, &received.partial, &source.to_string())?;
         let body = RecordBody::Adopt { source: partial.id, number: source.number };
-        let adopted = self.append(room, &vdi, body);
-        self.apply_rollback(&vdi, &partial, &source);
+        let adopted = self.append(adopted, vdi, body);
+        if !base::mutant::active("adopt_keeps_the_branch") {
+            self.apply_rollback(vdi, partial, &source);
+        }
+        vdi.changed_blocks.set(0);
+        self.break_up();
         let number = vdi.snapshot_next.get();
         let origin = Origin::Received(received.uuid);
-        let taken = self.append_snapshot(more_room, &vdi, label, origin);
-        drop((all, one));
-        self.settle(adopted).await?;
-        self.settle(taken).await?;
+        let taken = self.append_snapshot(taken, vdi, received.label(), origin);
+        let removed = self.append(removed, partial, RecordBody::Delete);
+        self.apply_delete(partial);
+        drop((ranges, one));
+        self.settle_all(left.into_iter().chain([cut, as_sent, adopted, taken, removed])).await?;
         self.stats.borrow_mut().snapshots += 1;
         Ok(number)
+    }
+
+    /// Waits until nothing of some VDIs is on its way and all that was written to them is durable,
+    /// and keeps it so: the record that builds on it must not survive it. Nobody else manages any
+    /// meanwhile. Their handles are severed, if `check` has nothing against them.
+    async fn complete<const COUNT: usize>(
+        self: &Rc<Self>,
+        names: [&str; COUNT],
+        check: impl Fn(&[Rc<Vdi>; COUNT]) -> Result<(), Error>,
+    ) -> Result<Complete<COUNT>, Error> {
+        loop {
+            let vdis = self.find_all(names).await?;
+            check(&vdis)?;
+            // In one order, so that no two wait for each other.
+            let mut in_order = vdis.each_ref();
+            in_order.sort_by_key(|vdi| vdi.id);
+            let mut ranges = Vec::with_capacity(COUNT);
+            for vdi in in_order {
+                ranges.push(self.still(vdi, !base::mutant::active("adopt_leaves_handles")).await);
+            }
+            if !base::mutant::active("receive_before_its_data") {
+                self.log.durable(self.log.last_lsn()).await.map_err(blockstore::Error::from)?;
+            }
+            let one = self.management.acquire(1).await;
+            // They may have been deleted or renamed meanwhile.
+            let now = self.find_all(names).await?;
+            if vdis.iter().zip(&now).all(|(vdi, now)| Rc::ptr_eq(vdi, now)) {
+                return Ok(Complete { vdis, ranges, one });
+            }
+        }
+    }
+
+    async fn find_all<const COUNT: usize>(
+        self: &Rc<Self>,
+        names: [&str; COUNT],
+    ) -> Result<[Rc<Vdi>; COUNT], Error> {
+        let mut vdis = Vec::with_capacity(COUNT);
+        for name in names {
+            vdis.push(self.find(name).await?);
+        }
+        vdis.try_into().map_err(|_| not_found(""))
+    }
+
+    /// Waits until records that were appended together are durable.
+    async fn settle_all(&self, appended: impl IntoIterator<Item = Appended>) -> Result<(), Error> {
+        let mut last = None;
+        for appended in appended {
+            if let Some(before) = last.replace(appended) {
+                self.complete_record(before).await?;
+            }
+        }
+        match last {
+            Some(last) => self.settle(last).await,
+            None => Ok(()),
+        }
+    }
+
+    /// For a mutant: ends the log block in the middle of what belongs together.
+    fn break_up(&self) {
+        if base::mutant::active("receive_in_pieces") {
+            self.log.together(ondisk::LOG_PAYLOAD_BYTES);
+        }
     }
 
     /// Refuses a disk whose newest snapshot is not `base`.
@@ -137,7 +257,8 @@ impl Engine {
             let snapshots = vdi.snapshots.borrow();
             snapshots.iter().rev().find(|snapshot| !snapshot.is_kept()).map(Rc::clone)
         };
-        let (name, Some(newest), false) = (&received.name, newest, received.force) else {
+        let force = received.force || base::mutant::active("receive_onto_what_was_written");
+        let (name, Some(newest), false) = (&received.name, newest, force) else {
             return Ok(());
         };
         let from = Target { vdi: name.clone(), snapshot: Some(newest.number.to_string()) };

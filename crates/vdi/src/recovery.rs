@@ -413,6 +413,9 @@ impl Engine {
             }
             RecordBody::Snapshot { number, wall_ns, store_ns, label, origin } => {
                 let times = (*wall_ns, *store_ns);
+                let forgets = matches!(origin, Origin::Received(_))
+                    && base::mutant::active("received_snapshot_forgets_its_origin");
+                let origin = if forgets { &Origin::Asked } else { origin };
                 self.apply_snapshot(&vdi, *number, lsn, times, (label, *origin));
                 if matches!(origin, Origin::Kept { .. }) {
                     vdi.changed_blocks.set(0);
@@ -430,6 +433,7 @@ impl Engine {
                     None => self.lose(vdi.id),
                 }
             }
+            RecordBody::Adopt { .. } if base::mutant::active("adopt_is_not_replayed") => {}
             RecordBody::Adopt { source, number } => {
                 let source = self.surviving(*source).await?;
                 let snapshot = source.and_then(|source| {

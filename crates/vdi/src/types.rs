@@ -155,6 +155,13 @@ pub struct Received {
     pub force: bool,
 }
 
+impl Received {
+    /// Label of the snapshot; empty for none.
+    pub(crate) fn label(&self) -> &str {
+        self.label.as_deref().unwrap_or_default()
+    }
+}
+
 /// Space of a VDI or a snapshot, counted by walking its tree.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct VdiSpace {

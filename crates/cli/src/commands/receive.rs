@@ -5,6 +5,8 @@
 //!   the daemon makes of it what it was received for, at once; until then NAME is what it was.
 //! - The last block of a partial disk, behind those of the snapshot, says how far it has come
 //!   (`stream::Progress`): a stream that was cut short goes on there. It is gone when the disk is whole.
+//! - What is there already is not received again: after a crash of the daemon, a receive that is
+//!   repeated goes on, or finds that it had come to its end.
 //! - A stream that is not what was sent is refused whole: a partial disk that it began is removed.
 
 mod pump;
@@ -48,7 +50,17 @@ pub(super) async fn run(context: &Context, arguments: &ReceiveArgs) -> Result<()
     let reader = background::run("parallax-receive", &mut interrupts, open).await;
     let reader = reader.and_then(|opened| opened).map_err(|error| about(name, &error))?;
     let header = reader.header().clone();
-    let partial = prepare(context, Path::new(&socket), &header, arguments).await?;
+    let snapshots = snapshots_of(context, name).await?;
+    if let Some(there) =
+        snapshots.iter().flatten().find(|it| it.uuid == header.snapshot.to_string())
+    {
+        // As after a crash whose receive had come to its end. Who sends is not to meet a closed pipe.
+        let rest =
+            background::run("parallax-receive", &mut interrupts, || pump::skip(reader)).await;
+        rest.and_then(|skipped| skipped).map_err(|error| about(name, &error))?;
+        return say_there(context, &header, there);
+    }
+    let partial = prepare(context, Path::new(&socket), &header, arguments, snapshots).await?;
     let bar = match reader_shows_bar() {
         true => progress::bar(&format!("receive {name}"), header.size_bytes),
         false => indicatif::ProgressBar::hidden(),
@@ -85,7 +97,13 @@ pub(super) async fn run(context: &Context, arguments: &ReceiveArgs) -> Result<()
     };
     let snapshot = context.client.complete(&partial.name, &request).await.map_err(|error| {
         let partial = &partial.name;
-        let message = format!("all came, and is in {partial}, but cannot become {name}: {error}");
+        let message = match error.kind {
+            Kind::Unreachable | Kind::Io => format!(
+                "all came, and it is not certain whether it has become {name}: {error}; receive it \
+                 again: what is there already does not come twice"
+            ),
+            _ => format!("all came, and is in {partial}, but cannot become {name}: {error}"),
+        };
         Error::new(error.kind, message)
     })?;
     let text = format!("received {} ({} of data)", snapshot.handle, bytes(totals.data_bytes));
@@ -98,6 +116,27 @@ pub(super) async fn run(context: &Context, arguments: &ReceiveArgs) -> Result<()
         totals,
     };
     context.print(&transfer, &text)
+}
+
+/// The snapshots of a disk that were asked for; `None`: there is no such disk.
+async fn snapshots_of(context: &Context, name: &str) -> Result<Option<Vec<Snapshot>>, Error> {
+    match context.client.asked_snapshots(name).await {
+        Err(error) if error.kind == Kind::NotFound => Ok(None),
+        snapshots => snapshots.map(Some),
+    }
+}
+
+/// Says that there is nothing to receive.
+fn say_there(context: &Context, header: &Header, there: &Snapshot) -> Result<(), Error> {
+    let transfer = Transfer {
+        snapshot: there.handle.clone(),
+        uuid: there.uuid.clone(),
+        base: header.base.map(|base| base.to_string()),
+        size_bytes: there.size_bytes,
+        start: header.start,
+        totals: Totals::default(),
+    };
+    context.print(&transfer, &format!("{} is there already: nothing has changed", there.handle))
 }
 
 /// Whether the bar is drawn here: at the other end of a pipe `send` draws one already.
@@ -143,9 +182,10 @@ async fn prepare(
     socket: &Path,
     header: &Header,
     arguments: &ReceiveArgs,
+    snapshots: Option<Vec<Snapshot>>,
 ) -> Result<Partial, Error> {
     let name = &arguments.name;
-    let base = check_target(context, header, arguments).await?;
+    let base = check_target(context, header, arguments, snapshots).await?;
     let export = partial_name(name);
     match context.client.vdi(&export).await {
         Ok(_) => resume(socket, header, name, &export),
@@ -166,24 +206,20 @@ async fn check_target(
     context: &Context,
     header: &Header,
     arguments: &ReceiveArgs,
+    snapshots: Option<Vec<Snapshot>>,
 ) -> Result<Option<Snapshot>, Error> {
     let name = &arguments.name;
     let refuse = |kind, message| Err(Error::new(kind, message));
-    let snapshots = match context.client.asked_snapshots(name).await {
-        Ok(snapshots) => snapshots,
-        Err(error) if error.kind == Kind::NotFound && header.base.is_none() => return Ok(None),
-        Err(error) if error.kind == Kind::NotFound => {
+    let snapshots = match snapshots {
+        Some(snapshots) => snapshots,
+        None if header.base.is_none() => return Ok(None),
+        None => {
             let message = format!(
                 "the stream builds on a snapshot, and there is no disk {name}; send all of it first"
             );
             return refuse(Kind::NotFound, message);
         }
-        Err(error) => return Err(error),
     };
-    let uuid = header.snapshot.to_string();
-    if let Some(there) = snapshots.iter().find(|snapshot| snapshot.uuid == uuid) {
-        return refuse(Kind::Exists, format!("{} is what is sent: it is there", there.handle));
-    }
     let Some(base) = header.base.map(|base| base.to_string()) else {
         let message = format!(
             "{name} exists already, and the stream is of a whole disk: choose another name, or send \

@@ -324,7 +324,8 @@ fn a_rollback_happens_whole_or_not() {
     model.add_snapshot(vdi, 1, None, 2, blocks);
     let write = model.begin(vdi, Change::Write, 0, 2 * BLOCK_SIZE_U64);
     model.end(write, Outcome::Acked, true);
-    let rollback = model.begin_rollback(vdi, 1).expect("it was read");
+    let contents = model.contents_of(vdi, 1).expect("it is there");
+    let rollback = model.begin_replace(vdi, "rollback", &contents);
     model.crash();
     model.settle(Floor::Flushed);
     let mut written = vec![0; BLOCK_SIZE];

@@ -192,8 +192,35 @@ fn a_taken_label_leaves_the_disk_as_it_is() {
         assert_eq!(error.kind(), ErrorKind::Exists);
         assert_eq!(blocks(&store, "web01").await, []);
         assert_eq!(uuids(&store, "web01").await, [1]);
+        // Nor does the partial disk lose what it says of itself, behind the snapshot.
+        assert_eq!(disk(&store, "web01.partial").await.size_bytes(), MIB + MORE);
+        assert_eq!(uuids(&store, "web01.partial").await, []);
         store.complete_receive(&received("web01", 2, Some(1))).await.unwrap();
         assert_eq!(blocks(&store, "web01").await, [2]);
+    });
+}
+
+/// Each waits for both disks.
+#[test]
+fn disks_that_are_received_into_each_other_do_not_wait_for_ever() {
+    with_store(|runtime, store| async move {
+        for (name, byte) in [("a", 1), ("b", 2)] {
+            receive_all(&store, name, byte).await;
+        }
+        let into = |partial: &str, name: &str, base| Received {
+            partial: partial.to_owned(),
+            label: None,
+            ..received(name, 9, Some(base))
+        };
+        let error = store.complete_receive(&into("a", "a", 1)).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+        let crosswise = [into("a", "b", 2), into("b", "a", 1)].map(|received| {
+            let store = store.clone();
+            runtime.spawn(async move { store.complete_receive(&received).await.is_ok() })
+        });
+        let [one, other] = crosswise;
+        assert!(one.await != other.await, "the other one is gone then");
+        assert_eq!(store.list(None, 10).await.unwrap().len(), 1);
     });
 }
 

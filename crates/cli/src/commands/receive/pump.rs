@@ -43,6 +43,12 @@ pub(super) fn input() -> Result<Input, Error> {
     Ok(BufReader::with_capacity(INPUT_BYTES, File::from(stdin)))
 }
 
+/// Reads a stream to its end, and only looks whether it is whole.
+pub(super) fn skip(mut reader: Reader<Input>) -> Result<(), Error> {
+    while reader.next_frame().map_err(stream_error)?.is_some() {}
+    Ok(())
+}
+
 /// Everything that it takes to receive.
 pub(super) struct Pump {
     /// Where the daemon serves NBD.
