@@ -17,6 +17,8 @@ struct State {
     now: Cell<Time>,
     /// How far the wall clock is off, in nanoseconds.
     wall_error_ns: Cell<i64>,
+    /// The latest wall time from which it jumped.
+    latest_ns: Cell<u64>,
 }
 
 impl SimClock {
@@ -30,8 +32,21 @@ impl SimClock {
         self.0.now.set(Time(self.0.now.get().0.saturating_add(ns)));
     }
 
+    /// How far the wall clock is off, in nanoseconds.
+    #[must_use]
+    pub fn wall_error_ns(&self) -> i64 {
+        self.0.wall_error_ns.get()
+    }
+
+    /// Whether the wall clock has been ahead of this time already.
+    #[must_use]
+    pub fn was_ahead(&self, wall_ns: u64) -> bool {
+        self.0.latest_ns.get() > wall_ns
+    }
+
     /// Makes the wall clock jump by `ns` nanoseconds, either way.
     pub fn jump_wall(&self, ns: i64) {
+        self.0.latest_ns.set(self.0.latest_ns.get().max(self.wall_ns()));
         self.0.wall_error_ns.set(self.0.wall_error_ns.get().saturating_add(ns));
     }
 }

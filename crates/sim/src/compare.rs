@@ -1,11 +1,13 @@
 //! What differs between two snapshots, compared with what they hold.
 
+use base::BLOCK_SIZE_U64;
 use vdi::{Error, Target};
 
-use crate::management::pick_snapshot;
+use crate::management::{list_snapshots, pick, pick_snapshot};
 use crate::model::Place;
 use crate::random::{Random, to_usize};
 use crate::session::{Reach, Session};
+use crate::times::{Opened, open};
 
 /// Compares a diff of two snapshots with what the model knows of them.
 pub async fn diff(session: &Session, random: &mut Random) {
@@ -36,6 +38,53 @@ pub async fn diff(session: &Session, random: &mut Random) {
     }
     world.release(one.0);
     world.release(other.0);
+}
+
+/// Compares a diff of two snapshots of a VDI, moments or not, with what is read in them.
+pub async fn diff_moments(session: &Session, random: &mut Random) {
+    let world = &session.world;
+    let Some(vdi) = pick(session, random) else { return };
+    if !world.hold(vdi, false) {
+        return;
+    }
+    let name = world.name_of(Place::Head(vdi));
+    let listed = list_snapshots(session, &name).await.unwrap_or_default();
+    let both = [random.index(listed.len()), random.index(listed.len())];
+    if let [Some(one), Some(other)] = both.map(|index| listed.get(index)) {
+        let (one, other) = (open(session, &name, one).await, open(session, &name, other).await);
+        if let (Some(one), Some(other)) = (one, other) {
+            diff_opened(session, &one, &other, to_usize(1 + random.below(8))).await;
+        }
+    }
+    world.release(vdi);
+}
+
+async fn diff_opened(session: &Session, one: &Opened, other: &Opened, extents_max: usize) {
+    let world = &session.world;
+    let ranges = match diff_in_parts(session, Some(&one.target), &other.target, extents_max).await {
+        Ok(ranges) => ranges,
+        Err(error) => {
+            session.excuse("diff of moments", error.kind(), &error, Reach::Metadata);
+            return;
+        }
+    };
+    // Behind the end of the smaller one, all that has data differs.
+    let pairs = one.blocks.iter().zip(&other.blocks).filter(|(a, b)| a.0 == b.0);
+    for ((slot, before), (_, after)) in pairs {
+        let offset = world.plan.layout.lba(*slot) * BLOCK_SIZE_U64;
+        let range = ranges.iter().find(|&&(start, end, _)| start <= offset && offset < end);
+        let wrong = match range {
+            None => before != after,
+            Some(&(_, _, data)) => !data && after.iter().any(|&byte| byte != 0),
+        };
+        if wrong {
+            world.fail(format!(
+                "diff of {} and {}: the block at byte {offset} says otherwise than {range:?}",
+                one.target, other.target
+            ));
+        }
+    }
+    world.probe("diff: of moments");
 }
 
 /// What differs between two snapshots, or what one has data for, asked for in parts: first byte, end,

@@ -216,6 +216,11 @@ impl Plan {
             (20, ManagementKind::CollectGarbage),
             (40, ManagementKind::Retain),
             (60, ManagementKind::ReadMoment),
+            (40, ManagementKind::LookUp),
+            (10, ManagementKind::CloneAtTime),
+            (10, ManagementKind::RollbackToTime),
+            (20, ManagementKind::DiffMoments),
+            (4, ManagementKind::LeapClock),
         ] {
             self.weights.management.push((weight, kind));
         }
@@ -282,9 +287,13 @@ impl Plan {
         self.weights.requests.push((60, RequestKind::Write));
         self.live(5, 120, random, |random| {
             let ending = if random.chance(300) { Ending::Kill } else { Ending::PowerCut };
-            let strike = Strike::InReceive(random.magnitude(8), random.magnitude(600));
-            (ending, strike)
+            let steps = if random.chance(500) { random.below(40) } else { random.magnitude(600) };
+            (ending, Strike::InReceive(random.magnitude(8), steps))
         });
+        if random.chance(500) {
+            // Nobody else flushes.
+            (self.clients, self.depth) = (1, 2);
+        }
     }
 
     /// One kind of fault, `low` to `high` times in a million operations; the store is opened again

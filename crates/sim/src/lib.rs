@@ -40,6 +40,7 @@ pub mod requests;
 pub mod run;
 pub mod scrub;
 pub mod session;
+pub mod times;
 pub mod trace;
 pub mod verify;
 pub mod world;

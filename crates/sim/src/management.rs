@@ -11,8 +11,8 @@ use base::{BLOCK_SIZE_U64, ErrorKind, SnapshotNumber};
 use vdi::{Error, SnapshotEntry, Target};
 
 use crate::compare;
-use crate::model::ops::Outcome;
-use crate::model::{Place, VdiRef};
+use crate::model::ops::{Outcome, Serial};
+use crate::model::{Contents, Place, VdiRef};
 use crate::moments;
 use crate::plan::ManagementKind;
 use crate::random::{Random, to_u64};
@@ -20,6 +20,7 @@ use crate::receive;
 use crate::requests;
 use crate::scrub;
 use crate::session::{Reach, Session};
+use crate::times;
 use crate::world::{Pending, Source};
 
 /// Most VDIs that a run has at a time.
@@ -53,6 +54,11 @@ pub async fn make(session: Rc<Session>, kind: ManagementKind, mut random: Random
         ManagementKind::Retain => moments::retain(&session, random).await,
         ManagementKind::ReadMoment => moments::read(&session, random).await,
         ManagementKind::Receive => receive::receive(&session, random).await,
+        ManagementKind::LookUp => times::look_up(&session, random).await,
+        ManagementKind::CloneAtTime => times::clone(&session, random).await,
+        ManagementKind::RollbackToTime => times::rollback(&session, random).await,
+        ManagementKind::DiffMoments => compare::diff_moments(&session, random).await,
+        ManagementKind::LeapClock => times::leap(&session, random),
     }
     world.progressed();
     world.trace.event([31, number, 0, 0], || format!("manage  #{number} ended"));
@@ -290,21 +296,35 @@ async fn rollback(session: &Session, random: &mut Random) {
     if !settled || !world.hold(vdi, true) {
         return;
     }
-    let target = session.target(Place::Snapshot(vdi, snapshot));
-    let asked = {
-        let mut model = world.model.borrow_mut();
-        model.vdi_mut(vdi).severed += 1;
+    let found = {
+        let model = world.model.borrow();
         let size = model.vdi(vdi).snapshots.get(&snapshot).map(|s| s.block_count);
-        let contents = model.contents_of(vdi, snapshot);
-        size.zip(contents.map(|contents| model.begin_replace(vdi, "rollback", &contents)))
+        size.zip(model.contents_of(vdi, snapshot))
     };
-    let Some((block_count, serial)) = asked else {
+    let Some((block_count, contents)) = found else {
         world.release(vdi);
         return;
     };
+    let target = session.target(Place::Snapshot(vdi, snapshot));
+    let serial = begin_rollback(session, vdi, &contents);
     let number = world.ask(Pending::Rollback(vdi, block_count, serial));
     let label = target.snapshot.clone().unwrap_or_default();
     let answer = session.store.rollback(&target.vdi, &label).await;
+    rolled_back(session, number, &target, answer);
+}
+
+/// A VDI that is held alone is about to become what it was: the change of its blocks.
+pub fn begin_rollback(session: &Session, vdi: VdiRef, contents: &Contents) -> Serial {
+    let mut model = session.world.model.borrow_mut();
+    model.vdi_mut(vdi).severed += 1;
+    model.begin_replace(vdi, "rollback", contents)
+}
+
+/// A VDI was rolled back, or not; lets it go, if that is certain.
+pub fn rolled_back(session: &Session, number: u64, target: &Target, answer: Result<(), Error>) {
+    let world = &session.world;
+    let pending = world.pending.borrow().get(&number).cloned();
+    let Some(Pending::Rollback(vdi, block_count, serial)) = pending else { return };
     if certain(session, number, &format!("rollback to {target}"), answer).is_some() {
         world.answered(number);
         let mut model = world.model.borrow_mut();

@@ -271,6 +271,30 @@ pub const ALL: &[Mutant] = &[
         focus: Some(Focus::History),
     },
     Mutant {
+        name: "snapshot_times_go_back",
+        rule: "38",
+        breaks: "gives a snapshot an earlier time than the one before, if the clock says so",
+        focus: Some(Focus::History),
+    },
+    Mutant {
+        name: "lookup_trusts_the_clock",
+        rule: "38",
+        breaks: "looks times up while the clock stands behind the newest snapshot",
+        focus: Some(Focus::History),
+    },
+    Mutant {
+        name: "lookup_leaves_out_its_instant",
+        rule: "38",
+        breaks: "looks up what was before a time, and not what was taken at it",
+        focus: Some(Focus::History),
+    },
+    Mutant {
+        name: "lookup_finds_the_next",
+        rule: "38",
+        breaks: "looks up the first snapshot after a time",
+        focus: Some(Focus::History),
+    },
+    Mutant {
         name: "thinning_takes_what_was_asked_for",
         rule: "39",
         breaks: "lets a history's rules delete snapshots that somebody asked for",
@@ -292,12 +316,6 @@ pub const ALL: &[Mutant] = &[
         name: "receive_in_pieces",
         rule: "31",
         breaks: "completes a receive with records in several log blocks",
-        focus: Some(Focus::Receive),
-    },
-    Mutant {
-        name: "receive_before_its_data",
-        rule: "31",
-        breaks: "completes a receive whose data may be lost, and drops the rest",
         focus: Some(Focus::Receive),
     },
     Mutant {

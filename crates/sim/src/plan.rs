@@ -185,6 +185,11 @@ pub enum ManagementKind {
     Retain,
     ReadMoment,
     Receive,
+    LookUp,
+    CloneAtTime,
+    RollbackToTime,
+    DiffMoments,
+    LeapClock,
 }
 
 /// Everything that a seed decides.
@@ -376,6 +381,11 @@ impl Weights {
             (weight(3), ManagementKind::Retain),
             (weight(6), ManagementKind::ReadMoment),
             (weight(5), ManagementKind::Receive),
+            (weight(4), ManagementKind::LookUp),
+            (weight(3), ManagementKind::CloneAtTime),
+            (weight(3), ManagementKind::RollbackToTime),
+            (weight(3), ManagementKind::DiffMoments),
+            (weight(2), ManagementKind::LeapClock),
         ];
         Self {
             requests,

@@ -127,7 +127,10 @@ impl Engine {
         origin: Origin,
     ) -> Appended {
         let number = vdi.snapshot_next.get();
-        let wall_ns = self.runtime.wall_ns().max(vdi.newest_snapshot_ns());
+        let mut wall_ns = self.runtime.wall_ns();
+        if !base::mutant::active("snapshot_times_go_back") {
+            wall_ns = wall_ns.max(vdi.newest_snapshot_ns());
+        }
         let store_ns = self.store_ns();
         let body =
             RecordBody::Snapshot { number, wall_ns, store_ns, label: label.to_owned(), origin };
@@ -375,7 +378,7 @@ impl Engine {
             let message = format!("{wanted} is to come; `parallax log {name}` shows what was");
             return Err(Error::refused(ErrorKind::Invalid, message));
         }
-        if vdi.newest_snapshot_ns() > now_ns {
+        if vdi.newest_snapshot_ns() > now_ns && !base::mutant::active("lookup_trusts_the_clock") {
             let message = format!(
                 "the clock went back since the last moment of {name}, so that times cannot be told; name \
                  one by its number, which `parallax log {name}` shows"

@@ -183,9 +183,7 @@ impl Engine {
             for vdi in in_order {
                 ranges.push(self.still(vdi, !base::mutant::active("adopt_leaves_handles")).await);
             }
-            if !base::mutant::active("receive_before_its_data") {
-                self.log.durable(self.log.last_lsn()).await.map_err(blockstore::Error::from)?;
-            }
+            self.log.durable(self.log.last_lsn()).await.map_err(blockstore::Error::from)?;
             let one = self.management.acquire(1).await;
             // They may have been deleted or renamed meanwhile.
             let now = self.find_all(names).await?;

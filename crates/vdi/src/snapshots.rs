@@ -80,6 +80,11 @@ impl Snapshots {
     /// The newest that was taken at this time or before.
     pub(crate) fn at(&self, wall_ns: u64) -> Option<&Rc<Snapshot>> {
         // Times never go back from one to the next (design rule 38).
+        let later = base::mutant::active("lookup_leaves_out_its_instant");
+        let wall_ns = wall_ns.saturating_sub(u64::from(later));
+        if base::mutant::active("lookup_finds_the_next") {
+            return self.by_number.values().find(|snapshot| snapshot.wall_ns > wall_ns);
+        }
         self.by_number.values().rev().find(|snapshot| snapshot.wall_ns <= wall_ns)
     }
 
