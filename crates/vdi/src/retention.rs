@@ -46,6 +46,7 @@ const MOMENTS_MAX: usize = 100_000;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Retention(Vec<KeepRule>);
 
+/// Units of a length of time as it is shown.
 const MS: [(&str, u64); 8] = [
     ("ms", 1),
     ("s", 1000),
@@ -77,7 +78,7 @@ impl Retention {
             Error::refused(ErrorKind::Invalid, message)
         };
         let rules = rules.ok_or_else(|| {
-            refuse("a rule is not understood (units are s, m, h, d, w, mo and y), or too long")
+            refuse("a rule is not understood (ages are written `5m`, `24h`, `30 days`, `1y`), or too long")
         })?;
         if rules.len() > KEEP_RULES_MAX {
             return Err(refuse(&format!("it has more than {KEEP_RULES_MAX} rules")));
@@ -178,16 +179,19 @@ pub(crate) fn parse_time(text: &str, now_ns: u64) -> Option<u64> {
     if let Ok(time) = text.parse::<jiff::Timestamp>() {
         return u64::try_from(time.as_nanosecond()).ok();
     }
-    let span = text.strip_suffix("ago")?.trim().parse::<jiff::Span>().ok()?;
-    let age = span.to_duration(jiff::SpanRelativeTo::days_are_24_hours()).ok()?;
-    now_ns.checked_sub(u64::try_from(age.as_nanos()).ok()?)
+    let age_ms = parse_ms(text.strip_suffix("ago")?)?;
+    now_ns.checked_sub(age_ms.checked_mul(1_000_000)?)
 }
 
+/// A length of time in milliseconds: `5m`, `24h`, `1 day`, `2 days 1h`. A day has 24 hours, a month 30
+/// days, a year 365.
 fn parse_ms(text: &str) -> Option<u64> {
-    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
-    let (number, unit) = text.split_at_checked(digits)?;
-    let (_, ms) = MS.iter().find(|(name, _)| *name == unit.trim())?;
-    number.parse::<u64>().ok()?.checked_mul(*ms)
+    let span = text.trim().parse::<jiff::Span>().ok().filter(|span| !span.is_negative())?;
+    let days = i64::from(span.get_years()) * 365 + i64::from(span.get_months()) * 30;
+    let rest =
+        span.years(0).months(0).to_duration(jiff::SpanRelativeTo::days_are_24_hours()).ok()?;
+    let rest_ms = u64::try_from(rest.as_millis()).ok()?;
+    rest_ms.checked_add(u64::try_from(days).ok()?.checked_mul(86_400_000)?)
 }
 
 fn show_ms(ms: u64) -> String {
@@ -462,6 +466,9 @@ mod tests {
             ("every 1s for 1h, 1m for 1d, 1h for 30d, 1d for 1y", ""),
             ("every flush for 90m", "every flush for 90m"),
             (" 2s for 1m ", "every 2s for 1m"),
+            ("1 day", "every flush for 1d"),
+            ("every 2 seconds for 1h 30m, 1 minute for 3mo", "every 2s for 90m, 1m for 3mo"),
+            ("1mo", "every flush for 1mo"),
         ] {
             let retention = Retention::parse(text).unwrap();
             let again = Retention::parse(&retention.to_string()).unwrap();
@@ -472,6 +479,7 @@ mod tests {
             "x",
             "1",
             "-1h",
+            "1h ago",
             "every 1h",
             "0s",
             "1h for 1d, 1m for 2d",
@@ -489,6 +497,10 @@ mod tests {
         assert_eq!(parse_time("2025-11-27T10:40:00.250Z", now), Some(now + 250_000_000));
         assert_eq!(parse_time("5 minutes ago", now), Some(now - 300_000_000_000));
         assert_eq!(parse_time("2 days 1h ago", now), Some(now - 49 * 3_600_000_000_000));
+        // As a history takes them.
+        assert_eq!(parse_time("5m ago", now), Some(now - 300_000_000_000));
+        assert_eq!(parse_time("1mo ago", now), Some(now - 30 * 86_400_000_000_000));
+        assert_eq!(parse_time("1y 1w ago", now), Some(now - 372 * 86_400_000_000_000));
         for nonsense in ["", "ago", "yesterday", "17", "-5 minutes ago", "5 minutes", "90000 y ago"]
         {
             assert_eq!(parse_time(nonsense, now), None, "{nonsense}");
