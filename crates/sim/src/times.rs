@@ -51,10 +51,10 @@ fn draw_time(listed: &[SnapshotEntry], random: &mut Random) -> u64 {
     let at = listed.get(random.index(listed.len())).map_or(0, |entry| entry.created_ns);
     match random.below(5) {
         0 => at,
-        1 => at - 1,
+        1 => at.saturating_sub(1),
         2 => at + 1,
         3 => at + random.magnitude(10_000_000_000),
-        _ => at - random.magnitude(10_000_000_000),
+        _ => at.saturating_sub(random.magnitude(10_000_000_000)),
     }
 }
 
