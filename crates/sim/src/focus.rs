@@ -45,7 +45,7 @@ pub enum Focus {
 
 impl Focus {
     /// All of them, with the names that the command line knows.
-    pub const ALL: [(Self, &str); 14] = [
+    pub const ALL: [(Self, &str); 15] = [
         (Self::SlowReads, "slow-reads"),
         (Self::SlowWrites, "slow-writes"),
         (Self::Laps, "laps"),
