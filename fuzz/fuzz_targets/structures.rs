@@ -9,8 +9,8 @@ use fuzz::script::Script;
 use libfuzzer_sys::fuzz_target;
 use ondisk::{
     Checksums, DirectoryRecord, Entry, EntryState, ExtentKind, ExtentRecord, FANOUT, Heartbeat,
-    HostSlot, LogBlock, LogBlockBuilder, Node, Record, Seal, SnapshotRecord, StructureKind,
-    Superblock, TableRecord, VdiRecord,
+    HostSlot, LedgerRecord, LogBlock, LogBlockBuilder, Node, Record, Seal, SnapshotRecord,
+    StructureKind, Superblock, TableRecord, VdiRecord,
 };
 
 const EPOCH: Epoch = Epoch::new(3);
@@ -194,7 +194,7 @@ fuzz_target!(|input: &[u8]| {
     let Some((&selector, bytes)) = input.split_first() else { return };
     let mut script = Script(bytes);
     let at = Pba::new(u64::from(selector / 16) * 2048);
-    match selector % 10 {
+    match selector % 11 {
         0 => superblock(&mut script, at),
         1 => slots(&mut script, at),
         2 => log_block(&mut script, at),
@@ -204,6 +204,7 @@ fuzz_target!(|input: &[u8]| {
         6 => table::<SnapshotRecord>(&mut script),
         7 => table::<ExtentRecord>(&mut script),
         8 => node(&mut script),
+        9 => table::<LedgerRecord>(&mut script),
         _ => allocator(&mut script),
     }
 });

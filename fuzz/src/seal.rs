@@ -150,6 +150,7 @@ impl Sealer {
             Contents::Vdis => &[
                 (field(&VDI_LAYOUT, "root"), Contents::Data),
                 (field(&VDI_LAYOUT, "snapshots"), Contents::Snapshots),
+                (field(&VDI_LAYOUT, "ledger"), Contents::Pages),
             ],
             Contents::Snapshots => &[
                 (field(&SNAPSHOT_LAYOUT, "root"), Contents::Data),

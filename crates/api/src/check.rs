@@ -49,6 +49,9 @@ pub enum FindingKind {
     WrongExtent,
     NamedTwice,
     Record,
+    Ledger,
+    HeldMissing,
+    HeldAltered,
 }
 
 /// What a check counted.

@@ -15,9 +15,9 @@ use tokio::net::UnixStream;
 use crate::check::CheckReport;
 use crate::scrub::{BeginCheck, BeginScrub, CheckStatus, ScrubStatus};
 use crate::types::{
-    Attach, Attachment, ChangeVdi, CompleteReceive, CreateVdi, DaemonStatus, Diff, DiffPage, Gc,
-    GcStatus, Mounted, Removed, Rollback, Snapshot, SnapshotPage, Space, Stats, TakeSnapshot,
-    Upgrade, Upgrading, Vdi, VdiPage,
+    Attach, Attachment, ChangeStore, ChangeVdi, CompleteReceive, CreateVdi, DaemonStatus, Diff,
+    DiffPage, Gc, GcStatus, Hold, Mounted, Removed, Rollback, Snapshot, SnapshotPage, Space, Stats,
+    StoreSettings, TakeSnapshot, Upgrade, Upgrading, Vdi, VdiPage,
 };
 use crate::{Error, Kind, percent_encode};
 
@@ -195,6 +195,45 @@ impl Client {
         self.ask(Method::POST, &format!("{}/rollback", vdi_path(name)), Some(&request)).await
     }
 
+    /// Holds a snapshot or a moment, named by label, number or time. Durable on return.
+    ///
+    /// # Errors
+    /// `NotFound`; `Invalid` for a time until which it cannot be held.
+    pub async fn hold(
+        &self,
+        name: &str,
+        snapshot: &str,
+        request: &Hold,
+    ) -> Result<Snapshot, Error> {
+        let path = format!("{}/hold", snapshot_path(name, snapshot));
+        self.ask(Method::POST, &path, Some(request)).await
+    }
+
+    /// Ends the hold of a snapshot. Durable on return.
+    ///
+    /// # Errors
+    /// `NotFound`; `Invalid` if it is not held.
+    pub async fn release(&self, name: &str, snapshot: &str) -> Result<Option<Snapshot>, Error> {
+        let path = format!("{}/hold", snapshot_path(name, snapshot));
+        self.ask(Method::DELETE, &path, NOTHING).await
+    }
+
+    /// What the store keeps for all VDIs.
+    ///
+    /// # Errors
+    /// If the daemon cannot answer.
+    pub async fn store(&self) -> Result<StoreSettings, Error> {
+        self.ask(Method::GET, "/v1/store", NOTHING).await
+    }
+
+    /// Changes what the store keeps for all VDIs. Durable on return.
+    ///
+    /// # Errors
+    /// `Invalid`.
+    pub async fn change_store(&self, request: &ChangeStore) -> Result<StoreSettings, Error> {
+        self.ask(Method::PATCH, "/v1/store", Some(request)).await
+    }
+
     /// Makes of a VDI into which a snapshot was received what it was received for: a new VDI with
     /// that snapshot, or the next snapshot of one that exists, and its contents. Durable on return.
     ///
@@ -215,8 +254,20 @@ impl Client {
     /// # Errors
     /// `NotFound`; `Exists` if the label is taken.
     pub async fn snapshot(&self, name: &str, label: Option<&str>) -> Result<Snapshot, Error> {
-        let request = TakeSnapshot { label: label.map(str::to_owned) };
-        self.ask(Method::POST, &format!("{}/snapshots", vdi_path(name)), Some(&request)).await
+        let request = TakeSnapshot { label: label.map(str::to_owned), hold: None };
+        self.take_snapshot(name, &request).await
+    }
+
+    /// As [`Self::snapshot`]; it may be held at once.
+    ///
+    /// # Errors
+    /// As [`Self::snapshot`]; `Invalid` for a time until which it cannot be held.
+    pub async fn take_snapshot(
+        &self,
+        name: &str,
+        request: &TakeSnapshot,
+    ) -> Result<Snapshot, Error> {
+        self.ask(Method::POST, &format!("{}/snapshots", vdi_path(name)), Some(request)).await
     }
 
     /// Every snapshot of a VDI, in order of number.

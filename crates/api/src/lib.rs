@@ -20,6 +20,10 @@
 //! | `/v1/vdis/{name}/snapshots/{snapshot}` | GET | | [`Snapshot`] |
 //! | `/v1/vdis/{name}/snapshots/{snapshot}` | DELETE | | [`Removed`] |
 //! | `/v1/vdis/{name}/snapshots/{snapshot}/space` | GET | | [`Space`] |
+//! | `/v1/vdis/{name}/snapshots/{snapshot}/hold` | POST | [`Hold`] | [`Snapshot`] |
+//! | `/v1/vdis/{name}/snapshots/{snapshot}/hold` | DELETE | | [`Snapshot`] |
+//! | `/v1/store` | GET | | [`StoreSettings`] |
+//! | `/v1/store` | PATCH | [`ChangeStore`] | [`StoreSettings`] |
 //! | `/v1/diff?from=&to=&after=&max=` | GET | | [`DiffPage`] |
 //! | `/v1/gc` | GET | | [`GcStatus`] |
 //! | `/v1/gc` | POST | | [`Gc`] |
@@ -54,9 +58,9 @@ pub use scrub::{
     ScrubReport, ScrubStatus,
 };
 pub use types::{
-    Attach, Attachment, ChangeVdi, CompleteReceive, CreateVdi, DIFF_EXTENTS_MAX, DaemonStatus,
-    Diff, DiffExtent, DiffPage, FrontendMetrics, Gc, GcPhase, GcStatus, Mounted, NbdEndpoint,
-    OpenReport, PAGE_MAX, Parent, Removed, Rollback, Snapshot, SnapshotPage, Space, Stats,
-    TakeSnapshot, Upgrade, Upgrading, Vdi, VdiPage,
+    Attach, Attachment, ChangeStore, ChangeVdi, CompleteReceive, CreateVdi, DIFF_EXTENTS_MAX,
+    DaemonStatus, Diff, DiffExtent, DiffPage, FrontendMetrics, Gc, GcPhase, GcStatus, Held, Hold,
+    Ledger, Mounted, NbdEndpoint, OpenReport, PAGE_MAX, Parent, Removed, Rollback, Snapshot,
+    SnapshotPage, Space, Stats, StoreSettings, TakeSnapshot, Upgrade, Upgrading, Vdi, VdiPage,
 };
 pub use url::{percent_decode, percent_encode};

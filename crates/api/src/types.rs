@@ -77,6 +77,40 @@ pub struct Vdi {
     /// Which moments of it are kept by themselves, such as `every flush for 1d`; `off` for none.
     #[serde(default)]
     pub history: String,
+    /// Whether that is what the store keeps of disks that have no history of their own.
+    #[serde(default)]
+    pub history_inherited: bool,
+    /// Number of its snapshots and moments that are held.
+    #[serde(default)]
+    pub held_count: u64,
+    /// Where its ledger of holds ends; without one nothing of it was ever held.
+    #[serde(default)]
+    pub ledger: Option<Ledger>,
+}
+
+/// Where the ledger of holds of a VDI ends.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ledger {
+    /// Number of its last record.
+    pub record: u64,
+    /// SHA-256 over that and all before, in hexadecimal digits: who has noted it can tell whether what
+    /// stands there was changed since.
+    pub head: String,
+}
+
+/// What the store keeps for all VDIs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreSettings {
+    /// Which moments are kept of VDIs that have no history of their own; `off` for none.
+    pub history: String,
+}
+
+/// Changes what the store keeps for all VDIs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ChangeStore {
+    /// Which moments are to be kept of VDIs that have no history of their own.
+    pub history: String,
 }
 
 /// Where a VDI was cloned from. The VDI and the snapshot may be gone.
@@ -129,7 +163,7 @@ pub struct ChangeVdi {
     /// Allows a smaller size: the contents beyond it are lost.
     #[serde(default)]
     pub shrink: bool,
-    /// Which moments of it are to be kept by themselves from now on.
+    /// Which moments of it are to be kept by themselves from now on; `inherit`: those that the store keeps.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub history: Option<String>,
 }
@@ -152,6 +186,25 @@ pub struct TakeSnapshot {
     /// Its label.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub label: Option<String>,
+    /// Whether it is to be held.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hold: Option<Hold>,
+}
+
+/// Holds a snapshot or a moment: it cannot be deleted until the hold ends.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Hold {
+    /// When that is to end by itself: a time in RFC 3339, a day, or how long, such as `30d`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub until: Option<String>,
+}
+
+/// That a snapshot is held.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Held {
+    /// When that ends by itself, if it does.
+    pub until: Option<Timestamp>,
 }
 
 /// A snapshot.
@@ -171,6 +224,9 @@ pub struct Snapshot {
     pub uuid: String,
     /// Of a moment that was kept by itself: bytes changed since the one before.
     pub changed_bytes: Option<u64>,
+    /// Whether it is held.
+    #[serde(default)]
+    pub hold: Option<Held>,
 }
 
 /// Snapshots of a VDI in order of number.

@@ -8,8 +8,8 @@ use base::{
 };
 use device::{Cause, Device};
 use ondisk::{
-    COMPATIBLE_KEEPS_SPACE, Checksums, Features, HostSlot, INCOMPATIBLE_HISTORY, RootRef, Roots,
-    SUPERBLOCK_COPIES, SlotState, Superblock,
+    COMPATIBLE_KEEPS_SPACE, Checksums, Features, HostSlot, INCOMPATIBLE_HISTORY,
+    INCOMPATIBLE_HOLDS, RootRef, Roots, SUPERBLOCK_COPIES, SlotState, Superblock,
 };
 use runtime::Runtime;
 
@@ -68,7 +68,7 @@ pub async fn format(device: &Device, runtime: &Runtime, options: &Options) -> Re
         key: options.key,
         features: Features {
             compatible: if options.keep_space { COMPATIBLE_KEEPS_SPACE } else { 0 },
-            incompatible: INCOMPATIBLE_HISTORY,
+            incompatible: INCOMPATIBLE_HISTORY | INCOMPATIBLE_HOLDS,
             ..Features::default()
         },
         block_count: device.block_count() / extent_blocks * extent_blocks,
@@ -139,6 +139,7 @@ fn empty_slot(log_start: Pba, wall_ns: u64, boot_id: [u8; 16]) -> HostSlot {
         },
         segments: Vec::new(),
         failures: 0,
+        retention: Vec::new(),
     }
 }
 

@@ -114,24 +114,33 @@ pub(crate) enum Command {
         /// Logical size, such as 20G (units are powers of 1024); rounded up to whole 4 KiB blocks
         #[arg(long, value_name = "SIZE", value_parser = size(), allow_hyphen_values = true)]
         size: u64,
-        /// Keep its past: 24h, or rules as `set` takes them
+        /// Keep its past: 24h, or rules as `set` takes them; without it, as the store does
         #[arg(long, value_name = "HISTORY", value_parser = NonEmptyStringValueParser::new())]
         history: Option<String>,
     },
 
-    /// Change a setting of a disk: history=24h
+    /// Change a setting of a disk, or of all disks that have none of their own: history=24h
     ///
     /// With a history, a disk can be opened, cloned and rolled back to as it was: NAME@TIME stands for
     /// the newest moment at that time or before, such as web01@2026-11-22T10:15:30Z or
     /// web01@'5 minutes ago'. `history=24h` keeps the moment after each flush for a day; rules keep
     /// fewer of older ones: history='every flush for 1h, 1s for 1d, 1h for 30d'. `history=off` deletes
-    /// what was kept. Snapshots that were asked for stay.
+    /// what was kept. Snapshots that were asked for stay, and so does what is held.
+    ///
+    /// `--store history=24h` is for all disks that were given no history of their own, those that are
+    /// made later, too. `history=inherit` makes a disk one of these again.
     Set {
-        #[command(flatten)]
-        name: Name,
+        /// Name of the disk
+        #[arg(value_name = "NAME", value_parser = disk(), required_unless_present = "store")]
+        name: Option<String>,
         /// What is to be set
         #[arg(value_name = "history=HISTORY", value_parser = setting())]
-        setting: Setting,
+        #[arg(required_unless_present = "store")]
+        setting: Option<Setting>,
+        /// Set it for all disks that have none of their own
+        #[arg(long, value_name = "history=HISTORY", value_parser = setting())]
+        #[arg(conflicts_with_all = ["name", "setting"])]
+        store: Option<Setting>,
     },
 
     /// Show what happened to a disk with a history, and when
@@ -171,6 +180,37 @@ pub(crate) enum Command {
         /// A name for the snapshot, unique within the disk
         #[arg(long, short, value_name = "LABEL", value_parser = NonEmptyStringValueParser::new())]
         label: Option<String>,
+        /// Hold it at once, as `hold` does
+        #[arg(long)]
+        hold: bool,
+        /// When the hold ends by itself
+        #[arg(long, value_name = "TIME", value_parser = NonEmptyStringValueParser::new())]
+        #[arg(requires = "hold")]
+        until: Option<String>,
+    },
+
+    /// Hold a snapshot: it cannot be deleted, nor its disk, until the hold ends
+    ///
+    /// No history thins what is held, not even when the store is full. A moment may be held, too, also by
+    /// its time: NAME@'5 minutes ago'. The hold ends with `release`, or when the time of --until has
+    /// come; for a clock that leaps, as much time must have passed while the store was served.
+    ///
+    /// What is held, and when it ended, goes into a ledger of the disk, whose head `info` shows. Note it
+    /// elsewhere: `check` tells of what was altered or removed since it was held.
+    Hold {
+        /// Which snapshot or moment of which disk
+        #[arg(value_name = "NAME@SNAP", value_parser = snapshot_target())]
+        target: (String, String),
+        /// When the hold ends by itself: 2030-01-31, 2030-01-31T18:00:00Z, or how long, such as 30d
+        #[arg(long, value_name = "TIME", value_parser = NonEmptyStringValueParser::new())]
+        until: Option<String>,
+    },
+
+    /// End the hold of a snapshot: it stays, and can be deleted
+    Release {
+        /// Which snapshot or moment of which disk
+        #[arg(value_name = "NAME@SNAP", value_parser = snapshot_target())]
+        target: (String, String),
     },
 
     /// List the snapshots of a disk, oldest first
@@ -201,8 +241,13 @@ pub(crate) enum Command {
     ///
     /// Counts space by walking the disk's tree, which takes a moment on a large one.
     Info {
-        #[command(flatten)]
-        target: Target,
+        /// A disk, or one of its snapshots by label or number
+        #[arg(value_name = "NAME[@SNAP]", value_parser = target())]
+        #[arg(required_unless_present = "store")]
+        target: Option<(String, Option<String>)>,
+        /// Describe the store: where it is, and what it keeps for all disks
+        #[arg(long, conflicts_with = "target")]
+        store: bool,
     },
 
     /// Rename a disk; clients that have it open go on
@@ -232,7 +277,8 @@ pub(crate) enum Command {
     ///
     /// Clones are not affected, whatever they were cloned from. Clients of what is deleted are
     /// disconnected; what is attached has to be detached first. Its space counts as free when
-    /// garbage has been collected, which happens by itself: see `parallax gc --help`.
+    /// garbage has been collected, which happens by itself: see `parallax gc --help`. What is held is not
+    /// deleted: see `parallax hold --help`.
     #[command(visible_alias = "remove")]
     Rm {
         #[command(flatten)]
@@ -727,7 +773,7 @@ pub(crate) enum Setting {
 fn setting() -> ValueParser {
     ValueParser::new(|text: &str| match text.split_once('=') {
         Some(("history", history)) => Ok(Setting::History(history.to_owned())),
-        _ => Err("must be history=HISTORY, such as history=24h or history=off"),
+        _ => Err("must be history=HISTORY, such as history=24h, history=off or history=inherit"),
     })
 }
 

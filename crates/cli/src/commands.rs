@@ -19,6 +19,7 @@ mod send;
 mod serve;
 mod snapshots;
 mod stats;
+mod stores;
 mod transfer;
 mod tree;
 mod upgrade;
@@ -69,25 +70,38 @@ async fn ask(context: Context, command: Command) -> Result<(), Error> {
         Command::Create { name, size, history } => {
             vdis::create(&context, name.name, size, history).await
         }
-        Command::Set { name, setting: Setting::History(history) } => {
-            vdis::set(&context, &name.name, history).await
-        }
+        Command::Set { name, setting, store } => match (name, setting, store) {
+            (Some(name), Some(Setting::History(history)), _) => {
+                vdis::set(&context, &name, history).await
+            }
+            (_, _, Some(Setting::History(history))) => stores::set(&context, history).await,
+            // The command line has one or the other.
+            _ => Ok(()),
+        },
         Command::Log { name, every, rows } => log::run(&context, &name.name, every, rows).await,
         Command::Clone { source, new } => {
             vdis::clone(&context, context.pinned(source).await?, new).await
         }
         Command::Ls { space } => vdis::ls(&context, space).await,
-        Command::Info { target: t } => {
-            let (name, snapshot) = context.pinned_target(t.target).await?;
+        Command::Info { target: None, .. } => stores::info(&context).await,
+        Command::Info { target: Some(target), .. } => {
+            let (name, snapshot) = context.pinned_target(target).await?;
             vdis::info(&context, &name, snapshot.as_deref()).await
+        }
+        Command::Hold { target: (name, snapshot), until } => {
+            snapshots::hold(&context, &name, &snapshot, until).await
+        }
+        Command::Release { target: (name, snapshot) } => {
+            snapshots::release(&context, &name, &snapshot).await
         }
         Command::Rename { name, new } => vdis::rename(&context, &name.name, new).await,
         Command::Resize { name, size, shrink } => {
             vdis::resize(&context, &name.name, size, shrink).await
         }
         Command::Rm { target: t } => vdis::rm(&context, &t.target.0, t.target.1.as_deref()).await,
-        Command::Snapshot { name, label } => {
-            snapshots::take(&context, &name, label.as_deref()).await
+        Command::Snapshot { name, label, hold, until } => {
+            let hold = hold.then_some(api::Hold { until });
+            snapshots::take(&context, &name, label, hold).await
         }
         Command::Snapshots { name, all } => snapshots::list(&context, &name.name, all).await,
         Command::Rollback { target: (name, snapshot) } => {

@@ -16,6 +16,12 @@ pub(crate) fn vdi(entry: vdi::VdiEntry) -> api::Vdi {
             snapshot: snapshot.get(),
         }),
         history: entry.retention.to_string(),
+        history_inherited: !entry.has_own_retention,
+        held_count: entry.held_count,
+        ledger: entry.ledger.map(|ledger| api::Ledger {
+            record: ledger.sequence,
+            head: ledger.head.iter().map(|byte| format!("{byte:02x}")).collect(),
+        }),
     }
 }
 
@@ -32,6 +38,7 @@ pub(crate) fn snapshot(vdi_name: &str, entry: vdi::SnapshotEntry) -> api::Snapsh
         created: time(entry.created_ns),
         uuid: entry.uuid.to_string(),
         changed_bytes: entry.changed_bytes,
+        hold: entry.hold.map(|hold| api::Held { until: hold.until_ns.map(time) }),
     }
 }
 
@@ -172,6 +179,9 @@ fn finding(finding: vdi::check::Finding) -> api::Finding {
         From::WrongExtent => api::FindingKind::WrongExtent,
         From::NamedTwice => api::FindingKind::NamedTwice,
         From::Record => api::FindingKind::Record,
+        From::Ledger => api::FindingKind::Ledger,
+        From::HeldMissing => api::FindingKind::HeldMissing,
+        From::HeldAltered => api::FindingKind::HeldAltered,
     };
     api::Finding { kind, block: finding.at.map(base::Pba::get), message: finding.message }
 }
@@ -279,6 +289,7 @@ mod tests {
             created_ns: 1_500_000_000,
             uuid: base::SnapshotUuid([1; 16]),
             changed_bytes: None,
+            hold: None,
         };
         assert_eq!(snapshot("web01", entry(None)).handle, "web01@17");
         let labelled = snapshot("web01", entry(Some("daily")));

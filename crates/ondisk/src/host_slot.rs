@@ -8,6 +8,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use crate::bounds::{BLOCKS_MAX, COUNTER_END, RECORD_NUMBER_END, below};
 use crate::layout::layout;
+use crate::table::{KEEP_RULE_LAYOUT, KEEP_RULES_MAX, KeepRule};
 use crate::{Checksums, DecodeError, RootRef, StructureKind};
 
 const MAGIC: [u8; 4] = *b"PXhs";
@@ -52,8 +53,9 @@ layout! {
         bad_blocks: [u8; RootRef::BYTES],
         segments: [RawSegment; LOG_SEGMENTS_MAX],
         failures: U64,
+        retention: [u8; KEEP_RULES_MAX * KEEP_RULE_LAYOUT.size],
         marks: [u8; RootRef::BYTES],
-        reserved: [u8; 3032],
+        reserved: [u8; 2984],
         checksum: U64,
     }
 }
@@ -155,6 +157,8 @@ pub struct HostSlot {
     pub segments: Vec<LogSegment>,
     /// How often the store was opened again under its users after its device had failed.
     pub failures: u64,
+    /// Which moments are kept of VDIs that have no rules of their own; at most [`KEEP_RULES_MAX`].
+    pub retention: Vec<KeepRule>,
 }
 
 impl HostSlot {
@@ -187,8 +191,9 @@ impl HostSlot {
             bad_blocks: self.roots.bad_blocks.to_bytes(),
             segments: std::array::from_fn(|index| segment(index).unwrap_or(EMPTY_SEGMENT)),
             failures: self.failures.into(),
+            retention: KeepRule::list_to_bytes(&self.retention),
             marks: self.roots.marks.to_bytes(),
-            reserved: [0; 3032],
+            reserved: [0; 2984],
             checksum: 0.into(),
         };
         let unsealed = Buffer::from_bytes(raw.as_bytes());
@@ -253,6 +258,7 @@ impl HostSlot {
             },
             segments,
             failures: raw.failures.get(),
+            retention: KeepRule::all_of(&raw.retention),
         })
     }
 }
@@ -388,6 +394,7 @@ mod tests {
             },
             segments,
             failures: 5,
+            retention: vec![KeepRule { every_ms: 0, for_s: 60 }],
         }
     }
 

@@ -13,6 +13,7 @@ mod checksum;
 mod entry;
 mod host_slot;
 mod layout;
+mod ledger;
 mod log;
 mod record;
 mod superblock;
@@ -26,10 +27,11 @@ pub use host_slot::{
     LogSegment, Roots, SlotState,
 };
 pub use layout::{Field, Layout};
+pub use ledger::{Digest, LEDGER_LAYOUT, LEDGER_RECORDS_MAX, LedgerKind, LedgerRecord, Until};
 pub use log::{LOG_BLOCK_LAYOUT, LOG_PAYLOAD_BYTES, LogBlock, LogBlockBuilder, Seal};
 pub use record::{RECORD_HEADER_LAYOUT, RangeState, Record, RecordBody};
 pub use superblock::{
-    COMPATIBLE_KEEPS_SPACE, Features, INCOMPATIBLE_HISTORY, KNOWN_INCOMPATIBLE,
+    COMPATIBLE_KEEPS_SPACE, Features, INCOMPATIBLE_HISTORY, INCOMPATIBLE_HOLDS, KNOWN_INCOMPATIBLE,
     KNOWN_READ_ONLY_COMPATIBLE, SUPERBLOCK_COPIES, SUPERBLOCK_LAYOUT, Superblock,
 };
 pub use table::{
@@ -66,5 +68,6 @@ pub const LAYOUTS: &[Layout] = &[
     KEEP_RULE_LAYOUT,
     SNAPSHOT_LAYOUT,
     VERSION_LAYOUT,
+    LEDGER_LAYOUT,
     EXTENT_LAYOUT,
 ];

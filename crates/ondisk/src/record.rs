@@ -9,7 +9,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use crate::layout::layout;
 use crate::table::{KeepRule, LABEL_BYTES_MAX, NAME_BYTES_MAX, Origin};
-use crate::{DecodeError, bounds};
+use crate::{DecodeError, Until, bounds};
 
 layout! {
     /// Fields of a record's header.
@@ -135,6 +135,33 @@ pub enum RecordBody {
     },
     /// Other moments of the VDI are kept by themselves.
     Retain {
+        /// Which; at most 6 rules, none for none. `None`: what the store has for such VDIs.
+        rules: Option<Vec<KeepRule>>,
+    },
+    /// A snapshot is held from here on: it is not deleted until that ends.
+    Hold {
+        /// Which.
+        number: SnapshotNumber,
+        /// Wall time.
+        wall_ns: u64,
+        /// Time that the store has been open.
+        store_ns: u64,
+        /// When the hold ends by itself, if it does.
+        until: Option<Until>,
+    },
+    /// The hold of a snapshot ended.
+    EndHold {
+        /// Of which.
+        number: SnapshotNumber,
+        /// Wall time.
+        wall_ns: u64,
+        /// Time that the store has been open.
+        store_ns: u64,
+        /// Whether its time had come; else somebody wanted it to end.
+        is_due: bool,
+    },
+    /// Other moments are kept of VDIs that have no rules of their own. Of no VDI.
+    RetainByDefault {
         /// Which; at most 6 rules, none for none.
         rules: Vec<KeepRule>,
     },
@@ -163,6 +190,15 @@ const ROLLBACK: u8 = 11;
 const TIME: u8 = 16;
 const ADOPT: u8 = 17;
 const RETAIN: u8 = 18;
+const HOLD: u8 = 19;
+const END_HOLD: u8 = 20;
+const RETAIN_BY_DEFAULT: u8 = 21;
+
+/// Flag of a record by which a VDI has no rules of its own.
+const INHERITED: u8 = 1;
+
+/// Flag of a record by which a hold ended because its time had come.
+const DUE: u8 = 1;
 
 impl Record {
     /// Bytes that the record takes in a log block.
@@ -178,7 +214,10 @@ impl Record {
             RecordBody::Create { name, .. } => 16 + name.len() + 2,
             RecordBody::Clone { name, .. } => 24 + name.len() + 2,
             RecordBody::Rename { name } => name.len() + 2,
-            RecordBody::Retain { rules } => rules.len() * KeepRule::BYTES,
+            RecordBody::Retain { rules } => rules.as_ref().map_or(0, Vec::len) * KeepRule::BYTES,
+            RecordBody::RetainByDefault { rules } => rules.len() * KeepRule::BYTES,
+            RecordBody::Hold { .. } => 40,
+            RecordBody::EndHold { .. } => 24,
             RecordBody::Time { .. } | RecordBody::Adopt { .. } => 16,
             RecordBody::Void { .. }
             | RecordBody::DeleteSnapshot { .. }
@@ -202,6 +241,8 @@ impl Record {
             kind: self.kind(),
             flags: match &self.body {
                 RecordBody::Snapshot { origin, .. } => origin.flags(),
+                RecordBody::Retain { rules: None } => INHERITED,
+                RecordBody::EndHold { is_due: true, .. } => DUE,
                 _ => 0,
             },
             claim: self.claim.get().into(),
@@ -249,7 +290,19 @@ impl Record {
             RecordBody::Resize { block_count } => word(*block_count),
             RecordBody::Delete => {}
             RecordBody::Retain { rules } => {
+                let rules = rules.iter().flatten();
+                rules.for_each(|rule| into.extend_from_slice(&rule.to_bytes()));
+            }
+            RecordBody::RetainByDefault { rules } => {
                 rules.iter().for_each(|rule| into.extend_from_slice(&rule.to_bytes()));
+            }
+            RecordBody::Hold { number, wall_ns, store_ns, until } => {
+                let [until_wall_ns, until_store_ns] = Until::words(*until);
+                let words = [number.get(), *wall_ns, *store_ns, until_wall_ns, until_store_ns];
+                words.into_iter().for_each(word);
+            }
+            RecordBody::EndHold { number, wall_ns, store_ns, is_due: _ } => {
+                [number.get(), *wall_ns, *store_ns].into_iter().for_each(word);
             }
             RecordBody::Time { wall_ns, store_ns } => {
                 word(*wall_ns);
@@ -279,6 +332,9 @@ impl Record {
             RecordBody::Time { .. } => TIME,
             RecordBody::Adopt { .. } => ADOPT,
             RecordBody::Retain { .. } => RETAIN,
+            RecordBody::Hold { .. } => HOLD,
+            RecordBody::EndHold { .. } => END_HOLD,
+            RecordBody::RetainByDefault { .. } => RETAIN_BY_DEFAULT,
         }
     }
 
@@ -342,7 +398,24 @@ impl Record {
             RESIZE => RecordBody::Resize { block_count: bounds::vdi_size(reader.word()?)? },
             DELETE => RecordBody::Delete,
             ROLLBACK => RecordBody::Rollback { number: reader.snapshot()? },
-            RETAIN => RecordBody::Retain { rules: KeepRule::all_of(reader.0) },
+            RETAIN => {
+                let is_inherited = header.flags & INHERITED != 0;
+                let rules = (!is_inherited).then(|| KeepRule::all_of(reader.0));
+                RecordBody::Retain { rules }
+            }
+            RETAIN_BY_DEFAULT => RecordBody::RetainByDefault { rules: KeepRule::all_of(reader.0) },
+            HOLD => RecordBody::Hold {
+                number: reader.snapshot()?,
+                wall_ns: reader.word()?,
+                store_ns: reader.word()?,
+                until: Until::of(reader.word()?, reader.word()?),
+            },
+            END_HOLD => RecordBody::EndHold {
+                number: reader.snapshot()?,
+                wall_ns: reader.word()?,
+                store_ns: reader.word()?,
+                is_due: header.flags & DUE != 0,
+            },
             TIME => RecordBody::Time { wall_ns: reader.word()?, store_ns: reader.word()? },
             ADOPT => {
                 RecordBody::Adopt { source: VdiId::new(reader.word()?), number: reader.snapshot()? }
@@ -427,8 +500,28 @@ mod tests {
                 label: String::new(),
                 origin: Origin::Kept { changed_blocks: 0 },
             },
-            RecordBody::Retain { rules: vec![KeepRule { every_ms: 0, for_s: 3600 }] },
-            RecordBody::Retain { rules: Vec::new() },
+            RecordBody::Retain { rules: Some(vec![KeepRule { every_ms: 0, for_s: 3600 }]) },
+            RecordBody::Retain { rules: Some(Vec::new()) },
+            RecordBody::Retain { rules: None },
+            RecordBody::RetainByDefault { rules: vec![KeepRule { every_ms: 0, for_s: 3600 }] },
+            RecordBody::Hold {
+                number: SnapshotNumber::new(17),
+                wall_ns: 1,
+                store_ns: 2,
+                until: Some(Until { wall_ns: 3, store_ns: 4 }),
+            },
+            RecordBody::Hold {
+                number: SnapshotNumber::new(17),
+                wall_ns: 1,
+                store_ns: 2,
+                until: None,
+            },
+            RecordBody::EndHold {
+                number: SnapshotNumber::new(17),
+                wall_ns: 1,
+                store_ns: 2,
+                is_due: true,
+            },
             RecordBody::DeleteSnapshot { number: SnapshotNumber::new(17) },
             RecordBody::Create { block_count: 8, wall_ns: 3, name: "web01".into() },
             RecordBody::Clone {

@@ -23,8 +23,10 @@ const HASH_XXH3: u32 = 1;
 pub const COMPATIBLE_KEEPS_SPACE: u64 = 1;
 /// The incompatible feature: snapshots may be histories over a tree, and have none of their own.
 pub const INCOMPATIBLE_HISTORY: u64 = 1;
+/// The incompatible feature: snapshots may be held, and the store may have a retention of its own.
+pub const INCOMPATIBLE_HOLDS: u64 = 2;
 /// Feature flags of the format that this build knows; see docs/on-disk-format.md.
-pub const KNOWN_INCOMPATIBLE: u64 = INCOMPATIBLE_HISTORY;
+pub const KNOWN_INCOMPATIBLE: u64 = INCOMPATIBLE_HISTORY | INCOMPATIBLE_HOLDS;
 /// Unknown ones of these allow reading only.
 pub const KNOWN_READ_ONLY_COMPATIBLE: u64 = 0;
 

@@ -10,6 +10,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use crate::bounds::{BLOCKS_MAX, COUNTER_END, RECORD_NUMBER_END, below, vdi_size};
 use crate::layout::layout;
+use crate::ledger::{Digest, LEDGER_RECORDS_MAX};
 use crate::{DecodeError, Entry, EntryState, RootRef};
 
 /// Longest name of a VDI in bytes.
@@ -108,10 +109,12 @@ layout! {
         snapshots: [u8; RootRef::BYTES],
         snapshot_next: U64,
         snapshot_count: U64,
-        history: [u8; RootRef::BYTES],
+        ledger: [u8; RootRef::BYTES],
         rollbacks: U64,
         retention: [u8; KEEP_RULES_MAX * KEEP_RULE_LAYOUT.size],
-        reserved: [u8; 48],
+        ledger_head: [u8; Digest::BYTES],
+        ledger_count: U32,
+        reserved: [u8; 12],
     }
 }
 
@@ -244,18 +247,26 @@ pub struct VdiRecord {
     pub snapshot_next: SnapshotNumber,
     /// Number of snapshots that exist.
     pub snapshot_count: u64,
-    /// Head of the history chain; empty until history is kept.
-    pub history: RootRef,
+    /// Its ledger: a table of [`crate::LedgerRecord`]s without gaps.
+    pub ledger: RootRef,
+    /// Chain of the ledger's last record.
+    pub ledger_head: Digest,
+    /// How many they are; at most [`LEDGER_RECORDS_MAX`].
+    pub ledger_count: u32,
     /// How often it was rolled back or shrunk.
     pub rollbacks: u64,
-    /// Which moments of it are kept by themselves; at most [`KEEP_RULES_MAX`].
-    pub retention: Vec<KeepRule>,
+    /// Which moments of it are kept by themselves; at most [`KEEP_RULES_MAX`]. `None`: what the store
+    /// has for such VDIs.
+    pub retention: Option<Vec<KeepRule>>,
     /// Whether some of its snapshots were made by a retention, this one or an earlier one.
     pub has_moments: bool,
 }
 
 /// Flag of a VDI with moments.
 const HAS_MOMENTS: u32 = 1;
+
+/// Flag of a VDI of which no moments are kept, whatever the store keeps of others.
+const KEEPS_NONE: u32 = 2;
 
 /// One rule of a retention: of the moments that are at most so old, one of each interval is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -276,6 +287,15 @@ impl KeepRule {
         bytes
     }
 
+    /// Some rules, as they stand in a record.
+    pub(crate) fn list_to_bytes(rules: &[Self]) -> [u8; KEEP_RULES_MAX * Self::BYTES] {
+        let mut bytes = [0; KEEP_RULES_MAX * Self::BYTES];
+        for (place, rule) in bytes.chunks_exact_mut(Self::BYTES).zip(rules) {
+            place.copy_from_slice(&rule.to_bytes());
+        }
+        bytes
+    }
+
     /// The rules that stand in `bytes`, up to one that is none.
     pub(crate) fn all_of(bytes: &[u8]) -> Vec<Self> {
         let (rules, _) = bytes.as_chunks::<{ Self::BYTES }>();
@@ -293,11 +313,10 @@ impl TableRecord for VdiRecord {
     }
 
     fn encode(&self, into: &mut [u8]) {
-        let mut retention = [0; KEEP_RULES_MAX * KEEP_RULE_LAYOUT.size];
-        let places = retention.chunks_exact_mut(KeepRule::BYTES);
-        for (place, rule) in places.zip(&self.retention) {
-            place.copy_from_slice(&rule.to_bytes());
-        }
+        let keeps_none = self.retention.as_ref().is_some_and(Vec::is_empty);
+        let retention = KeepRule::list_to_bytes(self.retention.as_deref().unwrap_or_default());
+        let flag = |is_set: bool, flag: u32| if is_set { flag } else { 0 };
+        let flags = flag(self.has_moments, HAS_MOMENTS) | flag(keeps_none, KEEPS_NONE);
         let raw = RawVdi {
             id: self.id.get().into(),
             block_count: self.block_count.into(),
@@ -306,14 +325,16 @@ impl TableRecord for VdiRecord {
             claim: self.claim.get().into(),
             label: self.label.get().into(),
             shared_up_to: self.shared_up_to.get().into(),
-            flags: u32::from(self.has_moments).into(),
+            flags: flags.into(),
             snapshots: self.snapshots.to_bytes(),
             snapshot_next: self.snapshot_next.get().into(),
             snapshot_count: self.snapshot_count.into(),
-            history: self.history.to_bytes(),
+            ledger: self.ledger.to_bytes(),
             rollbacks: self.rollbacks.into(),
             retention,
-            reserved: [0; 48],
+            ledger_head: self.ledger_head.0,
+            ledger_count: self.ledger_count.into(),
+            reserved: [0; 12],
         };
         into.copy_from_slice(raw.as_bytes());
     }
@@ -323,6 +344,8 @@ impl TableRecord for VdiRecord {
         if raw.id.get() == 0 {
             return Ok(None);
         }
+        let has = |flag: u32| raw.flags.get() & flag != 0;
+        let rules = KeepRule::all_of(&raw.retention);
         Ok(Some(Self {
             id: VdiId::new(below(raw.id.get(), RECORD_NUMBER_END, "VDI id")?),
             block_count: vdi_size(raw.block_count.get())?,
@@ -334,10 +357,12 @@ impl TableRecord for VdiRecord {
             snapshots: RootRef::from_bytes(raw.snapshots)?,
             snapshot_next: snapshot_number(raw.snapshot_next)?,
             snapshot_count: raw.snapshot_count.get(),
-            history: RootRef::from_bytes(raw.history)?,
+            ledger: RootRef::from_bytes(raw.ledger)?,
+            ledger_head: Digest(raw.ledger_head),
+            ledger_count: ledger_count(raw.ledger_count)?,
             rollbacks: raw.rollbacks.get(),
-            retention: KeepRule::all_of(&raw.retention),
-            has_moments: raw.flags.get() & HAS_MOMENTS != 0,
+            retention: (!rules.is_empty() || has(KEEPS_NONE)).then_some(rules),
+            has_moments: has(HAS_MOMENTS),
         }))
     }
 }
@@ -365,6 +390,8 @@ pub struct SnapshotRecord {
     pub label: String,
     /// How it came to be.
     pub origin: Origin,
+    /// Whether it is held: it must not be deleted.
+    pub is_held: bool,
 }
 
 /// How a snapshot came to be.
@@ -384,6 +411,9 @@ pub enum Origin {
 
 /// Flag of a snapshot that a retention made, in tables and in the log.
 pub(crate) const KEPT: u8 = 1;
+
+/// Flag of a snapshot that is held, in tables.
+const HELD: u8 = 2;
 
 impl Origin {
     /// Bytes that one takes in a record.
@@ -501,7 +531,7 @@ impl TableRecord for SnapshotRecord {
             position: self.position.get().into(),
             claim: self.claim.get().into(),
             last_version: self.history.map_or(0, |history| history.last()).into(),
-            flags: u16::from(self.origin.flags()).into(),
+            flags: u16::from(self.origin.flags() | if self.is_held { HELD } else { 0 }).into(),
             root: self.root.to_bytes(),
             block_count: self.block_count.into(),
             wall_ns: self.wall_ns.into(),
@@ -522,6 +552,7 @@ impl TableRecord for SnapshotRecord {
         if raw.number.get() == 0 {
             return Ok(None);
         }
+        let [flags, _] = raw.flags.get().to_le_bytes();
         Ok(Some(Self {
             number: snapshot_number(raw.number)?,
             position: Lsn::new(below(raw.position.get(), COUNTER_END, "snapshot position")?),
@@ -532,7 +563,8 @@ impl TableRecord for SnapshotRecord {
             wall_ns: raw.wall_ns.get(),
             store_ns: raw.store_ns.get(),
             label: decode_text(&raw.label, raw.label_length)?,
-            origin: Origin::from_bytes(raw.flags.get().to_le_bytes()[0], raw.origin),
+            origin: Origin::from_bytes(flags, raw.origin),
+            is_held: flags & HELD != 0,
         }))
     }
 }
@@ -590,6 +622,11 @@ impl TableRecord for ExtentRecord {
         let owner = HostId::new(raw.owner.get());
         Ok(Some(Self { kind, owner, epoch: Epoch::new(raw.epoch.get()) }))
     }
+}
+
+fn ledger_count(raw: U32) -> Result<u32, DecodeError> {
+    let fits = usize::try_from(raw.get()).is_ok_and(|count| count <= LEDGER_RECORDS_MAX);
+    if fits { Ok(raw.get()) } else { Err(DecodeError::Invalid("length of a ledger")) }
 }
 
 fn snapshot_number(raw: U64) -> Result<SnapshotNumber, DecodeError> {

@@ -9,9 +9,9 @@ use base::{
 use parallax_ondisk::{
     BLOCKS_MAX, COUNTER_END, Checksums, Entry, EntryState, FANOUT, HEIGHT_MAX,
     HISTORY_VERSIONS_MAX, KNOWN_INCOMPATIBLE, KNOWN_READ_ONLY_COMPATIBLE, KeepRule,
-    LABEL_BYTES_MAX, LAYOUTS, LOG_PAYLOAD_BYTES, LOG_SEGMENTS_MAX, LogBlockBuilder, NAME_BYTES_MAX,
-    Node, Origin, RECORD_NUMBER_END, RangeState, Record, RecordBody, RootRef, SUPERBLOCK_COPIES,
-    Seal, StructureKind,
+    LABEL_BYTES_MAX, LAYOUTS, LEDGER_RECORDS_MAX, LOG_PAYLOAD_BYTES, LOG_SEGMENTS_MAX,
+    LogBlockBuilder, NAME_BYTES_MAX, Node, Origin, RECORD_NUMBER_END, RangeState, Record,
+    RecordBody, RootRef, SUPERBLOCK_COPIES, Seal, StructureKind,
 };
 
 const DOCUMENT: &str = include_str!("../../../docs/on-disk-format.md");
@@ -79,7 +79,7 @@ fn types_fit_their_sizes() {
 #[test]
 fn constants_are_documented_as_they_are() {
     let [first, second] = SUPERBLOCK_COPIES.map(Pba::get);
-    let expected: [(&str, u64); 16] = [
+    let expected: [(&str, u64); 17] = [
         ("bytes in a block", BLOCK_SIZE as u64),
         ("entries in a node", FANOUT as u64),
         ("greatest height of a tree", u64::from(HEIGHT_MAX)),
@@ -89,6 +89,7 @@ fn constants_are_documented_as_they_are() {
         ("bytes of a VDI's name, at most", NAME_BYTES_MAX as u64),
         ("bytes of a snapshot's label, at most", LABEL_BYTES_MAX as u64),
         ("versions of a history, at most", u64::from(HISTORY_VERSIONS_MAX)),
+        ("records of a ledger, at most", LEDGER_RECORDS_MAX as u64),
         ("blocks of a VDI or a store, at most", BLOCKS_MAX),
         ("LSNs, epochs, sequences and ring positions stay below", COUNTER_END),
         ("ids of VDIs and numbers of snapshots stay below", RECORD_NUMBER_END),
@@ -144,7 +145,13 @@ fn records() -> Vec<(&'static str, RecordBody)> {
         ("rollback", RecordBody::Rollback { number }),
         ("time", RecordBody::Time { wall_ns: 1, store_ns: 2 }),
         ("adopt", RecordBody::Adopt { source: VdiId::new(8), number }),
-        ("retain", RecordBody::Retain { rules: vec![KeepRule { every_ms: 0, for_s: 1 }] }),
+        ("retain", RecordBody::Retain { rules: Some(vec![KeepRule { every_ms: 0, for_s: 1 }]) }),
+        ("hold", RecordBody::Hold { number, wall_ns: 1, store_ns: 2, until: None }),
+        ("end hold", RecordBody::EndHold { number, wall_ns: 1, store_ns: 2, is_due: true }),
+        (
+            "retain by default",
+            RecordBody::RetainByDefault { rules: vec![KeepRule { every_ms: 0, for_s: 1 }] },
+        ),
     ]
 }
 

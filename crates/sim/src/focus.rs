@@ -221,6 +221,9 @@ impl Plan {
             (10, ManagementKind::RollbackToTime),
             (20, ManagementKind::DiffMoments),
             (4, ManagementKind::LeapClock),
+            (10, ManagementKind::RetainByDefault),
+            (30, ManagementKind::Hold),
+            (20, ManagementKind::Release),
         ] {
             self.weights.management.push((weight, kind));
         }

@@ -27,6 +27,7 @@ pub mod device;
 pub mod executor;
 pub mod faults;
 pub mod focus;
+pub mod holds;
 pub mod management;
 pub mod medium;
 pub mod model;

@@ -11,6 +11,7 @@ use base::{BLOCK_SIZE_U64, ErrorKind, SnapshotNumber};
 use vdi::{Error, SnapshotEntry, Target};
 
 use crate::compare;
+use crate::holds;
 use crate::model::ops::{Outcome, Serial};
 use crate::model::{Contents, Place, VdiRef};
 use crate::moments;
@@ -52,6 +53,9 @@ pub async fn make(session: Rc<Session>, kind: ManagementKind, mut random: Random
         ManagementKind::Describe => describe(&session, random).await,
         ManagementKind::Diff => compare::diff(&session, random).await,
         ManagementKind::Retain => moments::retain(&session, random).await,
+        ManagementKind::RetainByDefault => moments::retain_by_default(&session, random).await,
+        ManagementKind::Hold => holds::hold(&session, random).await,
+        ManagementKind::Release => holds::release(&session, random).await,
         ManagementKind::ReadMoment => moments::read(&session, random).await,
         ManagementKind::Receive => receive::receive(&session, random).await,
         ManagementKind::LookUp => times::look_up(&session, random).await,
@@ -237,7 +241,7 @@ pub fn add_snapshot(
     model.add_snapshot(vdi, number, label, block_count, contents);
 }
 
-/// Lets go of a VDI, unless it is not certain what became of the request.
+/// Lets go of a VDI, unless it is not certain what became of a request.
 pub fn release_if_certain(session: &Session, vdi: VdiRef, number: u64) {
     if !session.world.pending.borrow().contains_key(&number) {
         session.world.release(vdi);
@@ -441,6 +445,13 @@ async fn remove(session: &Session, random: &mut Random) {
     world.model.borrow_mut().vdi_mut(vdi).severed += 1;
     let number = world.ask(Pending::Remove(vdi));
     let answer = session.store.remove(&target).await;
+    let Some(answer) = holds::judge_removal(session, vdi, None, answer) else {
+        // Nobody was disconnected for that.
+        world.model.borrow_mut().vdi_mut(vdi).severed -= 1;
+        world.answered(number);
+        world.release(vdi);
+        return;
+    };
     if certain(session, number, &format!("rm {target}"), answer).is_some() {
         world.answered(number);
         world.model.borrow_mut().vdi_mut(vdi).deleted = true;
@@ -459,6 +470,11 @@ async fn remove_snapshot(session: &Session, random: &mut Random) {
     let target = session.target(Place::Snapshot(vdi, snapshot));
     let number = world.ask(Pending::RemoveSnapshot(vdi, snapshot));
     let answer = session.store.remove(&target).await;
+    let Some(answer) = holds::judge_removal(session, vdi, Some(snapshot), answer) else {
+        world.answered(number);
+        world.release(vdi);
+        return;
+    };
     if certain(session, number, &format!("rm {target}"), answer).is_some() {
         world.answered(number);
         world.model.borrow_mut().vdi_mut(vdi).snapshots.remove(&snapshot);

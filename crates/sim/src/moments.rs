@@ -45,6 +45,44 @@ pub async fn retain(session: &Session, random: &mut Random) {
     }
 }
 
+/// Changes which moments are kept of VDIs that have no rules of their own, or has one have none.
+pub async fn retain_by_default(session: &Session, random: &mut Random) {
+    let world = &session.world;
+    if random.chance(300) {
+        let Some(vdi) = pick(session, random) else { return };
+        let name = world.name_of(Place::Head(vdi));
+        match session.store.inherit_retention(&name).await {
+            Ok(()) => {}
+            // Deleted or renamed meanwhile.
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => session.excuse("inherit", error.kind(), &error, Reach::Metadata),
+        }
+        return;
+    }
+    let Some(Ok(retention)) = random.pick(&RETENTIONS).map(Retention::parse) else { return };
+    let shown = retention.to_string();
+    world.default_retentions.borrow_mut().push(shown.clone());
+    match session.store.retain_by_default(retention).await {
+        Ok(()) => {
+            let mut possible = world.default_retentions.borrow_mut();
+            // What was asked for meanwhile may have come before or after.
+            let asked = possible.iter().position(|it| *it == shown).unwrap_or(0);
+            possible.drain(..asked);
+        }
+        Err(error) => session.excuse("retain by default", error.kind(), &error, Reach::Metadata),
+    }
+}
+
+/// After an opening of the store, what it keeps must have been asked for, and is certain.
+pub fn reconcile_default(session: &Session, is_excused: bool) {
+    let seen = session.store.default_retention().to_string();
+    let mut possible = session.world.default_retentions.borrow_mut();
+    if !possible.contains(&seen) && !is_excused {
+        session.world.fail(format!("by default {seen} is kept, and not one of {possible:?}"));
+    }
+    *possible = vec![seen];
+}
+
 /// Reads some blocks of a moment.
 pub async fn read(session: &Session, random: &mut Random) {
     let world = &session.world;
@@ -114,6 +152,7 @@ fn remember(session: &Session, vdi: VdiRef, number: u64, lba: u64, bytes: Vec<u8
 /// # Errors
 /// If the store has failed.
 pub async fn end_all(store: &Store, runtime: &Runtime) -> Result<(), vdi::Error> {
+    store.retain_by_default(Retention::default()).await?;
     for vdi in store.list(None, usize::MAX).await? {
         match store.retain(&vdi.name, Retention::default()).await {
             // Of what is damaged nothing is kept.

@@ -307,6 +307,24 @@ pub const ALL: &[Mutant] = &[
         focus: Some(Focus::SlowReads),
     },
     Mutant {
+        name: "thinning_takes_held",
+        rule: "39",
+        breaks: "lets a history's rules delete moments that are held",
+        focus: Some(Focus::History),
+    },
+    Mutant {
+        name: "checkpoint_forgets_holds",
+        rule: "22",
+        breaks: "leaves holds out of what a checkpoint contains",
+        focus: Some(Focus::History),
+    },
+    Mutant {
+        name: "holds_end_by_the_clock",
+        rule: "38",
+        breaks: "ends a hold when the wall clock says so, however long the store was open",
+        focus: Some(Focus::History),
+    },
+    Mutant {
         name: "labels_wrap",
         rule: "42",
         breaks: "starts birth labels anew when few bits are used up",

@@ -183,6 +183,7 @@ pub enum ManagementKind {
     Describe,
     Diff,
     Retain,
+    RetainByDefault,
     ReadMoment,
     Receive,
     LookUp,
@@ -190,6 +191,8 @@ pub enum ManagementKind {
     RollbackToTime,
     DiffMoments,
     LeapClock,
+    Hold,
+    Release,
 }
 
 /// Everything that a seed decides.
@@ -386,6 +389,9 @@ impl Weights {
             (weight(3), ManagementKind::RollbackToTime),
             (weight(3), ManagementKind::DiffMoments),
             (weight(2), ManagementKind::LeapClock),
+            (weight(1), ManagementKind::RetainByDefault),
+            (weight(4), ManagementKind::Hold),
+            (weight(4), ManagementKind::Release),
         ];
         Self {
             requests,

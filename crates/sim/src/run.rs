@@ -11,6 +11,7 @@ use vdi::{FormatOptions, OpenOptions, OpenReport, Store};
 
 use crate::client;
 use crate::executor::{Driven, Executor};
+use crate::holds;
 use crate::model::block::Floor;
 use crate::moments;
 use crate::plan::{Ending, Life, Limits, Plan, Strike};
@@ -379,6 +380,7 @@ impl Run {
         let outcome = executor.run(async move {
             if last {
                 // Moments whose time comes later would be garbage then.
+                holds::end_all(&store).await?;
                 moments::end_all(&store, &runtime).await?;
                 store.collect_garbage().await?;
             }

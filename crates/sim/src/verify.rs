@@ -7,6 +7,7 @@ use base::BLOCK_SIZE_U64;
 use vdi::{Target, VdiEntry};
 
 use crate::content;
+use crate::holds;
 use crate::management::{add_snapshot, add_vdi, list_all, list_snapshots};
 use crate::model::ops::Serial;
 use crate::model::{Place, VdiRef};
@@ -22,6 +23,7 @@ pub async fn everything(session: Rc<Session>) {
     let Some(entries) = list_all(&session, 5).await else { return };
     receive::decide(&session, &entries).await;
     reconcile(&session, &entries);
+    moments::reconcile_default(&session, lied(&session));
     let vdis: Vec<VdiRef> = world.model.borrow().live().collect();
     for &vdi in &vdis {
         if session.stopped() {
@@ -101,6 +103,7 @@ fn reconcile(session: &Session, entries: &[VdiEntry]) {
     for vdi in known.into_iter().filter(|vdi| !listed.contains(vdi)) {
         if world.is_pending(|p| matches!(p, Pending::Remove(v) if *v == vdi)) || lied(session) {
             world.model.borrow_mut().vdi_mut(vdi).deleted = true;
+            world.held.borrow_mut().retain(|key, _| key.0 != vdi);
         } else {
             world.fail(format!("{} is gone", world.name_of(Place::Head(vdi))));
         }
@@ -167,7 +170,7 @@ fn reconcile_vdi(session: &Session, vdi: VdiRef, entry: &VdiEntry) {
 /// Whether the device has lost data that it had acknowledged, since everything was last compared:
 /// then recovery may drop a write above the durable point, and with it every snapshot and clone
 /// that would have a hole there (rule 31).
-fn lied(session: &Session) -> bool {
+pub fn lied(session: &Session) -> bool {
     let lies = session.world.device.with_atlas(|atlas| atlas.lies());
     lies > session.world.lies_compared.get()
 }
@@ -178,6 +181,7 @@ async fn reconcile_snapshots(session: &Session, vdi: VdiRef) {
     let name = world.name_of(Place::Head(vdi));
     let Some(mut listed) = list_snapshots(session, &name).await else { return };
     moments::forget_others(session, vdi, &listed);
+    holds::reconcile(session, vdi, &listed);
     listed.retain(|entry| entry.changed_bytes.is_none());
     for entry in &listed {
         let number = entry.number.get();

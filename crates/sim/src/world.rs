@@ -8,6 +8,7 @@ use runtime::{Clock, Time};
 
 use crate::clock::SimClock;
 use crate::device::SimDevice;
+use crate::holds::Held;
 use crate::model::ops::Serial;
 use crate::model::{Asked, Contents, Model, Place, VdiRef};
 use crate::moments::Moments;
@@ -51,6 +52,10 @@ pub enum Pending {
     Rollback(VdiRef, u64, Serial),
     /// A VDI becomes what was received.
     Receive(Receive),
+    /// A snapshot or a moment is held, until some time at least.
+    Hold(VdiRef, u64, Time),
+    /// A hold is ended.
+    EndHold(VdiRef, u64),
 }
 
 /// What was received, and is to become a snapshot of a VDI: all of it happens, or nothing.
@@ -122,6 +127,10 @@ pub struct World {
     pub receives: Cell<u64>,
     /// What moments that the engine keeps by itself were seen to hold, by VDI and number.
     pub moments: RefCell<Moments>,
+    /// What is held.
+    pub held: RefCell<Held>,
+    /// What the store may keep of VDIs without rules of their own: what was asked for since it is certain.
+    pub default_retentions: RefCell<Vec<String>>,
     /// How much of what the device had lost was known when everything was last compared.
     pub lies_compared: Cell<u64>,
     /// Random numbers of what belongs to no client.
@@ -159,6 +168,8 @@ impl World {
             promises: Cell::default(),
             receives: Cell::default(),
             moments: RefCell::default(),
+            held: RefCell::default(),
+            default_retentions: RefCell::new(vec!["off".to_owned()]),
             lies_compared: Cell::default(),
             random: RefCell::new(Random::split(seed, "world")),
         }

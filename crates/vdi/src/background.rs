@@ -19,7 +19,7 @@ const TICKS_PER_FLUSH: u64 = 4;
 /// Ticks after which moments are kept that are due by time.
 const TICKS_PER_MOMENT: u64 = 4;
 
-/// Ticks after which it is looked for moments whose time has come.
+/// Ticks after which it is looked for holds and moments whose time has come.
 const TICKS_PER_THINNING: u64 = 16;
 
 /// Written bytes after which they are flushed although nobody asked: what recovery verifies and
@@ -72,6 +72,7 @@ async fn tick(engine: Rc<Engine>) {
             engine.keep_moments();
         }
         if ticks.is_multiple_of(TICKS_PER_THINNING) {
+            engine.end_due_holds();
             engine.end_moments();
         }
     }

@@ -8,7 +8,8 @@
 //! - a block that an entry has for itself is named once; nothing is named as two things;
 //! - the older slot's trees are intact too: they are what the loss of the newer one leaves;
 //! - the log is whole up to where it promised to be, and its records name nobody else's blocks;
-//! - tables agree: directory and VDIs, VDIs and their snapshots.
+//! - tables agree: directory and VDIs, VDIs and their snapshots;
+//! - held snapshots are there, and what they were when they were held, and the ledger that says so is whole.
 //!
 //! Blocks that the bitmaps hold and nothing reaches are leaked: counted, no error; garbage
 //! collection frees them.
@@ -18,6 +19,7 @@
 
 mod audit;
 mod examine;
+mod ledger;
 mod online;
 mod repair;
 
@@ -91,6 +93,12 @@ pub enum FindingKind {
     NamedTwice,
     /// A record or an entry that makes no sense, or disagrees with another.
     Record,
+    /// The ledger of a VDI: records are missing or were altered, or it lacks a hold.
+    Ledger,
+    /// A snapshot that was held is not there.
+    HeldMissing,
+    /// A snapshot that was held is not what it was then.
+    HeldAltered,
 }
 
 /// One thing that is wrong.
@@ -174,7 +182,8 @@ impl CheckReport {
 ///   damaged, wrong, or hold leaked blocks. Nothing is freed if any node could not be read.
 ///
 /// Damaged nodes and data of VDIs stay as they are: reads of these blocks fail, writing them again
-/// heals them. Repairs are durable on return.
+/// heals them. So does what is wrong with held snapshots and ledgers: it would not be known any more.
+/// Repairs are durable on return.
 ///
 /// # Errors
 /// `NotFound`, `Corrupt`, `Unsupported` if there is no superblock to start from; `Busy` if a daemon

@@ -12,6 +12,7 @@
 //!    the older slot still names it (rules 17, 18). No checkpoint waits for it: `release.rs`.
 
 mod due;
+mod ledger;
 mod merge;
 
 use std::cell::{Cell, RefCell};
@@ -20,7 +21,7 @@ use std::rc::Rc;
 
 use base::{ErrorKind, Lsn, Pba, VdiId};
 use blockstore::scheduler::Batch;
-use ondisk::{DirectoryRecord, HostSlot, LogSegment, Roots, SlotState};
+use ondisk::{Digest, DirectoryRecord, HostSlot, KeepRule, LogSegment, Roots, SlotState};
 use runtime::Time;
 use runtime::sync::{Permits, Semaphore, Signal};
 
@@ -28,6 +29,7 @@ use crate::Error;
 use crate::branch::{Base, Branch, Contents};
 use crate::damage::{DamagedTables, Table};
 use crate::engine::{Engine, as_u64};
+use crate::ledger::Event;
 use crate::retention::Retention;
 use crate::vdi::{Snapshot, Vdi};
 
@@ -95,6 +97,7 @@ struct Frozen {
     /// not take away what the cut contains.
     branches: Vec<(Rc<Branch>, bool)>,
     vdi_id_next: u64,
+    default_retention: Vec<KeepRule>,
     owed_nodes: u64,
 }
 
@@ -104,12 +107,15 @@ struct FrozenVdi {
     branch: Rc<Branch>,
     block_count: u64,
     rollbacks: u64,
-    retention: Retention,
+    /// `None`: the store's.
+    retention: Option<Retention>,
     has_moments: bool,
     snapshot_next: base::SnapshotNumber,
     snapshot_count: u64,
-    /// Snapshots taken and deleted since the last checkpoint.
-    snapshots: BTreeMap<u64, Option<Rc<Snapshot>>>,
+    /// Snapshots taken and deleted since the last checkpoint, and whether each is held.
+    snapshots: BTreeMap<u64, Option<(Rc<Snapshot>, bool)>>,
+    /// What happened to holds since then.
+    ledger_events: Vec<Event>,
 }
 
 /// A checkpoint whose nodes are on the device.
@@ -120,10 +126,13 @@ struct Prepared {
     batch: Batch,
     replaced: Vec<Pba>,
     vdi_id_next: u64,
+    default_retention: Vec<KeepRule>,
     nodes_written: u64,
     versions_written: u64,
     /// Snapshots that got a history and no tree.
     histories: u64,
+    /// Heads of ledgers, and numbers of their records.
+    ledger_heads: Vec<(Rc<Vdi>, (Digest, u64))>,
 }
 
 impl Engine {
@@ -253,6 +262,7 @@ impl Engine {
             }
         }
         let vdi_id_next = registry.id_next;
+        let default_retention = self.default_retention.borrow().rules().to_vec();
         let owed_nodes = self.owed_nodes.get();
         Frozen {
             cut,
@@ -264,6 +274,7 @@ impl Engine {
             deleted,
             branches,
             vdi_id_next,
+            default_retention,
             owed_nodes,
         }
     }
@@ -279,6 +290,7 @@ impl Engine {
         registry.dirty.extend(frozen.deleted);
         for vdi in frozen.vdis {
             registry.dirty.insert(vdi.vdi.id);
+            vdi.vdi.ledger.borrow_mut().events.splice(0..0, vdi.ledger_events);
             let mut dirty = vdi.vdi.snapshots_dirty.borrow_mut();
             for (number, snapshot) in vdi.snapshots {
                 let number = base::SnapshotNumber::new(number);
@@ -309,6 +321,13 @@ impl Engine {
         for (vdi, table) in done.snapshot_tables {
             vdi.snapshot_table.set(table);
         }
+        let mut ledger_heads = Vec::with_capacity(done.ledgers.len());
+        for (vdi, written) in done.ledgers {
+            ledger_heads.push((Rc::clone(&vdi), (written.head, written.sequence())));
+            let mut ledger = vdi.ledger.borrow_mut();
+            ledger.written = Rc::new(written);
+            ledger.afresh = false;
+        }
         self.roots.set(done.roots);
         self.checkpoints.damaged.written(&frozen.rewritten);
         // The blocks of what is written afresh are left too.
@@ -335,9 +354,11 @@ impl Engine {
             batch: merge.batch,
             replaced,
             vdi_id_next: frozen.vdi_id_next,
+            default_retention: frozen.default_retention.clone(),
             nodes_written: merge.nodes_written,
             versions_written: merge.versions_written,
             histories,
+            ledger_heads,
         }
     }
 
@@ -379,6 +400,7 @@ impl Engine {
             store_ns: self.store_ns(),
             roots: prepared.roots,
             segments: vec![segment],
+            retention: prepared.default_retention,
             ..current.clone()
         };
         let outcome = writer.publish(slot, &prepared.batch).await;
@@ -395,6 +417,9 @@ impl Engine {
         let tail =
             if base::mutant::active("tail_follows_newer_slot") { segment.start } else { tail };
         self.log.published(sequence, prepared.cut, tail);
+        for (vdi, head) in prepared.ledger_heads {
+            vdi.ledger.borrow_mut().published = head;
+        }
         *self.segments.borrow_mut() = vec![segment];
         let free = if base::mutant::active("release_at_own_publication") {
             prepared.replaced
@@ -428,18 +453,26 @@ impl Engine {
 fn freeze_vdi(vdi: &Rc<Vdi>) -> FrozenVdi {
     let snapshots = vdi.snapshots.borrow();
     let dirty = std::mem::take(&mut *vdi.snapshots_dirty.borrow_mut());
+    let forgets = base::mutant::active("checkpoint_forgets_holds");
+    let is_held = |snapshot: &Snapshot| snapshot.hold.get().is_some() && !forgets;
+    let mut ledger_events = std::mem::take(&mut vdi.ledger.borrow_mut().events);
+    ledger_events.retain(|_| !forgets);
     FrozenVdi {
         vdi: Rc::clone(vdi),
         branch: Rc::clone(&vdi.branch.borrow()),
         block_count: vdi.block_count.get(),
         rollbacks: vdi.rollbacks.get(),
-        retention: vdi.retention.borrow().clone(),
+        retention: vdi.has_own_rules.get().then(|| vdi.retention.borrow().clone()),
         has_moments: snapshots.kept_count() > 0,
         snapshot_next: vdi.snapshot_next.get(),
         snapshot_count: as_u64(snapshots.count()),
         snapshots: dirty
             .into_keys()
-            .map(|number| (number.get(), snapshots.get(number).map(Rc::clone)))
+            .map(|number| {
+                let snapshot = snapshots.get(number);
+                (number.get(), snapshot.map(|it| (Rc::clone(it), is_held(it))))
+            })
             .collect(),
+        ledger_events,
     }
 }

@@ -3,7 +3,7 @@
 //!
 //! A checkpoint that meets a damaged page or node of a table fails, and the table is noted here.
 //! The next one, at once, writes it whole from memory:
-//! - directory, extents, bitmaps, bad blocks and the snapshots of a VDI are known there completely:
+//! - directory, extents, bitmaps, bad blocks, the snapshots and the ledger of a VDI are known there completely:
 //!   they are written into an empty tree;
 //! - of the VDI table only VDIs in use are known: they are written, and what else stood on the
 //!   damaged pages is gone. A VDI with a name and no record is lost: it gives errors from then on,
@@ -29,6 +29,7 @@ pub(crate) enum Table {
     BadBlocks,
     Vdis,
     Snapshots(VdiId),
+    Ledger(VdiId),
 }
 
 /// Tables that were found damaged and have not been written again yet.
@@ -101,6 +102,11 @@ impl Engine {
                     let mut dirty = vdi.snapshots_dirty.borrow_mut();
                     dirty.extend(snapshots.iter().map(|snapshot| (snapshot.number, true)));
                     vdi.snapshot_table.set(RootRef::empty(1));
+                    registry.dirty.insert(*id);
+                }
+                Table::Ledger(id) => {
+                    let Some(vdi) = registry.loaded.get(id) else { continue };
+                    vdi.ledger.borrow_mut().afresh = true;
                     registry.dirty.insert(*id);
                 }
             }

@@ -11,8 +11,8 @@ use blockstore::{Geometry, NodeStore, WriteScheduler, superblock, table, tree};
 use device::Device;
 use ondisk::{
     Checksums, DecodeError, DirectoryRecord, Entry, EntryState, ExtentRecord, Heartbeat, History,
-    HostSlot, LogBlock, Record, RecordBody, RootRef, SUPERBLOCK_COPIES, SlotState, SnapshotRecord,
-    Superblock, VdiRecord, VersionRecord,
+    HostSlot, LedgerRecord, LogBlock, Record, RecordBody, RootRef, SUPERBLOCK_COPIES, SlotState,
+    SnapshotRecord, Superblock, Until, VdiRecord, VersionRecord,
 };
 use runtime::Runtime;
 
@@ -230,7 +230,7 @@ impl Dump {
         ));
         let shown = table::scan(&self.nodes, &vdi.snapshots, |_, snapshot: SnapshotRecord| {
             line(format!(
-                "  @{} {:?}: position {}, {} blocks, root {}{}, {}",
+                "  @{} {:?}: position {}, {} blocks, root {}{}, {}{}",
                 snapshot.number,
                 snapshot.label,
                 snapshot.position,
@@ -241,12 +241,44 @@ impl Dump {
                     history.count,
                     root(&history.versions)
                 )),
-                time(snapshot.wall_ns)
+                time(snapshot.wall_ns),
+                if snapshot.is_held { ", held" } else { "" }
             ));
             true
         });
         if let Err(error) = shown.await {
             line(format!("  its snapshots cannot be read: {error}"));
+        }
+        self.show_ledger(vdi, line).await;
+    }
+
+    async fn show_ledger(&self, vdi: &VdiRecord, line: Lines<'_>) {
+        if vdi.ledger_count == 0 {
+            return;
+        }
+        line(format!(
+            "  ledger: {} records in {}, head {}",
+            vdi.ledger_count,
+            root(&vdi.ledger),
+            vdi.ledger_head
+        ));
+        let mut left = vdi.ledger_count;
+        let shown = table::scan(&self.nodes, &vdi.ledger, |_, record: LedgerRecord| {
+            line(format!(
+                "  {} {:?} @{}{}, {}: digest {}, chain {}",
+                record.sequence,
+                record.kind,
+                record.number,
+                record.until.map_or_else(String::new, shown_until),
+                time(record.wall_ns),
+                record.digest,
+                record.chain
+            ));
+            left = left.saturating_sub(1);
+            left > 0
+        });
+        if let Err(error) = shown.await {
+            line(format!("  its ledger cannot be read: {error}"));
         }
     }
 
@@ -435,6 +467,10 @@ fn time(ns_since_1970: u64) -> String {
     }
 }
 
+fn shown_until(until: Until) -> String {
+    format!(" until {} and {} ns of store time", time(until.wall_ns), until.store_ns)
+}
+
 fn root(root: &RootRef) -> String {
     format!("{:?} of height {}", root.entry, root.height)
 }
@@ -511,7 +547,19 @@ fn describe(record: &Record) -> String {
         RecordBody::Snapshot { number, label, wall_ns, .. } => {
             format!("snapshot {number} {label:?}, {}", time(*wall_ns))
         }
-        RecordBody::Retain { rules } => format!("retain {}", Retention::new(rules.clone())),
+        RecordBody::Retain { rules: None } => "retain what the store does".to_owned(),
+        RecordBody::Retain { rules: Some(rules) } => {
+            format!("retain {}", Retention::new(rules.clone()))
+        }
+        RecordBody::RetainByDefault { rules } => {
+            format!("retain {} by default", Retention::new(rules.clone()))
+        }
+        RecordBody::Hold { number, until, .. } => {
+            format!("hold @{number}{}", until.map_or_else(String::new, shown_until))
+        }
+        RecordBody::EndHold { number, is_due, .. } => {
+            format!("end hold of @{number}{}", if *is_due { ", which is due" } else { "" })
+        }
         RecordBody::DeleteSnapshot { number } => format!("delete snapshot {number}"),
         RecordBody::Create { block_count, name, .. } => {
             format!("create {name:?} with {block_count} blocks")

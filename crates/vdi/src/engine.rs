@@ -23,6 +23,7 @@ use crate::gc::Collector;
 use crate::manage::Appended;
 use crate::release::Releases;
 use crate::reserve::Reserve;
+use crate::retention::Retention;
 use crate::scrub::Scrubber;
 use crate::trim::Trimmer;
 use crate::vdi::Vdi;
@@ -83,6 +84,12 @@ pub(crate) struct Engine {
     pub(crate) keeps_history: Cell<bool>,
     /// VDIs that stay in memory though nobody uses them.
     pub(crate) idle_vdis_max: usize,
+    /// Which moments are kept of VDIs that have no rules of their own.
+    pub(crate) default_retention: RefCell<Retention>,
+    /// Whether snapshots may be held, and the store may have a retention of its own.
+    pub(crate) has_holds: Cell<bool>,
+    /// Whether holds whose time has come are being ended.
+    pub(crate) ending_holds: Cell<bool>,
     /// Set when even forced checkpoints freed nothing; cleared when something is dropped or freed.
     pub(crate) full: Cell<bool>,
     /// When the log was told so.

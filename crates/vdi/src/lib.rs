@@ -30,6 +30,8 @@ mod error;
 mod gc;
 mod handle;
 mod history;
+mod holds;
+mod ledger;
 mod loaded;
 mod manage;
 mod mark;
@@ -58,6 +60,6 @@ pub use retention::Retention;
 pub use scrub::{Damage, DamageKind, Owner, ScrubEnd, ScrubReport, ScrubStatus};
 pub use store::Store;
 pub use types::{
-    DiffExtent, FormatOptions, OpenOptions, OpenReport, Received, SnapshotEntry, Stats, Target,
-    VdiDiff, VdiEntry, VdiSpace,
+    DiffExtent, FormatOptions, HoldEntry, LedgerEntry, OpenOptions, OpenReport, Received,
+    SnapshotEntry, Stats, Target, VdiDiff, VdiEntry, VdiSpace,
 };

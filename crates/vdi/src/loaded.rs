@@ -13,8 +13,9 @@ use ondisk::{RootRef, SnapshotRecord, VdiRecord};
 use crate::Error;
 use crate::branch::{Base, Branch, Contents, Point};
 use crate::damage::{Table, is_damage};
-use crate::engine::{Engine, Registry};
+use crate::engine::{Engine, Registry, as_u64};
 use crate::history::Past;
+use crate::holds::Hold;
 use crate::retention::Retention;
 use crate::snapshots::Snapshots;
 use crate::vdi::{Outline, Snapshot, Vdi};
@@ -47,11 +48,13 @@ impl Engine {
         } else {
             scanned?;
         }
+        let records = self.read_ledger(&record).await?;
         // Somebody else may have loaded it meanwhile, or deleted it.
         if let Some(vdi) = self.loaded(id)? {
             return Ok(vdi);
         }
         let vdi = self.adopt(&record, snapshots);
+        self.adopt_ledger(&vdi, &record, records);
         self.registry.borrow_mut().loaded.insert(id, Rc::clone(&vdi));
         Ok(vdi)
     }
@@ -82,6 +85,7 @@ impl Engine {
         let is_as_newest = snapshots.last().map_or(record.root == RootRef::empty(1), |newest| {
             newest.history.is_none() && newest.root.entry == record.root.entry
         });
+        let retention = self.retention_of(record);
         let snapshots = snapshots.into_iter().map(|snapshot| {
             let contents = match snapshot.history {
                 Some(history) => Contents::Past(Past { root: snapshot.root, history }),
@@ -108,22 +112,24 @@ impl Engine {
             snapshot_next: Cell::new(record.snapshot_next),
             snapshots_dirty: RefCell::default(),
             snapshot_table: Cell::new(record.snapshots),
-            history: record.history,
-            changed_blocks: Cell::new(u64::from(!record.retention.is_empty() && !is_as_newest)),
-            retention: RefCell::new(Retention::new(record.retention.clone())),
+            held: RefCell::default(),
+            ledger: RefCell::default(),
+            changed_blocks: Cell::new(u64::from(!retention.is_off() && !is_as_newest)),
+            retention: RefCell::new(retention),
+            has_own_rules: Cell::new(record.retention.is_some()),
             moment_at: Cell::default(),
             moment_pending: Cell::new(false),
         })
     }
 
-    /// What a listing tells of a VDI. One that nobody uses is not loaded for it, unless moments of it are
-    /// to be counted.
+    /// What a listing tells of a VDI. One that nobody uses is not loaded for it, unless moments of it or
+    /// holds are to be counted.
     pub(crate) async fn outline(self: &Rc<Self>, id: VdiId) -> Result<Outline, Error> {
         if let Some(vdi) = self.loaded(id)? {
             return Ok(self.outline_of(&vdi));
         }
         let record = self.vdi_record(id).await?;
-        if record.has_moments || self.loaded(id)?.is_some() {
+        if record.has_moments || record.ledger_count > 0 || self.loaded(id)?.is_some() {
             let vdi = self.vdi(id).await?;
             return Ok(self.outline_of(&vdi));
         }
@@ -131,7 +137,10 @@ impl Engine {
             block_count: record.block_count,
             snapshot_count: record.snapshot_count,
             moment_count: 0,
-            retention: Retention::new(record.retention),
+            retention: self.retention_of(&record),
+            has_own_retention: record.retention.is_some(),
+            held_count: 0,
+            ledger: None,
         })
     }
 
@@ -143,6 +152,16 @@ impl Engine {
             snapshot_count,
             moment_count,
             retention: vdi.retention.borrow().clone(),
+            has_own_retention: vdi.has_own_rules.get(),
+            held_count: as_u64(vdi.held.borrow().len()),
+            ledger: vdi.ledger.borrow().entry(),
+        }
+    }
+
+    fn retention_of(&self, record: &VdiRecord) -> Retention {
+        match &record.retention {
+            Some(rules) => Retention::new(rules.clone()),
+            None => self.default_retention.borrow().clone(),
         }
     }
 
@@ -184,8 +203,9 @@ impl Engine {
             registry.dirty.contains(id) || registry.unsettled.contains_key(&branch.serial);
         // A checkpoint under way holds it, too.
         let is_used = Rc::strong_count(vdi) > 1 || is_read(&vdi.snapshots.borrow(), &branch);
-        // It has moments to be taken or deleted, whoever uses it.
-        let is_waited_for = vdi.has_moments() || vdi.moment_pending.get() || vdi.is_leaving();
+        // It has moments to be taken or deleted, or holds to be ended, whoever uses it.
+        let has_work = vdi.has_moments() || !vdi.held.borrow().is_empty();
+        let is_waited_for = has_work || vdi.moment_pending.get() || vdi.is_leaving();
         // A crash may take it away: who opens it waits for that.
         let is_durable = self.scheduler.watermarks().durable() >= vdi.born.get();
         !is_changed && !is_used && !is_waited_for && is_durable
@@ -195,7 +215,7 @@ impl Engine {
 /// Whether somebody reads a VDI's branch or snapshots, or builds on them.
 fn is_read(snapshots: &Snapshots, branch: &Rc<Branch>) -> bool {
     let held_by_snapshots = snapshots.iter().filter(|it| Rc::ptr_eq(&it.branch, branch)).count();
-    Rc::strong_count(branch) > 1 + held_by_snapshots || snapshots.iter().any(Snapshots::is_held)
+    Rc::strong_count(branch) > 1 + held_by_snapshots || snapshots.iter().any(Snapshots::is_in_use)
 }
 
 fn loaded_snapshot(record: SnapshotRecord, branch: Rc<Branch>, point: Rc<Point>) -> Snapshot {
@@ -210,6 +230,8 @@ fn loaded_snapshot(record: SnapshotRecord, branch: Rc<Branch>, point: Rc<Point>)
         store_ns: record.store_ns,
         label: record.label,
         origin: record.origin,
+        // Until when says the ledger.
+        hold: Cell::new(record.is_held.then_some(Hold { until: None })),
         deleted: Cell::new(false),
     }
 }

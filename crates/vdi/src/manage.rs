@@ -173,7 +173,7 @@ impl Engine {
         Ok(())
     }
 
-    /// Deletes a VDI with its snapshots, or one snapshot. Durable on return.
+    /// Deletes a VDI with its snapshots, or one snapshot, unless it is held. Durable on return.
     pub(crate) async fn remove(self: &Rc<Self>, target: &Target) -> Result<(), Error> {
         let _request = self.begin_change()?;
         match &target.snapshot {
@@ -184,7 +184,8 @@ impl Engine {
 
     async fn remove_vdi(self: &Rc<Self>, name: &str) -> Result<(), Error> {
         let Quiet { vdi, all, one } = loop {
-            match self.quiet(name, |_| Ok(true)).await {
+            let severs = |vdi: &Vdi| self.refuse_holding(name, vdi).map(|()| true);
+            match self.quiet(name, severs).await {
                 // Of what nothing is left the name can still go.
                 Err(error) if error.kind() == ErrorKind::Corrupt => {
                     if self.remove_lost(name).await? {
@@ -195,6 +196,8 @@ impl Engine {
             }
         };
         let room = self.room().await?;
+        // One may have been held meanwhile.
+        self.refuse_holding(name, &vdi)?;
         vdi.sever();
         let appended = self.append(room, &vdi, RecordBody::Delete);
         self.apply_delete(&vdi);
@@ -222,11 +225,18 @@ impl Engine {
 
     async fn remove_snapshot(self: &Rc<Self>, name: &str, label: &str) -> Result<(), Error> {
         let (one, vdi) = self.manage(name).await?;
-        let room = self.room().await?;
-        let number = find_snapshot(&vdi, name, label)?.number;
+        let (room_before, room) = (self.room().await?, self.room().await?);
+        let snapshot = find_snapshot(&vdi, name, label)?;
+        self.refuse_held(name, &snapshot)?;
+        let number = snapshot.number;
+        let was_held = snapshot.hold.get().is_some();
+        let ended = was_held.then(|| self.append_end(room_before, &vdi, number, true));
         let appended = self.append(room, &vdi, RecordBody::DeleteSnapshot { number });
         self.apply_delete_snapshot(&vdi, number);
-        drop(one);
+        drop((one, snapshot));
+        if let Some(ended) = ended {
+            self.complete_record(ended).await?;
+        }
         self.settle(appended).await
     }
 
@@ -459,8 +469,10 @@ impl Engine {
             snapshot_next: Cell::new(SnapshotNumber::new(1)),
             snapshots_dirty: RefCell::default(),
             snapshot_table: Cell::new(RootRef::empty(1)),
-            history: RootRef::empty(1),
-            retention: RefCell::default(),
+            held: RefCell::default(),
+            ledger: RefCell::default(),
+            retention: RefCell::new(self.default_retention.borrow().clone()),
+            has_own_rules: Cell::new(false),
             moment_at: Cell::default(),
             moment_pending: Cell::new(false),
             changed_blocks: Cell::new(0),
@@ -566,6 +578,7 @@ impl Engine {
             store_ns,
             label: label.to_owned(),
             origin,
+            hold: Cell::new(None),
             deleted: Cell::new(false),
         });
         vdi.snapshots.borrow_mut().insert(snapshot);

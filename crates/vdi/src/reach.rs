@@ -59,10 +59,15 @@ pub(crate) async fn vdi(record: &VdiRecord, visitor: &mut impl Visitor) -> Resul
             }
         }
     }
-    match history {
-        Some((last, all)) => visitor.history(id, last, &all).await,
-        None => Ok(()),
+    if let Some((last, all)) = history {
+        visitor.history(id, last, &all).await?;
     }
+    // Its pages name no blocks, but should be there.
+    let table = Table::Ledger(id);
+    for page in visitor.pages(table, &record.ledger).await? {
+        visitor.page(table, page).await?;
+    }
+    Ok(())
 }
 
 /// The records of a page that are left.

@@ -113,6 +113,8 @@ impl Engine {
         }
         let check = |vdis: &[Rc<Vdi>; 2]| {
             let [partial, vdi] = vdis;
+            // It is to be deleted at the end.
+            self.refuse_holding(&received.partial, partial)?;
             self.refuse_other_base(vdi, received, base)?;
             refuse_taken_label(vdi, &received.name, received.label())?;
             refuse_without_labels(&vdi.branch.borrow())?;

@@ -23,8 +23,9 @@ use blockstore::slots::{SlotPair, SlotWriter, check_vouched, read_slots};
 use blockstore::{Geometry, NodeStore, ReadEpochs, WriteScheduler, superblock, tree};
 use device::Device;
 use ondisk::{
-    COMPATIBLE_KEEPS_SPACE, Checksums, Entry, HostSlot, INCOMPATIBLE_HISTORY, LOG_SEGMENTS_MAX,
-    LogBlock, LogSegment, Origin, Record, RecordBody, RootRef, SUPERBLOCK_COPIES, SlotState,
+    COMPATIBLE_KEEPS_SPACE, Checksums, Entry, HostSlot, INCOMPATIBLE_HISTORY, INCOMPATIBLE_HOLDS,
+    LOG_SEGMENTS_MAX, LogBlock, LogSegment, Origin, Record, RecordBody, RootRef, SUPERBLOCK_COPIES,
+    SlotState,
 };
 use runtime::Runtime;
 use runtime::sync::{Semaphore, Signal};
@@ -123,6 +124,7 @@ async fn open_as_is(
         engine.trimmer.turn_off();
     }
     engine.keeps_history.set(found.superblock.features.incompatible & INCOMPATIBLE_HISTORY != 0);
+    engine.has_holds.set(found.superblock.features.incompatible & INCOMPATIBLE_HOLDS != 0);
     engine.nodes.set_patient(true);
     engine.load_tables(&mut report).await.map_err(|error| match is_damage(&error) {
         true => NotOpened::ForTables(error),
@@ -301,6 +303,9 @@ fn build(
         owed_nodes: Cell::new(0),
         keeps_history: Cell::new(false),
         idle_vdis_max: options.idle_vdis_max,
+        has_holds: Cell::new(false),
+        ending_holds: Cell::new(false),
+        default_retention: RefCell::new(Retention::new(slot.retention.clone())),
         full: Cell::new(false),
         full_told: Cell::new(None),
         branch_serial: Cell::new(0),
@@ -366,6 +371,10 @@ impl Engine {
                 return Ok(());
             }
             RecordBody::Void { .. } | RecordBody::Time { .. } => return Ok(()),
+            RecordBody::RetainByDefault { rules } => {
+                self.apply_retain_by_default(Retention::new(rules.clone()));
+                return Ok(());
+            }
             _ => {}
         }
         if !self.registry.borrow().directory.contains(record.vdi) {
@@ -446,9 +455,16 @@ impl Engine {
                 }
             }
             RecordBody::Retain { rules } => {
-                self.apply_retain(&vdi, Retention::new(rules.clone()));
+                self.apply_retain(&vdi, rules.clone().map(Retention::new));
             }
-            RecordBody::Create { .. }
+            RecordBody::Hold { number, wall_ns, store_ns, until } => {
+                self.apply_hold(&vdi, *number, *until, (*wall_ns, *store_ns));
+            }
+            RecordBody::EndHold { number, wall_ns, store_ns, is_due } => {
+                self.apply_end_hold(&vdi, *number, *is_due, (*wall_ns, *store_ns));
+            }
+            RecordBody::RetainByDefault { .. }
+            | RecordBody::Create { .. }
             | RecordBody::Clone { .. }
             | RecordBody::Void { .. }
             | RecordBody::Time { .. } => {}

@@ -10,6 +10,7 @@
 //!   (`history.rs`); its record becomes durable with the next flush, and nobody waits for it.
 //! - What was the newest moment when all rules had run out stays: it is what the disk was at their
 //!   start.
+//! - A moment that is held stays (`holds.rs`).
 //! - When the store is full, older halves of them go before a guest's write is refused (design
 //!   rule 39).
 
@@ -18,9 +19,9 @@ use std::fmt;
 use std::rc::Rc;
 use std::time::Duration;
 
-use base::{ErrorKind, SnapshotNumber, VdiId};
+use base::{ClaimGeneration, ErrorKind, SnapshotNumber, VdiId};
 use blockstore::log::Admission;
-use ondisk::{KEEP_RULES_MAX, KeepRule, Origin, RecordBody, VdiRecord};
+use ondisk::{KEEP_RULES_MAX, KeepRule, Origin, Record, RecordBody, VdiRecord};
 
 use crate::Error;
 use crate::engine::Engine;
@@ -183,6 +184,22 @@ pub(crate) fn parse_time(text: &str, now_ns: u64) -> Option<u64> {
     now_ns.checked_sub(age_ms.checked_mul(1_000_000)?)
 }
 
+/// A time to come, in nanoseconds since 1970: RFC 3339, a day such as `2030-01-31` (its beginning, UTC),
+/// or how long from now, such as `30d` or `2 years`.
+pub(crate) fn parse_until(text: &str, now_ns: u64) -> Option<u64> {
+    let utc = jiff::tz::TimeZone::UTC;
+    let now = jiff::Timestamp::from_nanosecond(now_ns.into()).ok()?;
+    let time = if let Ok(time) = text.parse::<jiff::Timestamp>() {
+        time
+    } else if let Ok(day) = text.parse::<jiff::civil::Date>() {
+        day.to_zoned(utc).ok()?.timestamp()
+    } else {
+        let span = text.parse::<jiff::Span>().ok()?;
+        now.to_zoned(utc).checked_add(span).ok()?.timestamp()
+    };
+    u64::try_from(time.as_nanosecond()).ok().filter(|&wall_ns| wall_ns > now_ns)
+}
+
 /// A length of time in milliseconds: `5m`, `24h`, `1 day`, `2 days 1h`. A day has 24 hours, a month 30
 /// days, a year 365.
 fn parse_ms(text: &str) -> Option<u64> {
@@ -217,26 +234,58 @@ impl fmt::Display for Retention {
 }
 
 impl Engine {
-    /// Changes which moments of a VDI are kept by themselves. Durable on return.
+    /// Changes which moments of a VDI are kept by themselves; `None`: those that the store keeps.
+    /// Durable on return.
     pub(crate) async fn retain(
         self: &Rc<Self>,
         name: &str,
-        retention: Retention,
+        retention: Option<Retention>,
     ) -> Result<(), Error> {
         let _request = self.begin_change()?;
         self.reserve_metadata(|| false).await?;
         let (one, vdi) = self.manage(name).await?;
         let room = self.room().await?;
-        let body = RecordBody::Retain { rules: retention.rules().to_vec() };
-        let appended = self.append(room, &vdi, body);
+        let rules = retention.as_ref().map(|retention| retention.rules().to_vec());
+        let appended = self.append(room, &vdi, RecordBody::Retain { rules });
         self.apply_retain(&vdi, retention);
         drop(one);
         self.settle(appended).await
     }
 
-    pub(crate) fn apply_retain(&self, vdi: &Vdi, retention: Retention) {
-        *vdi.retention.borrow_mut() = retention;
+    pub(crate) fn apply_retain(&self, vdi: &Vdi, retention: Option<Retention>) {
+        vdi.has_own_rules.set(retention.is_some());
+        *vdi.retention.borrow_mut() =
+            retention.unwrap_or_else(|| self.default_retention.borrow().clone());
         self.touch(vdi);
+    }
+
+    /// Changes which moments are kept of VDIs that have no rules of their own. Durable on return.
+    pub(crate) async fn retain_by_default(
+        self: &Rc<Self>,
+        retention: Retention,
+    ) -> Result<(), Error> {
+        let _request = self.begin_change()?;
+        if !self.has_holds.get() {
+            let message = "this store was formatted by a Parallax that knew no history for all disks: \
+                           give each disk its own";
+            return Err(Error::refused(ErrorKind::Unsupported, message));
+        }
+        let one = self.management.acquire(1).await;
+        let room = self.room().await?;
+        let (vdi, claim) = (VdiId::default(), ClaimGeneration::default());
+        let body = RecordBody::RetainByDefault { rules: retention.rules().to_vec() };
+        let appended = self.log.append_admitted(room, &Record { vdi, claim, body });
+        self.apply_retain_by_default(retention);
+        drop(one);
+        self.settle(appended).await
+    }
+
+    pub(crate) fn apply_retain_by_default(&self, retention: Retention) {
+        let registry = self.registry.borrow();
+        for vdi in registry.loaded.values().filter(|vdi| !vdi.has_own_rules.get()) {
+            *vdi.retention.borrow_mut() = retention.clone();
+        }
+        *self.default_retention.borrow_mut() = retention;
     }
 
     /// Notes that a guest's flush has succeeded.
@@ -247,7 +296,8 @@ impl Engine {
         }
     }
 
-    /// Has the VDIs in use that moments are kept of, whose time comes though nobody opens them.
+    /// Has the VDIs in use of which moments are kept or something is held: their time comes though nobody
+    /// opens them.
     pub(crate) async fn load_retained(self: Rc<Self>) {
         let mut next = VdiId::default();
         loop {
@@ -259,9 +309,14 @@ impl Engine {
                 if self.go_on().is_err() {
                     return;
                 }
+                // What has nothing but the store's rules and no moment yet has had nothing to keep.
+                let has_rules =
+                    |vdi: &VdiRecord| vdi.retention.as_ref().is_some_and(|it| !it.is_empty());
+                let has_ledger = |vdi: &VdiRecord| vdi.ledger_count > 0;
+                let wanted =
+                    |vdi: VdiRecord| vdi.has_moments || has_rules(&vdi) || has_ledger(&vdi);
                 // What is damaged is told of when somebody opens it.
                 let record = self.vdi_record(id).await;
-                let wanted = |vdi: VdiRecord| vdi.has_moments || !vdi.retention.is_empty();
                 if record.is_ok_and(wanted) {
                     let _ = self.vdi(id).await;
                 }
@@ -448,10 +503,11 @@ impl Engine {
     }
 }
 
-/// Whether a snapshot is a moment that nobody has open.
+/// Whether a snapshot is a moment that is not held, and that nobody has open.
 fn is_unused_moment(snapshot: &Rc<Snapshot>) -> bool {
     let is_kept = snapshot.is_kept() || base::mutant::active("thinning_takes_what_was_asked_for");
-    is_kept && Rc::strong_count(snapshot) == 1
+    let is_held = snapshot.hold.get().is_some() && !base::mutant::active("thinning_takes_held");
+    is_kept && !is_held && Rc::strong_count(snapshot) == 1
 }
 
 #[cfg(test)]
@@ -504,6 +560,22 @@ mod tests {
         for nonsense in ["", "ago", "yesterday", "17", "-5 minutes ago", "5 minutes", "90000 y ago"]
         {
             assert_eq!(parse_time(nonsense, now), None, "{nonsense}");
+        }
+    }
+
+    #[test]
+    fn times_to_come_are_understood() {
+        // 2025-11-27T11:20:00Z
+        let now = 1_764_242_400_000_000_000;
+        let seconds = |text: &str| parse_until(text, now).map(|at| (at - now) / 1_000_000_000);
+        assert_eq!(seconds("2025-11-27T12:20:00.5+00:00"), Some(3600));
+        assert_eq!(seconds("2025-11-28"), Some(12 * 3600 + 40 * 60));
+        assert_eq!(seconds("30d"), Some(30 * 86_400));
+        assert_eq!(seconds("2 weeks 1h"), Some(14 * 86_400 + 3600));
+        assert_eq!(seconds("1 year"), Some(365 * 86_400));
+        for nonsense in ["", "0s", "-1d", "5 minutes ago", "2025-11-27", "soon", "90000 years", "7"]
+        {
+            assert_eq!(parse_until(nonsense, now), None, "{nonsense}");
         }
     }
 

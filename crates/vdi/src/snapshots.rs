@@ -97,8 +97,8 @@ impl Snapshots {
         by_label.or_else(|| self.get(number()?))
     }
 
-    /// Whether anybody else holds a snapshot of some.
-    pub(crate) fn is_held(snapshot: &Rc<Snapshot>) -> bool {
+    /// Whether anybody else uses a snapshot of some.
+    pub(crate) fn is_in_use(snapshot: &Rc<Snapshot>) -> bool {
         Rc::strong_count(snapshot) > 1 + usize::from(!snapshot.label.is_empty())
     }
 

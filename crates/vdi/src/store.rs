@@ -19,8 +19,8 @@ use crate::{GcReport, GcStatus, ScrubReport, ScrubStatus, background, recovery};
 
 use crate::Error;
 use crate::types::{
-    FormatOptions, OpenOptions, OpenReport, Received, SnapshotEntry, Stats, Target, VdiDiff,
-    VdiEntry, VdiSpace,
+    FormatOptions, HoldEntry, OpenOptions, OpenReport, Received, SnapshotEntry, Stats, Target,
+    VdiDiff, VdiEntry, VdiSpace,
 };
 
 /// An open store. Clones share it. What changes it is finished once it has begun, also if the future
@@ -241,7 +241,66 @@ impl Store {
     /// `NotFound`.
     pub async fn retain(&self, name: &str, retention: Retention) -> Result<(), Error> {
         let (engine, name) = (Rc::clone(&self.0), name.to_owned());
-        self.finish(async move { engine.retain(&name, retention).await }).await
+        self.finish(async move { engine.retain(&name, Some(retention)).await }).await
+    }
+
+    /// Keeps of a VDI what is kept of all that have no rules of their own. Durable on return.
+    ///
+    /// # Errors
+    /// As [`Self::retain`].
+    pub async fn inherit_retention(&self, name: &str) -> Result<(), Error> {
+        let (engine, name) = (Rc::clone(&self.0), name.to_owned());
+        self.finish(async move { engine.retain(&name, None).await }).await
+    }
+
+    /// Changes which moments are kept of VDIs that have no rules of their own. Durable on return.
+    ///
+    /// # Errors
+    /// `Unsupported` if the store was formatted before there was this.
+    pub async fn retain_by_default(&self, retention: Retention) -> Result<(), Error> {
+        let engine = Rc::clone(&self.0);
+        self.finish(async move { engine.retain_by_default(retention).await }).await
+    }
+
+    /// Which moments are kept of VDIs that have no rules of their own.
+    #[must_use]
+    pub fn default_retention(&self) -> Retention {
+        self.0.default_retention.borrow().clone()
+    }
+
+    /// Holds a snapshot, by label, number or time: until the hold ends it cannot be deleted, nor its VDI,
+    /// and no retention thins it. `until` is a time to come, or how long; what is held may be held longer,
+    /// not shorter. Durable on return, and in the VDI's ledger if a checkpoint could be written.
+    ///
+    /// # Errors
+    /// `NotFound`; `Invalid` for a time that is none, an earlier one, or too many holds; `Unsupported` if
+    /// the store was formatted before there were holds.
+    pub async fn hold(
+        &self,
+        name: &str,
+        snapshot: &str,
+        until: Option<&str>,
+    ) -> Result<SnapshotNumber, Error> {
+        let (engine, name, snapshot) = (Rc::clone(&self.0), name.to_owned(), snapshot.to_owned());
+        let until = until.map(str::to_owned);
+        self.finish(async move { engine.hold(&name, &snapshot, until.as_deref()).await }).await
+    }
+
+    /// Whether a snapshot could be held until then, for who has something to do before.
+    ///
+    /// # Errors
+    /// As [`Self::hold`].
+    pub fn check_until(&self, until: &str) -> Result<(), Error> {
+        self.0.check_until(until)
+    }
+
+    /// Ends the hold of a snapshot. Durable on return.
+    ///
+    /// # Errors
+    /// `NotFound`; `Invalid` if it is not held.
+    pub async fn release_hold(&self, name: &str, snapshot: &str) -> Result<SnapshotNumber, Error> {
+        let (engine, name, snapshot) = (Rc::clone(&self.0), name.to_owned(), snapshot.to_owned());
+        self.finish(async move { engine.release_hold(&name, &snapshot).await }).await
     }
 
     /// Renames a VDI. Durable on return. Open handles go on.
@@ -267,7 +326,7 @@ impl Store {
     /// what is deleted are severed. Clones are not affected.
     ///
     /// # Errors
-    /// `NotFound`.
+    /// `NotFound`; `Busy` if something of it is held.
     pub async fn remove(&self, target: &Target) -> Result<(), Error> {
         let (engine, target) = (Rc::clone(&self.0), target.clone());
         self.finish(async move { engine.remove(&target).await }).await
@@ -477,8 +536,15 @@ impl Store {
 
     /// Describes a VDI that exists, or what is left of a damaged one: its name.
     fn entry(&self, id: VdiId, outline: Option<Outline>) -> Option<VdiEntry> {
-        let Outline { block_count, snapshot_count, moment_count, retention } =
-            outline.unwrap_or_default();
+        let Outline {
+            block_count,
+            snapshot_count,
+            moment_count,
+            retention,
+            has_own_retention,
+            held_count,
+            ledger,
+        } = outline.unwrap_or_default();
         let registry = self.0.registry.borrow();
         let record = registry.directory.get(id)?;
         let parent = (record.parent.get() != 0).then_some((record.parent, record.parent_snapshot));
@@ -493,6 +559,9 @@ impl Store {
             parent,
             parent_name,
             retention,
+            has_own_retention,
+            held_count,
+            ledger,
         })
     }
 
@@ -509,6 +578,10 @@ impl Store {
                 }
                 Origin::Asked | Origin::Received(_) => None,
             },
+            hold: snapshot
+                .hold
+                .get()
+                .map(|hold| HoldEntry { until_ns: hold.until.map(|until| until.wall_ns) }),
         }
     }
 }

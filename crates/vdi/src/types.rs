@@ -116,6 +116,28 @@ pub struct VdiEntry {
     pub parent_name: Option<String>,
     /// Which moments of it are kept by themselves.
     pub retention: Retention,
+    /// Whether that was said of it; else of the store.
+    pub has_own_retention: bool,
+    /// Number of its snapshots and moments that are held.
+    pub held_count: u64,
+    /// What happened to holds of its snapshots, if anything ever did.
+    pub ledger: Option<LedgerEntry>,
+}
+
+/// Where the ledger of a VDI ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LedgerEntry {
+    /// Head of the chain: whoever has noted it can tell whether what stands before was changed.
+    pub head: [u8; 32],
+    /// Number of the last record.
+    pub sequence: u64,
+}
+
+/// That a snapshot is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HoldEntry {
+    /// When that ends by itself, in nanoseconds since 1970, if it does.
+    pub until_ns: Option<u64>,
 }
 
 /// One snapshot in a listing.
@@ -134,6 +156,8 @@ pub struct SnapshotEntry {
     /// Of one that the VDI's retention made: bytes changed since the one before. `None` if somebody
     /// asked for it.
     pub changed_bytes: Option<u64>,
+    /// Whether it is held.
+    pub hold: Option<HoldEntry>,
 }
 
 /// A disk into which a snapshot was received, and what is to become of it.

@@ -1,7 +1,7 @@
 //! A VDI and its snapshots in memory.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use base::{ClaimGeneration, Lsn, SnapshotNumber, VdiId};
@@ -10,9 +10,12 @@ use ondisk::{History, Origin, RootRef, SnapshotRecord};
 use runtime::Time;
 
 use crate::branch::{Branch, Point, View};
+use crate::holds::Hold;
+use crate::ledger::Ledger;
 use crate::ranges::RangeLocks;
 use crate::retention::Retention;
 use crate::snapshots::Snapshots;
+use crate::types::LedgerEntry;
 
 /// A VDI that is in use.
 #[derive(Debug)]
@@ -43,10 +46,14 @@ pub(crate) struct Vdi {
     pub(crate) snapshots_dirty: RefCell<BTreeMap<SnapshotNumber, bool>>,
     /// The table of its snapshots as the last checkpoint wrote it.
     pub(crate) snapshot_table: Cell<RootRef>,
-    /// Kept as found: stores that hosts share will have something there.
-    pub(crate) history: RootRef,
+    /// Numbers of its snapshots that are held.
+    pub(crate) held: RefCell<BTreeSet<SnapshotNumber>>,
+    /// What happened to holds.
+    pub(crate) ledger: RefCell<Ledger>,
     /// Which moments are kept by themselves.
     pub(crate) retention: RefCell<Retention>,
+    /// Whether that is its own; else it is the store's.
+    pub(crate) has_own_rules: Cell<bool>,
     /// When the last of them was taken, in this run of the store.
     pub(crate) moment_at: Cell<Option<Time>>,
     /// Whether one is being taken.
@@ -64,6 +71,9 @@ pub(crate) struct Outline {
     /// Those that its retention made.
     pub(crate) moment_count: u64,
     pub(crate) retention: Retention,
+    pub(crate) has_own_retention: bool,
+    pub(crate) held_count: u64,
+    pub(crate) ledger: Option<LedgerEntry>,
 }
 
 /// A snapshot.
@@ -80,6 +90,8 @@ pub(crate) struct Snapshot {
     pub(crate) label: String,
     /// How it came to be.
     pub(crate) origin: Origin,
+    /// Whether and how long it must not be deleted.
+    pub(crate) hold: Cell<Option<Hold>>,
     pub(crate) deleted: Cell<bool>,
 }
 
@@ -128,13 +140,26 @@ impl Snapshot {
         matches!(self.origin, Origin::Kept { .. })
     }
 
+    /// What it is called, with its VDI's name.
+    pub(crate) fn handle(&self, name: &str) -> String {
+        match self.label.as_str() {
+            "" => format!("{name}@{}", self.number),
+            label => format!("{name}@{label}"),
+        }
+    }
+
     /// Its contents.
     pub(crate) fn view(&self) -> View {
         View::Point(Rc::clone(&self.branch), Rc::clone(&self.point))
     }
 
     /// As it is stored, with the tree or the history that a checkpoint made of it.
-    pub(crate) fn record(&self, root: RootRef, history: Option<History>) -> SnapshotRecord {
+    pub(crate) fn record(
+        &self,
+        root: RootRef,
+        history: Option<History>,
+        is_held: bool,
+    ) -> SnapshotRecord {
         SnapshotRecord {
             number: self.number,
             position: self.position,
@@ -146,6 +171,7 @@ impl Snapshot {
             store_ns: self.store_ns,
             label: self.label.clone(),
             origin: self.origin,
+            is_held,
         }
     }
 }

@@ -29,6 +29,8 @@ struct Row {
     last: String,
     /// Snapshots that were asked for.
     snapshots: Vec<String>,
+    /// What of all these is held.
+    held: Vec<String>,
 }
 
 pub(super) async fn run(
@@ -75,7 +77,7 @@ fn draw(list: &[Row], omitted: usize) -> String {
             bytes(row.changed_bytes),
             bar(row.changed_bytes, most),
             row.last.clone(),
-            row.snapshots.join(" "),
+            marked(row).join(" "),
         ]
     };
     let table = output::table(&columns, list.iter().map(row).collect());
@@ -83,6 +85,13 @@ fn draw(list: &[Row], omitted: usize) -> String {
         0 => table,
         _ => format!("{table}\n({omitted} earlier rows are not shown: --rows COUNT)"),
     }
+}
+
+/// Snapshots, and moments that are held.
+fn marked(row: &Row) -> Vec<String> {
+    let held = row.held.iter().map(|handle| format!("{handle} (held)"));
+    let others = row.snapshots.iter().filter(|handle| !row.held.contains(handle)).cloned();
+    others.chain(held).collect()
 }
 
 /// Twice as much is one step more: beside a discarded disk, a file that was written still shows.
@@ -110,10 +119,18 @@ fn group(snapshots: Vec<Snapshot>, every: u64) -> Vec<Row> {
         let from = from.unwrap_or(snapshot.created);
         if rows.last().is_none_or(|row| row.from != from) {
             let last = String::new();
-            rows.push(Row { from, moments: 0, changed_bytes: 0, last, snapshots: Vec::new() });
+            rows.push(Row {
+                from,
+                moments: 0,
+                changed_bytes: 0,
+                last,
+                snapshots: Vec::new(),
+                held: Vec::new(),
+            });
         }
         let Some(row) = rows.last_mut() else { continue };
         row.last.clone_from(&snapshot.handle);
+        row.held.extend(snapshot.hold.as_ref().map(|_| snapshot.handle.clone()));
         match snapshot.changed_bytes {
             Some(changed_bytes) => {
                 row.moments += 1;
@@ -138,6 +155,7 @@ mod tests {
             created: Timestamp::from_second(second).unwrap(),
             uuid: String::new(),
             changed_bytes,
+            hold: (number == 1).then_some(api::Held { until: None }),
         }
     }
 
@@ -158,5 +176,6 @@ mod tests {
         let text = draw(&rows, 0);
         let bars: Vec<usize> = text.lines().map(|line| line.matches('#').count()).collect();
         assert_eq!(bars, [0, 6, 24], "{text}");
+        assert!(text.contains("web01@3 web01@1 (held)"), "{text}");
     }
 }

@@ -212,6 +212,9 @@ mod tests {
             created: Timestamp::UNIX_EPOCH,
             snapshot_count: 0,
             moment_count: 0,
+            history_inherited: true,
+            held_count: 0,
+            ledger: None,
             parent: parent.map(|(id, name, snapshot)| Parent {
                 id,
                 name: name.map(str::to_owned),
@@ -230,6 +233,7 @@ mod tests {
             created: Timestamp::UNIX_EPOCH,
             uuid: "00000000-0000-0000-0000-000000000001".to_owned(),
             changed_bytes: None,
+            hold: None,
         }
     }
 

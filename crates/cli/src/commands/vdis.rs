@@ -1,9 +1,9 @@
 //! Commands on VDIs: create, clone, ls, info, rename, resize, rm.
 
-use api::{ChangeVdi, CreateVdi, Error, Kind, Snapshot, Space, Vdi};
+use api::{ChangeVdi, CreateVdi, Error, Kind, Ledger, Snapshot, Space, Vdi};
 use serde::Serialize;
 
-use super::Context;
+use super::{Context, snapshots};
 use crate::args::NewSize;
 use crate::output::{self, Column, bytes, count, time};
 
@@ -133,12 +133,27 @@ fn describe_vdi(vdi: &Vdi, space: &Space) -> String {
         ("id", vdi.id.to_string()),
         ("created", time(vdi.created)),
         ("snapshots", vdi.snapshot_count.to_string()),
-        ("history", vdi.history.clone()),
+        ("history", history(vdi)),
         ("moments", vdi.moment_count.to_string()),
+        ("held", vdi.held_count.to_string()),
     ];
+    lines.extend(vdi.ledger.as_ref().map(|ledger| ("ledger", ledger_end(ledger))));
     lines.extend(origin(vdi).map(|origin| ("cloned from", origin)));
     lines.extend(space_lines(vdi.size_bytes, space));
     columns(&lines)
+}
+
+/// Which moments of a disk are kept, and who says so.
+fn history(vdi: &Vdi) -> String {
+    match vdi.history_inherited {
+        true => format!("{} (as the store has it)", vdi.history),
+        false => vdi.history.clone(),
+    }
+}
+
+/// Where a ledger ends: what people note.
+pub(super) fn ledger_end(ledger: &Ledger) -> String {
+    format!("{}:{}", ledger.record, ledger.head)
 }
 
 fn describe_snapshot(snapshot: &Snapshot, space: &Space) -> String {
@@ -146,6 +161,7 @@ fn describe_snapshot(snapshot: &Snapshot, space: &Space) -> String {
         ("snapshot", snapshot.handle.clone()),
         ("number", snapshot.number.to_string()),
         ("taken", time(snapshot.created)),
+        ("held", snapshots::held(snapshot)),
     ];
     lines.extend(space_lines(snapshot.size_bytes, space));
     columns(&lines)
@@ -160,7 +176,7 @@ fn space_lines(size: u64, space: &Space) -> [(&'static str, String); 4] {
     ]
 }
 
-fn columns(lines: &[(&str, String)]) -> String {
+pub(super) fn columns(lines: &[(&str, String)]) -> String {
     let lines: Vec<String> =
         lines.iter().map(|(name, value)| format!("{name:<13}{value}")).collect();
     lines.join("\n")
@@ -179,7 +195,7 @@ pub(super) async fn set(context: &Context, name: &str, history: String) -> Resul
         ("off", count @ 1..) => {
             format!("history of {name}: off; {} are being deleted", output::count(count, "moment"))
         }
-        (history, _) => format!("history of {name}: {history}"),
+        _ => format!("history of {name}: {}", self::history(&vdi)),
     };
     context.print(&vdi, &text)
 }
@@ -234,6 +250,9 @@ mod tests {
                 moment_count: 0,
                 parent,
                 history: "off".to_owned(),
+                history_inherited: true,
+                held_count: 0,
+                ledger: None,
             };
             assert_eq!(origin(&vdi).as_deref(), expected);
         };

@@ -97,6 +97,10 @@ fn commands_print_what_is_described() {
     check("disk", &["rename", "c", "d"]);
     check("disk", &["resize", "d", "2M"]);
     check("disk", &["set", "a", "history=24h"]);
+    check("store settings", &["set", "--store", "history=off"]);
+    check("store", &["info", "--store"]);
+    check("held snapshot", &["hold", "a@s", "--until", "30d"]);
+    check("snapshot", &["snapshot", "a", "--hold"]);
     place.write("a", 2, 4096, 4096);
     check("diff", &["diff", "a@s", "a"]);
     check("list of disk", &["ls"]);
@@ -105,6 +109,9 @@ fn commands_print_what_is_described() {
     check("snapshot with space", &["info", "a@s"]);
     check("list of snapshot", &["snapshots", "a"]);
     check("list of interval", &["log", "a"]);
+    check("disk with space", &["info", "a"]);
+    check("held snapshot", &["release", "a@s"]);
+    check("held snapshot", &["release", "a@3"]);
     check("list of tree disk", &["tree"]);
     check("stats", &["stats"]);
     check("gc", &["gc"]);

@@ -79,6 +79,69 @@ fn a_disk_with_a_history_goes_back_in_time() {
 }
 
 #[test]
+fn what_is_held_is_not_deleted() {
+    let place = Place::with_store("1G");
+    let _served = place.serve(&[]);
+    place.ok(&["create", "a", "--size", "64M"]);
+    place.fails(1, &["snapshot", "a", "--until", "1d"]);
+    let refused = place.fails(1, &["snapshot", "a", "--hold", "--until", "yesterday"]);
+    assert!(refused.contains("2030-01-31"), "{refused}");
+    assert_eq!(place.ok(&["snapshot", "a", "--hold"]), "a@1");
+    place.ok(&["snapshot", "a", "-l", "daily"]);
+    let held = place.ok(&["hold", "a@daily", "--until", "2099-01-31"]);
+    assert!(
+        held.starts_with("a@daily is held until 2099-01-31T00:00:00Z; its ledger: 2:"),
+        "{held}"
+    );
+    let head = held.rsplit(':').next().unwrap();
+    assert!(head.len() == 64 && place.ok(&["info", "a"]).contains(head), "{held}");
+    assert_eq!(place.json(&["info", "a"])["ledger"], json!({ "record": 2, "head": head }));
+    assert!(place.ok(&["info", "a@1"]).contains("held         yes"));
+    let list = place.json(&["snapshots", "a"]);
+    assert_eq!(list[0]["hold"], json!({ "until": null }));
+    assert_eq!(list[1]["hold"], json!({ "until": "2099-01-31T00:00:00Z" }));
+    assert!(place.ok(&["snapshots", "a"]).contains("until 2099-01-31T00:00:00Z"));
+    assert_eq!(place.json(&["log", "a"])[0]["held"][0], "a@1");
+
+    let refused = place.fails(3, &["rm", "a@daily"]);
+    assert!(refused.contains("parallax release a@daily"), "{refused}");
+    let refused = place.fails(3, &["rm", "a"]);
+    assert!(refused.contains("a@1, a@daily"), "{refused}");
+    place.fails(1, &["hold", "a@daily", "--until", "2030-01-31"]);
+    assert_eq!(place.json(&["release", "a@daily"])["hold"], json!(null));
+    assert!(place.ok(&["release", "a@1"]).starts_with("a@1 is not held any more; its ledger: 4:"));
+    place.fails(1, &["release", "a@1"]);
+    place.fails(2, &["hold", "a@none"]);
+    assert_eq!(place.ok(&["rm", "a"]), "deleted a with 2 snapshots");
+}
+
+#[test]
+fn disks_inherit_the_history_of_the_store() {
+    let place = Place::with_store("1G");
+    let _served = place.serve(&[]);
+    place.ok(&["create", "a", "--size", "64M"]);
+    place.ok(&["create", "b", "--size", "64M", "--history", "off"]);
+    assert_eq!(place.json(&["info", "--store"])["history"], "off");
+    let set = place.ok(&["set", "--store", "history=24h"]);
+    assert_eq!(set, "history of all disks without one of their own: every flush for 1d");
+    assert!(place.ok(&["info", "--store"]).contains("history      every flush for 1d"));
+    let history = |disk: &str| {
+        let info = place.json(&["info", disk]);
+        (info["history"].clone(), info["history_inherited"].clone())
+    };
+    assert_eq!(history("a"), (json!("every flush for 1d"), json!(true)));
+    assert_eq!(history("b"), (json!("off"), json!(false)));
+    place.ok(&["set", "a", "history=1h"]);
+    assert_eq!(history("a"), (json!("every flush for 1h"), json!(false)));
+    let set = place.ok(&["set", "b", "history=inherit"]);
+    assert_eq!(set, "history of b: every flush for 1d (as the store has it)");
+    place.fails(1, &["set", "--store", "history=inherit"]);
+    place.fails(1, &["set", "a", "--store", "history=1h"]);
+    place.fails(1, &["set", "a"]);
+    place.fails(1, &["info"]);
+}
+
+#[test]
 fn a_diff_names_what_changed() {
     let place = Place::with_store("1G");
     let _served = place.serve(&[]);

@@ -4,10 +4,10 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use api::{
-    Attach, Attachment, BeginCheck, BeginScrub, ChangeVdi, CheckReport, CheckStatus,
+    Attach, Attachment, BeginCheck, BeginScrub, ChangeStore, ChangeVdi, CheckReport, CheckStatus,
     CompleteReceive, CreateVdi, DIFF_EXTENTS_MAX, DaemonStatus, DiffPage, Error, FrontendMetrics,
-    Gc, GcStatus, Kind, Mounted, PAGE_MAX, Removed, Rollback, ScrubStatus, Snapshot, SnapshotPage,
-    Space, Stats, TakeSnapshot, Upgrade, Upgrading, Vdi, VdiPage,
+    Gc, GcStatus, Hold, Kind, Mounted, PAGE_MAX, Removed, Rollback, ScrubStatus, Snapshot,
+    SnapshotPage, Space, Stats, StoreSettings, TakeSnapshot, Upgrade, Upgrading, Vdi, VdiPage,
 };
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -25,6 +25,9 @@ use crate::{devices, upgrade};
 
 /// How long a block device may take to be opened before it is taken away.
 const LOOK_MAX: Duration = Duration::from_secs(5);
+
+/// The history of a disk that has none of its own.
+const INHERIT: &str = "inherit";
 
 type Answer<T> = Result<Json<T>, Failure>;
 
@@ -48,6 +51,8 @@ pub(super) fn router(current: Current) -> Router {
         .route("/vdis/{name}/snapshots", get(snapshots).post(take_snapshot))
         .route("/vdis/{name}/snapshots/{snapshot}", get(snapshot).delete(remove_snapshot))
         .route("/vdis/{name}/snapshots/{snapshot}/space", get(snapshot_space))
+        .route("/vdis/{name}/snapshots/{snapshot}/hold", post(hold).delete(release))
+        .route("/store", get(store_settings).patch(change_store))
         .route("/diff", get(diff))
         .route("/attachments", get(attachments).post(attach))
         .route("/attachments/{path}", delete(detach))
@@ -192,6 +197,8 @@ async fn create(
     let entry = current
         .call(async move |served: &Served| {
             let store = &served.store;
+            // A new one inherits.
+            let history = history.filter(|history| history.trim() != INHERIT);
             let retention = history.as_deref().map(Retention::parse).transpose()?;
             match (size_bytes, source) {
                 (Some(size_bytes), None) => store.create(&name, size_bytes).await?,
@@ -234,7 +241,10 @@ async fn change(
                 resize(store, &name, size_bytes, request.shrink).await
             }
             (None, None, Some(history)) => {
-                store.retain(&name, Retention::parse(&history)?).await?;
+                match history.trim() {
+                    INHERIT => store.inherit_retention(&name).await?,
+                    own => store.retain(&name, Retention::parse(own)?).await?,
+                }
                 store.info(&name).await
             }
             _ => Err(exactly_one("name, size_bytes or history")),
@@ -399,11 +409,73 @@ async fn take_snapshot(
 ) -> Result<(StatusCode, Json<Snapshot>), Failure> {
     let vdi = name.clone();
     let answer = async move |served: &Served| {
-        let number = served.store.snapshot(&vdi, request.label.as_deref()).await?;
-        served.store.snapshot_info(&vdi, &number.to_string()).await
+        let store = &served.store;
+        if let Some(until) = request.hold.as_ref().and_then(|hold| hold.until.as_deref()) {
+            store.check_until(until)?;
+        }
+        let number = store.snapshot(&vdi, request.label.as_deref()).await?.to_string();
+        if let Some(hold) = request.hold {
+            let held = store.hold(&vdi, &number, hold.until.as_deref()).await;
+            held.map_err(|error| {
+                let message = format!("{vdi}@{number} was taken, and is not held: {error}");
+                refused(error.kind(), message)
+            })?;
+        }
+        store.snapshot_info(&vdi, &number).await
     };
     let entry = current.call(answer).await?;
     Ok((StatusCode::CREATED, Json(convert::snapshot(&name, entry))))
+}
+
+async fn hold(
+    State(current): State<Current>,
+    Segments((name, snapshot)): Segments<(String, String)>,
+    Body(request): Body<Hold>,
+) -> Answer<Snapshot> {
+    let vdi = name.clone();
+    let answer = async move |served: &Served| {
+        let number = served.store.hold(&vdi, &snapshot, request.until.as_deref()).await?;
+        served.store.snapshot_info(&vdi, &number.to_string()).await
+    };
+    Ok(Json(convert::snapshot(&name, current.call(answer).await?)))
+}
+
+/// `None`: what was held is missing, and that is noted now.
+async fn release(
+    State(current): State<Current>,
+    Segments((name, snapshot)): Segments<(String, String)>,
+) -> Answer<Option<Snapshot>> {
+    let vdi = name.clone();
+    let answer = async move |served: &Served| {
+        let number = served.store.release_hold(&vdi, &snapshot).await?;
+        match served.store.snapshot_info(&vdi, &number.to_string()).await {
+            // Or its time had come, and it went at once.
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            found => found.map(Some),
+        }
+    };
+    let entry = current.call(answer).await?;
+    Ok(Json(entry.map(|entry| convert::snapshot(&name, entry))))
+}
+
+async fn store_settings(State(current): State<Current>) -> Answer<StoreSettings> {
+    let answer = async |served: &Served| Ok(settings(&served.store));
+    Ok(Json(current.call(answer).await?))
+}
+
+async fn change_store(
+    State(current): State<Current>,
+    Body(request): Body<ChangeStore>,
+) -> Answer<StoreSettings> {
+    let answer = async move |served: &Served| {
+        served.store.retain_by_default(Retention::parse(&request.history)?).await?;
+        Ok(settings(&served.store))
+    };
+    Ok(Json(current.call(answer).await?))
+}
+
+fn settings(store: &Store) -> StoreSettings {
+    StoreSettings { history: store.default_retention().to_string() }
 }
 
 async fn snapshot(

@@ -10,13 +10,13 @@ use blockstore::slots::{SlotPair, check_vouched, read_slots};
 use blockstore::{Geometry, NodeStore, WriteScheduler, superblock};
 use device::Device;
 use ondisk::{
-    Checksums, DirectoryRecord, Entry, ExtentKind, ExtentRecord, History, HostSlot, Record,
-    RecordBody, RootRef, SlotState, SnapshotRecord, TableRecord, VdiRecord, VersionRecord,
+    Checksums, DirectoryRecord, Entry, ExtentKind, ExtentRecord, History, HostSlot, LedgerRecord,
+    Record, RecordBody, RootRef, SlotState, SnapshotRecord, TableRecord, VdiRecord, VersionRecord,
 };
 use runtime::Runtime;
 
 use super::audit::{Audit, Tree, TreeKind, runs};
-use super::{CheckOptions, CheckProgress, CheckReport, CheckStage, FindingKind};
+use super::{CheckOptions, CheckProgress, CheckReport, CheckStage, FindingKind, ledger};
 use crate::Error;
 use crate::claim::{self, Place};
 use crate::engine::{Engine, as_u64};
@@ -106,7 +106,7 @@ struct Examiner<'a> {
     space: Space,
     stage: CheckStage,
     /// The trees of each VDI that were walked for the newer slot.
-    walked: HashMap<u64, (RootRef, RootRef)>,
+    walked: HashMap<u64, (RootRef, RootRef, RootRef)>,
     /// Whose store it is, if it is in use.
     engine: Option<&'a Engine>,
 }
@@ -594,7 +594,7 @@ impl<'a> Examiner<'a> {
 
     async fn vdi(&mut self, record: &VdiRecord, slot: &HostSlot) {
         let name = self.name_of(record.id);
-        self.walked.insert(record.id.get(), (record.root, record.snapshots));
+        self.walked.insert(record.id.get(), (record.root, record.snapshots, record.ledger));
         if record.lsn > slot.cut || record.label < record.shared_up_to {
             self.wrong(format!("{name}: its record is ahead of the checkpoint it stands in"));
         }
@@ -608,6 +608,7 @@ impl<'a> Examiner<'a> {
             ));
         }
         self.audit.counts().snapshots += as_u64(snapshots.len());
+        self.ledger(&name, record, &snapshots).await;
         let mut trees = vec![(head_tree(&name, record), record.root)];
         let mut histories = Histories::default();
         for (index, snapshot) in snapshots {
@@ -619,6 +620,26 @@ impl<'a> Examiner<'a> {
         }
         self.walk(trees).await;
         self.histories(&name, record, histories).await;
+    }
+
+    /// Reads the ledger of a VDI, and judges what it says that is held.
+    async fn ledger(
+        &mut self,
+        name: &str,
+        record: &VdiRecord,
+        snapshots: &BTreeMap<u64, SnapshotRecord>,
+    ) {
+        let title = format!("the ledger of {name}");
+        let (records, _) = self.table::<LedgerRecord>(&title, record.ledger).await;
+        let records: Vec<LedgerRecord> = records.into_values().collect();
+        let (errors, lost) =
+            ledger::judge(self.checksums.uuid(), name, record, &records, snapshots);
+        for (kind, message) in errors {
+            self.audit.error(kind, None, message);
+        }
+        if let Some(message) = lost {
+            self.audit.warn(FindingKind::Ledger, None, message);
+        }
     }
 
     /// Reads histories, and what snapshots see of them.
@@ -737,10 +758,12 @@ impl<'a> Examiner<'a> {
         }
         let (records, _) = self.table::<VdiRecord>("the older VDI table", roots.vdis).await;
         for (index, record) in records {
-            if self.walked.get(&index) == Some(&(record.root, record.snapshots)) {
+            let walked = (record.root, record.snapshots, record.ledger);
+            if self.walked.get(&index) == Some(&walked) {
                 continue;
             }
             let name = self.name_of(record.id);
+            self.table::<LedgerRecord>(&format!("the older ledger of {name}"), record.ledger).await;
             let title = format!("the older snapshots of {name}");
             let (snapshots, _) = self.table::<SnapshotRecord>(&title, record.snapshots).await;
             let mut trees = vec![(head_tree(&name, &record), record.root)];
@@ -795,7 +818,9 @@ impl<'a> Examiner<'a> {
             RecordBody::Create { .. } | RecordBody::Clone { .. } => {
                 vdis.insert(record.vdi);
             }
-            RecordBody::Void { .. } | RecordBody::Time { .. } => {}
+            RecordBody::Void { .. }
+            | RecordBody::Time { .. }
+            | RecordBody::RetainByDefault { .. } => {}
             _ if is_settled && !vdis.contains(&record.vdi) => {
                 let message = format!("log record {lsn} changes VDI {}, which is none", record.vdi);
                 self.audit.error(FindingKind::Log, None, message);

@@ -20,6 +20,7 @@ use crate::branch::{Base, Branch, Contents, Point};
 use crate::damage::{Table, is_damage};
 use crate::engine::{Engine, as_u64};
 use crate::history::{self, Past};
+use crate::ledger::Written;
 use crate::manage::labels_used_up;
 use crate::mark::{BlockSet, PAGE_WORDS};
 use crate::overlay::newest_only;
@@ -34,7 +35,7 @@ const BRANCHES_PER_TURN: usize = 64;
 
 /// A checkpoint being merged.
 pub(super) struct Merge {
-    engine: Rc<Engine>,
+    pub(super) engine: Rc<Engine>,
     pub(super) batch: Batch,
     /// Blocks allocated for nodes and pages, to be given back if it fails.
     pub(super) allocated: Rc<RefCell<Vec<Pba>>>,
@@ -85,10 +86,19 @@ pub(super) struct MergedBranch {
     pub(super) generation_count: usize,
 }
 
+/// Records of VDIs, and the tables that they name.
+struct VdiTables {
+    records: BTreeMap<u64, Option<VdiRecord>>,
+    snapshot_tables: Vec<(Rc<Vdi>, RootRef)>,
+    ledgers: Vec<(Rc<Vdi>, Written)>,
+}
+
 /// The new trees.
 pub(super) struct Done {
     pub(super) branches: Vec<MergedBranch>,
     pub(super) snapshot_tables: Vec<(Rc<Vdi>, RootRef)>,
+    /// Ledgers in which something new stands.
+    pub(super) ledgers: Vec<(Rc<Vdi>, Written)>,
     pub(super) roots: Roots,
 }
 
@@ -128,7 +138,8 @@ impl Merge {
             self.engine.runtime.yield_now().await;
         }
         let mut roots = frozen.roots;
-        let (vdis, snapshot_tables) = self.vdi_records(frozen, &branches).await?;
+        let VdiTables { records: vdis, snapshot_tables, ledgers } =
+            self.vdi_records(frozen, &branches).await?;
         let on_damage = match frozen.rewritten.contains(&Table::Vdis) {
             true => OnDamage::Forget,
             false => OnDamage::Fail,
@@ -150,7 +161,7 @@ impl Merge {
                 self.store(Table::Extents, roots.extents, &extents, OnDamage::Fail).await?;
         }
         roots.bitmaps = self.store_bitmaps(roots.bitmaps).await?;
-        Ok(Done { branches, snapshot_tables, roots })
+        Ok(Done { branches, snapshot_tables, ledgers, roots })
     }
 
     /// Merges one branch: a tree or a history for each point that somebody wants, and a tree for the
@@ -397,7 +408,7 @@ impl Merge {
     }
 
     /// Stores records in a table.
-    async fn store<R: ondisk::TableRecord>(
+    pub(super) async fn store<R: ondisk::TableRecord>(
         &mut self,
         table: Table,
         root: RootRef,
@@ -426,9 +437,10 @@ impl Merge {
         &mut self,
         frozen: &Frozen,
         branches: &[MergedBranch],
-    ) -> Result<(BTreeMap<u64, Option<VdiRecord>>, Vec<(Rc<Vdi>, RootRef)>), Error> {
+    ) -> Result<VdiTables, Error> {
         let mut records = BTreeMap::new();
-        let mut tables = Vec::new();
+        let mut snapshot_tables = Vec::new();
+        let mut ledgers = Vec::new();
         for id in &frozen.deleted {
             records.insert(id.get(), None);
         }
@@ -442,7 +454,9 @@ impl Merge {
             let mut snapshots: BTreeMap<u64, Option<SnapshotRecord>> = BTreeMap::new();
             for (&number, snapshot) in &vdi.snapshots {
                 let record = match snapshot {
-                    Some(snapshot) => Some(self.snapshot_record(snapshot).await?),
+                    Some((snapshot, is_held)) => {
+                        Some(self.snapshot_record(snapshot, *is_held).await?)
+                    }
                     None => None,
                 };
                 snapshots.insert(number, record);
@@ -450,7 +464,10 @@ impl Merge {
             let id = vdi.vdi.id;
             let table = vdi.vdi.snapshot_table.get();
             let table = self.store(Table::Snapshots(id), table, &snapshots, OnDamage::Fail).await?;
-            tables.push((Rc::clone(&vdi.vdi), table));
+            snapshot_tables.push((Rc::clone(&vdi.vdi), table));
+            let written = self.ledger_of(vdi).await?;
+            let unchanged = Rc::clone(&vdi.vdi.ledger.borrow().written);
+            let ledger = written.as_ref().unwrap_or(&unchanged);
             let record = VdiRecord {
                 id: vdi.vdi.id,
                 block_count: vdi.block_count,
@@ -462,17 +479,24 @@ impl Merge {
                 snapshots: table,
                 snapshot_next: vdi.snapshot_next,
                 snapshot_count: vdi.snapshot_count,
-                history: vdi.vdi.history,
+                ledger: ledger.table,
+                ledger_head: ledger.head,
+                ledger_count: u32::try_from(ledger.records.len()).unwrap_or(u32::MAX),
                 rollbacks: vdi.rollbacks,
-                retention: vdi.retention.rules().to_vec(),
+                retention: vdi.retention.as_ref().map(|it| it.rules().to_vec()),
                 has_moments: vdi.has_moments,
             };
             records.insert(vdi.vdi.id.get(), Some(record));
+            ledgers.extend(written.map(|written| (Rc::clone(&vdi.vdi), written)));
         }
-        Ok((records, tables))
+        Ok(VdiTables { records, snapshot_tables, ledgers })
     }
 
-    async fn snapshot_record(&mut self, snapshot: &Snapshot) -> Result<SnapshotRecord, Error> {
+    pub(super) async fn snapshot_record(
+        &mut self,
+        snapshot: &Snapshot,
+        is_held: bool,
+    ) -> Result<SnapshotRecord, Error> {
         let point = &snapshot.point;
         if point.needs_tree.get() {
             self.tree_of(point).await?;
@@ -485,7 +509,7 @@ impl Merge {
                 return Err(Error::refused(ErrorKind::Corrupt, message));
             }
         };
-        Ok(snapshot.record(root, history))
+        Ok(snapshot.record(root, history, is_held))
     }
 
     fn extent_records(&mut self) -> BTreeMap<u64, Option<ExtentRecord>> {

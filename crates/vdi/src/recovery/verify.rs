@@ -54,7 +54,11 @@ impl Dropped {
                     && !self.vdis.contains(source)
                     && !self.snapshots.contains(&(*source, *snapshot))
             }
-            RecordBody::Rollback { number } => !self.snapshots.contains(&(record.vdi, *number)),
+            RecordBody::Rollback { number }
+            | RecordBody::Hold { number, .. }
+            | RecordBody::EndHold { number, .. } => {
+                !self.snapshots.contains(&(record.vdi, *number))
+            }
             RecordBody::Adopt { source, number } => {
                 !self.vdis.contains(source) && !self.snapshots.contains(&(*source, *number))
             }

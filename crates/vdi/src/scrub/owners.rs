@@ -178,6 +178,9 @@ impl Engine {
             Table::Snapshots(id) => {
                 return Ok(self.merged_record(id).await?.map(|record| record.snapshots));
             }
+            Table::Ledger(id) => {
+                return Ok(self.merged_record(id).await?.map(|record| record.ledger));
+            }
         }))
     }
 
@@ -203,6 +206,7 @@ impl Engine {
             Table::Snapshots(id) => {
                 format!("the snapshots of {}", self.registry.borrow().name(id))
             }
+            Table::Ledger(id) => format!("the ledger of {}", self.registry.borrow().name(id)),
         }
     }
 }

@@ -5,19 +5,22 @@
 
 use std::path::PathBuf;
 
-use base::{BLOCK_SIZE, Block, Pba};
+use base::{BLOCK_SIZE, Block, ErrorKind, Pba, SnapshotNumber};
 use disk::Request;
 use parallax_vdi::check::CheckOptions;
-use parallax_vdi::{Store, Target};
+use parallax_vdi::{Retention, Store, Target};
 
 use crate::check::{assert_sound, checked};
 use crate::ram::{Ram, run};
 use crate::{STORE_BLOCKS, disk, open, read, with_store, write};
 
-const VERSIONS: [&str; 2] = ["v1", HISTORY];
+const VERSIONS: [&str; 3] = ["v1", HISTORY, HOLDS];
 
 /// Snapshots may have a history.
 const HISTORY: &str = "v1-history";
+
+/// Snapshots may be held, and the store may have a retention.
+const HOLDS: &str = "v1-holds";
 
 fn path(version: &str, name: &str) -> PathBuf {
     let tests = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
@@ -108,6 +111,10 @@ async fn fill(store: &Store) {
         write(&past, (2 << 20) + (u64::from(number) << 12), &[30 + number; 4096]).await;
         store.snapshot("past", None).await.unwrap();
     }
+    store.hold("past", "2", None).await.unwrap();
+    store.hold("past", "3", Some("2099-12-31")).await.unwrap();
+    store.hold("past", "4", None).await.unwrap();
+    store.release_hold("past", "4").await.unwrap();
     store.checkpoint().await.unwrap();
     // From here on it stands in the log, until the store is closed.
     store.snapshot("web01", None).await.unwrap();
@@ -127,6 +134,8 @@ async fn fill(store: &Store) {
     store.resize("renamed", 4096).await.unwrap();
     store.resize("renamed", 1 << 20).await.unwrap();
     store.rollback("rolled", "good").await.unwrap();
+    store.retain("rolled", Retention::default()).await.unwrap();
+    store.retain_by_default(Retention::parse("every 1h for 1d").unwrap()).await.unwrap();
 }
 
 async fn look(store: &Store, version: &str) {
@@ -136,7 +145,16 @@ async fn look(store: &Store, version: &str) {
     }
     let names: Vec<_> =
         store.list(None, 10).await.unwrap().into_iter().map(|entry| entry.name).collect();
-    if version == HISTORY {
+    if version == HOLDS {
+        look_at_holds(store).await;
+    } else {
+        // What an older Parallax has made is as it was.
+        let error = store.hold("web01", "first", None).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+        let error = store.retain_by_default(Retention::default()).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+    }
+    if version != "v1" {
         assert_eq!(names, ["clone", "past", "renamed", "rolled", "web01"]);
         for number in 1..=4 {
             let past = disk(store, &format!("past@{number}")).await;
@@ -152,6 +170,23 @@ async fn look(store: &Store, version: &str) {
     }
     assert_eq!(store.info("web01").await.unwrap().snapshot_count, 2);
     assert_eq!(store.info("clone").await.unwrap().parent_name.as_deref(), Some("web01"));
+}
+
+async fn look_at_holds(store: &Store) {
+    let past = store.snapshots("past", SnapshotNumber::new(0), 10).await.unwrap();
+    let until: Vec<_> =
+        past.iter().take(4).map(|it| it.hold.map(|hold| hold.until_ns.is_some())).collect();
+    assert_eq!(until, [None, Some(false), Some(true), None]);
+    for held in ["past@2", "past@3", "past"] {
+        let error = store.remove(&Target::parse(held)).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Busy, "{held}");
+    }
+    assert_eq!(store.info("past").await.unwrap().ledger.unwrap().sequence, 4);
+    assert_eq!(store.default_retention().to_string(), "every 1h for 1d");
+    let own = store.info("rolled").await.unwrap();
+    assert!(own.has_own_retention && own.retention.is_off());
+    let inherited = store.info("clone").await.unwrap();
+    assert!(!inherited.has_own_retention && !inherited.retention.is_off());
 }
 
 fn made(closed: bool) -> Ram {

@@ -15,6 +15,7 @@ mod gc;
 mod golden;
 mod guarantees;
 mod history;
+mod holds;
 mod hostile;
 mod machines;
 mod model;

@@ -294,8 +294,10 @@ impl RamBackend {
     }
 }
 
-#[derive(Default)]
-struct TestClock(Cell<u64>);
+/// When the clocks of these tests begin.
+pub(crate) const WALL_START_NS: u64 = 1_700_000_000_000_000_000;
+
+struct TestClock(Cell<u64>, u64);
 
 impl Clock for TestClock {
     fn now(&self) -> Time {
@@ -303,7 +305,7 @@ impl Clock for TestClock {
     }
 
     fn wall_ns(&self) -> u64 {
-        1_700_000_000_000_000_000 + self.0.get()
+        self.1 + self.0.get()
     }
 }
 
@@ -312,7 +314,16 @@ pub(crate) fn run<T: 'static, F: Future<Output = T> + 'static>(
     seed: u64,
     work: impl FnOnce(Runtime) -> F,
 ) -> T {
-    let clock = Rc::new(TestClock::default());
+    run_at(WALL_START_NS, seed, work)
+}
+
+/// As [`run`], with a wall clock that begins at another time.
+pub(crate) fn run_at<T: 'static, F: Future<Output = T> + 'static>(
+    wall_ns: u64,
+    seed: u64,
+    work: impl FnOnce(Runtime) -> F,
+) -> T {
+    let clock = Rc::new(TestClock(Cell::new(0), wall_ns));
     let options = Options {
         order: Order::Random,
         seed,
