@@ -61,13 +61,15 @@ pub async fn retain_by_default(session: &Session, random: &mut Random) {
     }
     let Some(Ok(retention)) = random.pick(&RETENTIONS).map(Retention::parse) else { return };
     let shown = retention.to_string();
+    // One at a time: which of two comes first nobody can tell.
+    if session.default_asked.replace(true) {
+        return;
+    }
     world.default_retentions.borrow_mut().push(shown.clone());
     match session.store.retain_by_default(retention).await {
         Ok(()) => {
-            let mut possible = world.default_retentions.borrow_mut();
-            // What was asked for meanwhile may have come before or after.
-            let asked = possible.iter().position(|it| *it == shown).unwrap_or(0);
-            possible.drain(..asked);
+            *world.default_retentions.borrow_mut() = vec![shown];
+            session.default_asked.set(false);
         }
         Err(error) => session.excuse("retain by default", error.kind(), &error, Reach::Metadata),
     }

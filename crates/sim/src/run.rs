@@ -376,6 +376,9 @@ impl Run {
         }
         let store = session.store.clone();
         let last = self.last;
+        if last {
+            self.world.default_retentions.borrow_mut().push("off".to_owned());
+        }
         let runtime = executor.runtime().clone();
         let outcome = executor.run(async move {
             if last {

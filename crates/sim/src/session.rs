@@ -39,6 +39,8 @@ pub struct Session {
     handles: RefCell<BTreeMap<(u32, u64), Vec<Handle>>>,
     /// Whether the store stopped after a failure of the device.
     stopped: Cell<bool>,
+    /// Whether it is being changed which moments are kept of VDIs without rules of their own.
+    pub default_asked: Cell<bool>,
     before: Injected,
 }
 
@@ -92,6 +94,7 @@ impl Session {
             runtime: runtime.clone(),
             store,
             handles: RefCell::default(),
+            default_asked: Cell::new(false),
             stopped: Cell::new(false),
             before,
         })
