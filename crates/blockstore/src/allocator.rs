@@ -475,16 +475,16 @@ impl Allocator {
 
     // ── Lending free blocks, so that their space can be given back below ─────────────────────
 
-    /// The free blocks of data extents in a page of [`BITMAP_PAGE_BLOCKS`] blocks: 512 words, least
-    /// significant bit first.
+    /// The free blocks of data and metadata extents in a page of [`BITMAP_PAGE_BLOCKS`] blocks: 512
+    /// words, least significant bit first.
     #[must_use]
-    pub fn free_data_page(&self, index: u64) -> Box<[u64; BLOCK_SIZE / 8]> {
+    pub fn free_page(&self, index: u64) -> Box<[u64; BLOCK_SIZE / 8]> {
         let state = &*self.state.borrow();
         let start = Pba::new(index.saturating_mul(BITMAP_PAGE_BLOCKS));
         let busy = state.planes.busy(index);
         let mut free = Box::new([0; BLOCK_SIZE / 8]);
         for (_, part) in self.division.by_region(Run { start, count: BITMAP_PAGE_BLOCKS }) {
-            if state.extents.space_at(part.start) == Some(Space::Data) {
+            if state.extents.space_at(part.start).is_some() {
                 let (_, bit) = bitmap::place(part.start);
                 bitmap::set_clear(&mut free, busy, bit, narrow(part.count));
             }
@@ -498,17 +498,24 @@ impl Allocator {
         self.division.block_count.div_ceil(BITMAP_PAGE_BLOCKS)
     }
 
-    /// Makes a run of data blocks busy, if all of it is free and it is a small part of what data can
-    /// get: whoever needs blocks meanwhile finds others. It is given back with [`Self::free_now`].
+    /// Makes a run of blocks of one extent busy, if all of it is free and it is a small part of what data
+    /// or metadata can get: whoever needs blocks meanwhile finds others. It is given back with
+    /// [`Self::free_now`].
     #[must_use]
     pub fn lend(&self, run: Run) -> bool {
         let state = &mut *self.state.borrow_mut();
+        let space = state.extents.space_at(run.start);
         let is_free = |(_, part): (u64, Run)| {
             let (page, bit) = bitmap::place(part.start);
-            state.extents.space_at(part.start) == Some(Space::Data)
+            state.extents.space_at(part.start) == space
                 && bitmap::count_ones(state.planes.busy(page), bit, narrow(part.count)) == 0
         };
-        let is_little = run.count <= state.extents.data_available() / LENT_SHARE;
+        let available = match space {
+            Some(Space::Data) => state.extents.data_available(),
+            Some(Space::Metadata) => state.extents.metadata_available(),
+            None => 0,
+        };
+        let is_little = run.count <= available / LENT_SHARE;
         if !is_little || !self.division.by_region(run).all(is_free) {
             return false;
         }

@@ -3,11 +3,15 @@
 //!
 //! A block is lent by the allocator while it is being discarded, and nobody gets it before that has ended
 //! (design rule 20). It was free, so no slot, no log record that counts and no reader names it any more
-//! (rules 17 to 19). Blocks of metadata extents keep their space: nodes must find it (rule 26).
+//! (rules 17 to 19). Nodes must find space, whatever became full below meanwhile (rule 26): they are written
+//! to blocks of the reserve alone, which are not free, and count when they were allocated below
+//! (`reserve.rs`). So what is free in a metadata extent can be given back like anything else
+//! (docs/decisions/0016-trimming-metadata.md).
 //!
 //! Freed blocks are trimmed after each garbage collection, in runs of [`RUN_BLOCKS_MIN`] and more:
 //! shorter ones cost the file system below more than they give, and are tried again when what lies
-//! between them is free. What earlier runs of the store left untrimmed is found by [`Scope::All`].
+//! between them is free. Who asks for it ([`Scope::All`]) gets them back too, and what earlier runs of the
+//! store left untrimmed.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -23,7 +27,7 @@ use crate::engine::Engine;
 use crate::gc::GcPhase;
 use crate::mark::{BlockSet, PAGE_WORDS};
 
-/// Fewest adjacent blocks that are trimmed: 64 KiB.
+/// Fewest adjacent blocks that are trimmed when nobody asks: 64 KiB.
 const RUN_BLOCKS_MIN: u64 = 16;
 
 /// Most blocks of an extent in use that are lent at a time: 4 MiB.
@@ -114,16 +118,16 @@ impl Engine {
             let part = Run { start: Pba::new(at), count: part_end - at };
             at = part_end;
             trimmed += match self.allocator.extent_kind(extent) {
-                Some(ExtentKind::Data) => self.trim_data(part, scope).await,
+                Some(ExtentKind::Data | ExtentKind::Metadata) => self.trim_used(part, scope).await,
                 None => self.trim_free(extent, part, scope).await,
-                Some(_) => 0,
+                Some(ExtentKind::System | ExtentKind::Log) => 0,
             };
         }
         Ok(trimmed)
     }
 
-    /// Trims a part of an extent of data.
-    async fn trim_data(&self, part: Run, scope: Scope) -> u64 {
+    /// Trims a part of an extent of data or metadata.
+    async fn trim_used(&self, part: Run, scope: Scope) -> u64 {
         let mut trimmed = 0;
         for run in self.trimmable(part, scope, true) {
             for piece in pieces(run, LENT_BLOCKS_MAX) {
@@ -157,10 +161,14 @@ impl Engine {
     }
 
     /// Runs of blocks that may be trimmed in a part of one page and one extent: those that are free now,
-    /// if the extent is one of data; in a free one all are.
-    fn trimmable(&self, part: Run, scope: Scope, of_data: bool) -> Vec<Run> {
+    /// if the extent is in use; in a free one all are.
+    fn trimmable(&self, part: Run, scope: Scope, is_used: bool) -> Vec<Run> {
         let page = part.start.get() / BITMAP_PAGE_BLOCKS;
-        let free = of_data.then(|| self.allocator.free_data_page(page));
+        let free = is_used.then(|| self.allocator.free_page(page));
+        let count_min = match scope {
+            Scope::Freed => RUN_BLOCKS_MIN,
+            Scope::All => 1,
+        };
         let freed = self.trimmer.freed.borrow();
         let freed = match (scope, freed.page(page)) {
             (Scope::All, _) => None,
@@ -173,7 +181,7 @@ impl Engine {
             let is_set = |words: &[u64; PAGE_WORDS]| words[word] >> (bit % 64) & 1 == 1;
             free.as_deref().is_none_or(is_set) && freed.is_none_or(is_set)
         };
-        runs(part, is_wanted).filter(|run| run.count >= RUN_BLOCKS_MIN).collect()
+        runs(part, is_wanted).filter(|run| run.count >= count_min).collect()
     }
 
     /// Discards blocks that are lent; of how many the space was given back.

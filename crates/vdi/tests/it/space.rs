@@ -103,6 +103,51 @@ fn data_has_its_space_below_before_it_comes() {
     });
 }
 
+/// A store that was nearly emptied takes hardly more space below than a new one: neither nodes nor gaps
+/// keep theirs. And what it needs next is there again.
+#[test]
+fn an_emptied_store_takes_no_space_below() {
+    let ram = Ram::default();
+    let device = ram.clone();
+    run(1, move |runtime| async move {
+        let store = new_store(&device, &runtime, &format_options()).await;
+        let empty = device.space_taken();
+        store.create("fragmented", 1 << 30).await.unwrap();
+        store.create("kept", 1 << 30).await.unwrap();
+        let head = disk(&store, "fragmented").await;
+        let kept = disk(&store, "kept").await;
+        // Each in a leaf of its own, so that there are many nodes.
+        for round in 0..12u8 {
+            for index in 0..900u64 {
+                write(&head, index << 20, &[round; 4096]).await;
+                // Its nodes lie among the others: no extent becomes empty.
+                if index.is_multiple_of(90) {
+                    write(&kept, index << 20, &[round; 4096]).await;
+                }
+            }
+            store.snapshot("fragmented", None).await.unwrap();
+            store.checkpoint().await.unwrap();
+        }
+        drop(head);
+        let taken = device.space_taken();
+        assert!(taken > empty + 12 * 1500, "{taken} blocks");
+        store.remove(&Target::parse("fragmented")).await.unwrap();
+        store.collect_garbage().await.unwrap();
+        store.trim().await.unwrap();
+        let left = device.space_taken();
+        assert!(left < empty + 300, "{left} blocks of {taken}, {empty} when it was new");
+        // Nodes find space that is really there, and data what is left.
+        device.limit_space(Some(40 << 8));
+        store.create("next", 64 << 20).await.unwrap();
+        let head = disk(&store, "next").await;
+        for index in 0..10 {
+            write(&head, index << 20, &[9; 4096]).await;
+        }
+        store.checkpoint().await.unwrap();
+        assert_eq!(read(&head, 9 << 20, 4096).await, [9; 4096]);
+    });
+}
+
 /// What is deleted takes no space below any more; not so in a store that is to keep it.
 #[test]
 fn freed_space_goes_back_to_what_lies_below() {
