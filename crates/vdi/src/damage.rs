@@ -48,6 +48,11 @@ impl DamagedTables {
         }
     }
 
+    /// Whether one is to be written whole.
+    pub(crate) fn is_any(&self) -> bool {
+        !self.noted.borrow().is_empty()
+    }
+
     /// Whether one was noted since this was asked before.
     pub(crate) fn take_news(&self) -> bool {
         self.is_news.take()

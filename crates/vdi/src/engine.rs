@@ -112,6 +112,8 @@ pub(crate) struct Registry {
     pub(crate) directory: Directory,
     /// VDIs in use.
     pub(crate) loaded: HashMap<VdiId, Rc<Vdi>>,
+    /// Those that are being read from their tables, and by how many.
+    pub(crate) loading: HashMap<VdiId, u32>,
     /// VDIs of which the log has changes that nothing is left to apply to. The next checkpoint
     /// takes their records out of the table, so that they stay lost.
     pub(crate) lost: BTreeSet<VdiId>,

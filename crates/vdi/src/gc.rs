@@ -266,8 +266,10 @@ impl Engine {
     }
 
     async fn finish_and_trim(self: &Rc<Self>) -> Result<GcReport, Error> {
-        let _one = self.collector.cycle.acquire(1).await;
-        let report = self.finish_cycle().await?;
+        let report = {
+            let _one = self.collector.cycle.acquire(1).await;
+            self.finish_cycle().await?
+        };
         self.released(self.releases.up_to_now(), || false).await;
         Ok(GcReport { trimmed_blocks: self.trim(Scope::Freed).await?, ..report })
     }
@@ -523,6 +525,9 @@ impl Engine {
             for record in reach::records::<VdiRecord>(&mut mark, Table::Vdis, page).await? {
                 reach::vdi(&record, &mut mark).await?;
             }
+            // Of what is marked already nothing is read.
+            self.go_on()?;
+            self.runtime.yield_now().await;
         }
         if self.collector.gave_up.get() {
             let message = "damaged metadata was met and given up";
@@ -614,6 +619,12 @@ impl Engine {
 /// Shows that releases are held back.
 pub(crate) struct HeldBack(#[expect(dead_code, reason = "held, not looked at")] Permits);
 
+/// Blocks that marks take when they are stored.
+pub(crate) fn nodes_of_marks(marked: &BlockSet) -> u64 {
+    let pages = as_u64(marked.pages().count());
+    pages + pages / as_u64(ondisk::FANOUT) + 4
+}
+
 /// What guests had done by some moment.
 #[derive(Clone, Copy)]
 pub(crate) struct Pace {
@@ -700,6 +711,11 @@ impl Mark<'_> {
             return;
         }
         self.stored_at = now;
+        let nodes = nodes_of_marks(&self.found.marked);
+        if !self.engine.metadata_suffices_for(nodes).await.unwrap_or(false) {
+            // What was stored before is better than nothing.
+            return;
+        }
         collector.store_marks(self.found.marked.clone());
         if let Err(error) = self.engine.checkpoint(SlotState::Running).await {
             tracing::debug!(%error, "what was marked could not be stored");

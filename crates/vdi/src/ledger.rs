@@ -186,14 +186,19 @@ impl Engine {
             return;
         };
         let origin = Digest::origin(self.checksums.uuid(), vdi.id);
-        if let Some(why) = broken(&records, head, count, origin) {
+        let why = broken(&records, head, count, origin);
+        if let Some(why) = &why {
             let registry = self.registry.borrow();
             tracing::error!(disk = registry.name(vdi.id), why, "the ledger of holds is broken");
         }
         for (number, record) in holds(&records) {
             let snapshot = snapshots.get(number).filter(|snapshot| snapshot.hold.get().is_some());
             match snapshot {
-                Some(snapshot) => snapshot.hold.set(Some(Hold { until: record.until })),
+                // What a broken ledger says proves nothing: its holds end when they are released.
+                Some(snapshot) => {
+                    let until = record.until.filter(|_| why.is_none());
+                    snapshot.hold.set(Some(Hold { until }));
+                }
                 None => {
                     let registry = self.registry.borrow();
                     let disk = registry.name(vdi.id);

@@ -4,6 +4,7 @@
 //! else. Some stay in memory for a while, as they may be used again.
 
 use std::cell::{Cell, RefCell};
+use std::collections::hash_map::Entry;
 use std::rc::Rc;
 
 use base::{ErrorKind, VdiId};
@@ -29,6 +30,9 @@ impl Engine {
         if let Some(vdi) = self.loaded(id)? {
             return Ok(vdi);
         }
+        // Who loads it first, changes it and leaves it must not have it dropped: what is read here would be
+        // older than what was stored meanwhile.
+        let _loading = Loading::begin(self, id);
         let _reader = self.epochs.enter();
         let record = self.vdi_record(id).await?;
         let mut snapshots = Vec::new();
@@ -167,6 +171,10 @@ impl Engine {
 
     /// Drops VDIs that nobody uses, if there are more than may stay.
     pub(crate) async fn unload_idle(&self) {
+        if self.checkpoints.damaged.is_any() {
+            // Tables are to be written again from what is in memory.
+            return;
+        }
         let (mut excess, loaded) = {
             let loaded = &self.registry.borrow().loaded;
             let excess = loaded.len().saturating_sub(self.idle_vdis_max);
@@ -195,20 +203,51 @@ impl Engine {
     /// Whether nobody uses a VDI, and its tables have everything of it.
     fn is_idle(&self, registry: &Registry, id: VdiId) -> bool {
         let Some(vdi) = registry.loaded.get(&id) else { return false };
-        let branch = vdi.branch.borrow();
-        if base::mutant::active("unloads_what_changed") {
-            return Rc::strong_count(vdi) == 1;
+        // A checkpoint under way holds it, too.
+        if Rc::strong_count(vdi) > 1 {
+            return false;
         }
+        if base::mutant::active("unloads_what_changed") {
+            return true;
+        }
+        let branch = vdi.branch.borrow();
         let is_changed =
             registry.dirty.contains(id) || registry.unsettled.contains_key(&branch.serial);
-        // A checkpoint under way holds it, too.
-        let is_used = Rc::strong_count(vdi) > 1 || is_read(&vdi.snapshots.borrow(), &branch);
         // It has moments to be taken or deleted, or holds to be ended, whoever uses it.
-        let has_work = vdi.has_moments() || !vdi.held.borrow().is_empty();
+        let has_work = vdi.snapshots.borrow().kept_count() > 0
+            || (!vdi.retention.borrow().is_off() && vdi.changed_blocks.get() > 0)
+            || !vdi.held.borrow().is_empty();
         let is_waited_for = has_work || vdi.moment_pending.get() || vdi.is_leaving();
+        let is_loading = registry.loading.contains_key(&id);
         // A crash may take it away: who opens it waits for that.
         let is_durable = self.scheduler.watermarks().durable() >= vdi.born.get();
-        !is_changed && !is_used && !is_waited_for && is_durable
+        !is_changed
+            && !is_waited_for
+            && !is_loading
+            && is_durable
+            && !is_read(&vdi.snapshots.borrow(), &branch)
+    }
+}
+
+/// A VDI that somebody reads from its tables.
+struct Loading<'a>(&'a Engine, VdiId);
+
+impl<'a> Loading<'a> {
+    fn begin(engine: &'a Engine, id: VdiId) -> Self {
+        *engine.registry.borrow_mut().loading.entry(id).or_default() += 1;
+        Self(engine, id)
+    }
+}
+
+impl Drop for Loading<'_> {
+    fn drop(&mut self) {
+        let mut registry = self.0.registry.borrow_mut();
+        if let Entry::Occupied(mut count) = registry.loading.entry(self.1) {
+            *count.get_mut() -= 1;
+            if *count.get() == 0 {
+                count.remove();
+            }
+        }
     }
 }
 

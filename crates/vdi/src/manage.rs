@@ -279,7 +279,7 @@ impl Engine {
     /// Finds a VDI, and keeps others from managing theirs. Loading it may take as long as its device
     /// does: that is waited for first.
     pub(crate) async fn manage(self: &Rc<Self>, name: &str) -> Result<(Permits, Rc<Vdi>), Error> {
-        self.find(name).await?;
+        let _stays = self.find(name).await?;
         let one = self.management.acquire(1).await;
         Ok((one, self.find(name).await?))
     }

@@ -79,6 +79,7 @@ impl Engine {
         };
         let Complete { vdis, ranges, one } = self.complete([&received.partial], check).await?;
         let [cut, taken, renamed] = [self.room().await?, self.room().await?, self.room().await?];
+        let inherited = self.room().await?;
         // Names and snapshots may have changed meanwhile.
         check(&vdis)?;
         let [partial] = &vdis;
@@ -93,8 +94,15 @@ impl Engine {
         let body = RecordBody::Rename { name: received.name.clone() };
         let renamed = self.append(renamed, partial, body);
         self.apply_rename(partial.id, &received.name);
+        // A partial disk keeps no history, whatever the store does; what it has become may.
+        let inherits = partial.has_own_rules.get() && self.has_holds.get();
+        let inherited = inherits.then(|| {
+            let appended = self.append(inherited, partial, RecordBody::Retain { rules: None });
+            self.apply_retain(partial, None);
+            appended
+        });
         drop((ranges, one));
-        self.settle_all([cut, taken, renamed]).await?;
+        self.settle_all([cut, taken, renamed].into_iter().chain(inherited)).await?;
         self.stats.borrow_mut().snapshots += 1;
         Ok(number)
     }

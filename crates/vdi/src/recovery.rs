@@ -35,7 +35,7 @@ use crate::checkpoint::Checkpoints;
 use crate::claim::{Claim, Place};
 use crate::damage::is_damage;
 use crate::engine::{Engine, Registry, as_u64};
-use crate::gc::Collector;
+use crate::gc::{Collector, nodes_of_marks};
 use crate::mark::BlockSet;
 use crate::release::Releases;
 use crate::reserve::Reserve;
@@ -172,7 +172,10 @@ async fn open_as_is(
     claim.verify(&engine.place(), &engine.published()?).await?;
     engine.nodes.set_patient(false);
     // From now on deletions, which make space, find room for their nodes.
-    if !engine.fill_reserve(engine.nodes_needed()).await? {
+    let marks = engine.collector.unstored_marks().map_or(0, |marked| nodes_of_marks(&marked));
+    if !engine.fill_reserve(engine.nodes_needed() + 2 * marks).await?
+        && !engine.fill_reserve(engine.nodes_needed()).await?
+    {
         report.alarms.push("there is no space for metadata: writes are refused".into());
     }
     let registry = engine.registry.borrow();

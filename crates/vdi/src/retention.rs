@@ -184,6 +184,9 @@ pub(crate) fn parse_time(text: &str, now_ns: u64) -> Option<u64> {
     now_ns.checked_sub(age_ms.checked_mul(1_000_000)?)
 }
 
+/// Length of `2030-01-31`.
+const DATE_BYTES: usize = 10;
+
 /// A time to come, in nanoseconds since 1970: RFC 3339, a day such as `2030-01-31` (its beginning, UTC),
 /// or how long from now, such as `30d` or `2 years`.
 pub(crate) fn parse_until(text: &str, now_ns: u64) -> Option<u64> {
@@ -191,7 +194,8 @@ pub(crate) fn parse_until(text: &str, now_ns: u64) -> Option<u64> {
     let now = jiff::Timestamp::from_nanosecond(now_ns.into()).ok()?;
     let time = if let Ok(time) = text.parse::<jiff::Timestamp>() {
         time
-    } else if let Ok(day) = text.parse::<jiff::civil::Date>() {
+    } else if let (DATE_BYTES, Ok(day)) = (text.len(), text.parse::<jiff::civil::Date>()) {
+        // Longer texts have a time of day, and no zone that would say of which.
         day.to_zoned(utc).ok()?.timestamp()
     } else {
         let span = text.parse::<jiff::Span>().ok()?;

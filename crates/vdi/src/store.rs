@@ -290,7 +290,7 @@ impl Store {
     ///
     /// # Errors
     /// As [`Self::hold`].
-    pub fn check_until(&self, until: &str) -> Result<(), Error> {
+    pub fn check_until(&self, until: Option<&str>) -> Result<(), Error> {
         self.0.check_until(until)
     }
 

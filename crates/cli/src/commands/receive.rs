@@ -98,7 +98,7 @@ pub(super) async fn run(context: &Context, arguments: &ReceiveArgs) -> Result<()
     let snapshot = context.client.complete(&partial.name, &request).await.map_err(|error| {
         let partial = &partial.name;
         let message = match error.kind {
-            Kind::Unreachable | Kind::Io => format!(
+            Kind::Unreachable | Kind::Io | Kind::Fenced | Kind::NoSpace => format!(
                 "all came, and it is not certain whether it has become {name}: {error}; receive it \
                  again: what is there already does not come twice"
             ),
@@ -290,7 +290,9 @@ async fn begin(
     let size_bytes = header.size_bytes.saturating_add(PROGRESS_BYTES as u64);
     let (base_bytes, source) = base.unzip();
     let empty = source.is_none().then_some(size_bytes);
-    let request = CreateVdi { name: export.to_owned(), size_bytes: empty, source, history: None };
+    // Whatever the store keeps: nobody wants to see it half received.
+    let history = Some("off".to_owned());
+    let request = CreateVdi { name: export.to_owned(), size_bytes: empty, source, history };
     context.client.create(&request).await?;
     let partial =
         Partial { name: export.to_owned(), progress: Progress::beginning(header), resumed: false };

@@ -410,8 +410,8 @@ async fn take_snapshot(
     let vdi = name.clone();
     let answer = async move |served: &Served| {
         let store = &served.store;
-        if let Some(until) = request.hold.as_ref().and_then(|hold| hold.until.as_deref()) {
-            store.check_until(until)?;
+        if let Some(hold) = &request.hold {
+            store.check_until(hold.until.as_deref())?;
         }
         let number = store.snapshot(&vdi, request.label.as_deref()).await?.to_string();
         if let Some(hold) = request.hold {

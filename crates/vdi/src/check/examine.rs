@@ -263,6 +263,9 @@ impl<'a> Examiner<'a> {
         let unread = self.audit.unread;
         let ids: Vec<u64> = self.space.vdis.keys().copied().collect();
         for id in ids {
+            if self.is_over() {
+                break;
+            }
             if let Some(record) = self.space.vdis.get(&id).cloned() {
                 self.vdi(&record, slot).await;
             }
@@ -270,6 +273,11 @@ impl<'a> Examiner<'a> {
         self.space.trees_are_complete =
             self.space.vdis_state.is_complete && self.audit.unread == unread;
         self.compare_space().await;
+    }
+
+    /// Whether somebody needs what a check of a store in use holds back: then its findings do not count.
+    fn is_over(&self) -> bool {
+        self.engine.is_some_and(|engine| engine.go_on_checking().is_err())
     }
 
     fn step(&mut self, stage: CheckStage) {
@@ -414,6 +422,9 @@ impl<'a> Examiner<'a> {
         let mut pages = std::mem::take(&mut self.audit.pages);
         pages.sort_unstable_by_key(|(number, _)| *number);
         for chunk in pages.chunks(PAGES_AT_ONCE) {
+            if self.is_over() {
+                break;
+            }
             let entries: Vec<Entry> = chunk.iter().map(|(_, entry)| *entry).collect();
             let loaded = self.nodes.load_all(entries).await;
             for (&(number, entry), page) in chunk.iter().zip(loaded) {

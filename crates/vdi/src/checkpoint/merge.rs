@@ -561,26 +561,20 @@ impl Merge {
     /// if that would take the space of what this and the next checkpoint need.
     async fn store_marks(&mut self, root: RootRef) -> Result<RootRef, Error> {
         let Some(marked) = self.engine.collector.unstored_marks() else { return Ok(root) };
-        let (nodes, bitmap_pages) = (&self.engine.nodes, self.engine.bitmap_pages());
-        let mut walk = table::Walk::new(nodes, &root, bitmap_pages);
-        loop {
-            match walk.next().await {
-                Ok(Some(table::Named::Node(entry) | table::Named::Page(_, entry))) => {
-                    self.replaced.push(entry.pba());
-                }
-                Ok(None) => break,
-                // What cannot be read names what garbage collection frees.
-                Err(blockstore::Error::Damaged { .. }) => {}
-                Err(error) => return Err(error.into()),
+        self.replace_marks(&root).await;
+        let page_count = as_u64(marked.pages().count());
+        let left = self.engine.reserve.block_count();
+        let fits = 2 * page_count + self.engine.nodes_needed() <= left;
+        let mut pages = Vec::new();
+        for (index, (number, words)) in marked.pages().enumerate().filter(|_| fits) {
+            pages.push(page_of_bits(number, words));
+            if index % BRANCHES_PER_TURN == BRANCHES_PER_TURN - 1 {
+                self.engine.runtime.yield_now().await;
             }
         }
-        let pages: Vec<_> =
-            marked.pages().map(|(number, words)| page_of_bits(number, words)).collect();
-        let left = self.engine.reserve.block_count();
-        let fits = as_u64(2 * pages.len()) + self.engine.nodes_needed() <= left;
         let empty = RootRef::empty(1);
         let mut stored = empty;
-        if fits && !pages.is_empty() {
+        if !pages.is_empty() {
             let store =
                 async |writer: &mut TreeWriter<'_>| table::store_pages(writer, empty, pages).await;
             let (written, outcome) = self.write(OnDamage::Fail, store).await;
@@ -589,6 +583,23 @@ impl Merge {
         }
         self.marks = Some(marked);
         Ok(stored)
+    }
+
+    /// Notes that the blocks of stored marks are replaced. What cannot be read of them is left to garbage
+    /// collection: no checkpoint depends on it.
+    async fn replace_marks(&mut self, root: &RootRef) {
+        let engine = Rc::clone(&self.engine);
+        let mut walk = table::Walk::new(&engine.nodes, root, engine.bitmap_pages());
+        loop {
+            match walk.next().await {
+                Ok(Some(table::Named::Node(entry) | table::Named::Page(_, entry))) => {
+                    let pba = entry.pba();
+                    self.replaced.extend(engine.allocator.is_live(pba).then_some(pba));
+                }
+                Err(blockstore::Error::Damaged { .. }) => {}
+                Ok(None) | Err(_) => return,
+            }
+        }
     }
 
     async fn store_bad_blocks(&mut self, root: RootRef) -> Result<RootRef, Error> {

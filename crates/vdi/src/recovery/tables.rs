@@ -75,7 +75,7 @@ impl Engine {
             self.allocator.mark_busy(pba, 1, Space::Metadata)?;
         }
         if roots.marks.entry.state() == EntryState::Mapped && !self.read_only {
-            self.load_marks(roots.marks).await?;
+            self.load_marks(roots.marks).await;
         }
         let bad = self.load_bad_blocks(roots.bad_blocks).await?;
         if bad > 0 {
@@ -86,7 +86,7 @@ impl Engine {
 
     /// What a garbage collection had marked: of that, what the bitmaps have, too. What they do not may be
     /// allocated from now on.
-    async fn load_marks(&self, root: RootRef) -> Result<(), Error> {
+    async fn load_marks(&self, root: RootRef) {
         let mut marked = BlockSet::default();
         let mut walk = table::Walk::new(&self.nodes, &root, self.bitmap_pages());
         loop {
@@ -101,17 +101,15 @@ impl Engine {
                     marked.insert_page(index, &words);
                 }
                 Ok(None) => break,
-                // It starts over.
-                Err(blockstore::Error::Damaged { .. }) => {
+                Err(error) => {
+                    tracing::warn!(%error, "a garbage collection starts over");
                     marked = BlockSet::default();
                     break;
                 }
-                Err(error) => return Err(error.into()),
             }
         }
         tracing::info!(blocks = marked.len(), "a garbage collection goes on where it was");
         self.collector.resume(marked);
-        Ok(())
     }
 
     /// Pages of bits that describe the store.

@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use base::{ErrorKind, Pba, VdiId};
+use base::{ErrorKind, Pba, SnapshotNumber, VdiId};
 use blockstore::{table, tree};
 use ondisk::{EntryState, History, RootRef, VdiRecord};
 
@@ -75,12 +75,17 @@ impl Engine {
 
     async fn owner(&self, vdi: &Vdi, subject: Subject, pba: Pba) -> Result<Option<Owner>, Error> {
         let head = self.head_names(vdi, subject, pba).await?;
-        let all: Vec<Rc<Snapshot>> = vdi.snapshots.borrow().iter().map(Rc::clone).collect();
+        // One is held at a time: moments that somebody holds cannot go when the store is full.
+        let all: Vec<SnapshotNumber> =
+            vdi.snapshots.borrow().iter().map(|snapshot| snapshot.number).collect();
         let (mut snapshots, mut snapshots_omitted) = (Vec::new(), 0);
-        for (index, snapshot) in all.into_iter().enumerate() {
+        for (index, number) in all.into_iter().enumerate() {
             if index % SNAPSHOTS_PER_TURN == SNAPSHOTS_PER_TURN - 1 {
                 self.runtime.yield_now().await;
+                self.go_on()?;
             }
+            let snapshot = vdi.snapshots.borrow().get(number).map(Rc::clone);
+            let Some(snapshot) = snapshot else { continue };
             if snapshot.deleted.get() || !self.snapshot_names(&snapshot, subject, pba).await? {
                 continue;
             }

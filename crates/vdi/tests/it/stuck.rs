@@ -677,3 +677,38 @@ fn checkpoints_go_on_after_a_comparison_that_nobody_waits_for() {
         store.checkpoint().await.unwrap();
     });
 }
+
+/// A disk is read from its tables when somebody uses it. Who was slow to read them adopted what they had
+/// said, though another had loaded the disk, written it and left it meanwhile.
+#[test]
+fn who_loads_a_disk_slowly_gets_what_was_written_meanwhile() {
+    with_gated_store(|runtime, gate, store| async move {
+        store.create("web01", 1 << 20).await.unwrap();
+        store.snapshot("web01", None).await.unwrap();
+        store.close().await.unwrap();
+        let (store, _) =
+            Store::open(gate.device(), runtime.clone(), &open_options(3)).await.unwrap();
+        runtime.sleep(Duration::from_secs(1)).await;
+        // The page of its snapshots.
+        gate.hold(|operation| matches!(operation, Operation::Read { .. }));
+        let slow = store.clone();
+        let described = Rc::new(Cell::new(false));
+        let flag = Rc::clone(&described);
+        drop(runtime.spawn(async move {
+            disk(&slow, "web01").await;
+            flag.set(true);
+        }));
+        runtime.sleep(Duration::from_millis(1)).await;
+        assert_eq!(gate.held(), 1);
+        gate.hold(|_| false);
+        let quick = disk(&store, "web01").await;
+        write(&quick, 0, &[7; 4096]).await;
+        drop(quick);
+        // A checkpoint, and it is dropped.
+        runtime.sleep(Duration::from_secs(10)).await;
+        gate.release();
+        runtime.sleep(Duration::from_millis(1)).await;
+        assert!(described.get());
+        assert_eq!(read(&disk(&store, "web01").await, 0, 4096).await, [7; 4096]);
+    });
+}
