@@ -16,8 +16,8 @@ use crate::check::CheckReport;
 use crate::scrub::{BeginCheck, BeginScrub, CheckStatus, ScrubStatus};
 use crate::types::{
     Attach, Attachment, ChangeStore, ChangeVdi, CompleteReceive, CreateVdi, DaemonStatus, Diff,
-    DiffPage, Gc, GcStatus, Hold, Mounted, Removed, Rollback, Snapshot, SnapshotPage, Space, Stats,
-    StoreSettings, TakeSnapshot, Upgrade, Upgrading, Vdi, VdiPage,
+    DiffPage, Gc, GcStatus, Hold, IntervalPage, Mounted, Removed, Rollback, Snapshot, SnapshotPage,
+    Space, Stats, StoreSettings, TakeSnapshot, Upgrade, Upgrading, Vdi, VdiPage,
 };
 use crate::{Error, Kind, percent_encode};
 
@@ -296,6 +296,25 @@ impl Client {
             let Some(next) = page.next else { return Ok(snapshots) };
             path = format!("{first}&after={next}");
         }
+    }
+
+    /// Sums up by interval of time what happened to a VDI: of the `max` latest intervals, or those of
+    /// what snapshots with numbers below `before` tell. `every` is a length of time such as `15m`.
+    ///
+    /// # Errors
+    /// `NotFound`; `Invalid` for an interval that is none.
+    pub async fn intervals(
+        &self,
+        name: &str,
+        every: Option<&str>,
+        max: usize,
+        before: Option<u64>,
+    ) -> Result<IntervalPage, Error> {
+        let every = every.map(|every| format!("&every={}", percent_encode(every)));
+        let before = before.map(|before| format!("&before={before}"));
+        let (every, before) = (every.unwrap_or_default(), before.unwrap_or_default());
+        let path = format!("{}/intervals?max={max}{every}{before}", vdi_path(name));
+        self.ask(Method::GET, &path, NOTHING).await
     }
 
     /// Describes one snapshot, named by label or number.

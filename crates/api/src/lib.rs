@@ -15,6 +15,7 @@
 //! | `/v1/vdis/{name}/space` | GET | | [`Space`] |
 //! | `/v1/vdis/{name}/rollback` | POST | [`Rollback`] | [`Vdi`] |
 //! | `/v1/vdis/{name}/complete` | POST | [`CompleteReceive`] | [`Snapshot`] |
+//! | `/v1/vdis/{name}/intervals?every=&max=&before=` | GET | | [`IntervalPage`] |
 //! | `/v1/vdis/{name}/snapshots?after=&max=` | GET | | [`SnapshotPage`] |
 //! | `/v1/vdis/{name}/snapshots` | POST | [`TakeSnapshot`] | [`Snapshot`] |
 //! | `/v1/vdis/{name}/snapshots/{snapshot}` | GET | | [`Snapshot`] |
@@ -60,7 +61,8 @@ pub use scrub::{
 pub use types::{
     Attach, Attachment, ChangeStore, ChangeVdi, CompleteReceive, CreateVdi, DIFF_EXTENTS_MAX,
     DaemonStatus, Diff, DiffExtent, DiffPage, FrontendMetrics, Gc, GcPhase, GcStatus, Held, Hold,
-    Ledger, Mounted, NbdEndpoint, OpenReport, PAGE_MAX, Parent, Removed, Rollback, Snapshot,
-    SnapshotPage, Space, Stats, StoreSettings, TakeSnapshot, Upgrade, Upgrading, Vdi, VdiPage,
+    Interval, IntervalPage, Ledger, Mounted, NbdEndpoint, OpenReport, PAGE_MAX, Parent, Removed,
+    Rollback, Snapshot, SnapshotPage, Space, Stats, StoreSettings, TakeSnapshot, Upgrade,
+    Upgrading, Vdi, VdiPage,
 };
 pub use url::{percent_decode, percent_encode};

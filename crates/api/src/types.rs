@@ -238,6 +238,37 @@ pub struct SnapshotPage {
     pub next: Option<u64>,
 }
 
+/// What happened to a VDI in an interval of time.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Interval {
+    /// When it begins.
+    pub from: Timestamp,
+    /// Moments that the VDI's history kept.
+    pub moments: u64,
+    /// Bytes changed by the last of them, since the last of the interval before.
+    pub changed_bytes: u64,
+    /// The VDI at the end of it, as a handle.
+    pub last: String,
+    /// Handles of snapshots that were asked for.
+    pub snapshots: Vec<String>,
+    /// Handles of what of all these is held.
+    pub held: Vec<String>,
+}
+
+/// What happened to a VDI, the latest of it. A page that is full may end in the middle of its first
+/// interval; what is missing of it is what the next page ends with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IntervalPage {
+    /// Length of an interval.
+    pub every_seconds: u64,
+    /// Those in which there is something, oldest first: at most [`PAGE_MAX`], and some thousand handles.
+    pub intervals: Vec<Interval>,
+    /// How many there are that begin earlier.
+    pub earlier: u64,
+    /// What to pass as `before` for the next page; `None` if everything is told.
+    pub next: Option<u64>,
+}
+
 /// Makes a VDI's contents those of one of its snapshots.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -150,9 +150,9 @@ pub(crate) enum Command {
     Log {
         #[command(flatten)]
         name: Name,
-        /// Length of an interval, such as 1s or 15m; without it, one that fits a screen
-        #[arg(long, value_name = "INTERVAL", value_parser = interval())]
-        every: Option<Duration>,
+        /// Length of an interval, such as 1s, 15m or '1 day'; without it, one that fits a screen
+        #[arg(long, value_name = "INTERVAL", value_parser = NonEmptyStringValueParser::new())]
+        every: Option<String>,
         /// How many rows to show at most, the latest
         #[arg(long, value_name = "COUNT", default_value_t = 40)]
         rows: usize,
@@ -774,16 +774,6 @@ fn setting() -> ValueParser {
     ValueParser::new(|text: &str| match text.split_once('=') {
         Some(("history", history)) => Ok(Setting::History(history.to_owned())),
         _ => Err("must be history=HISTORY, such as history=24h, history=off or history=inherit"),
-    })
-}
-
-fn interval() -> ValueParser {
-    ValueParser::new(|text: &str| {
-        let days = jiff::SpanRelativeTo::days_are_24_hours();
-        let interval = text.parse::<jiff::Span>().ok().and_then(|it| it.to_duration(days).ok());
-        let interval = interval.filter(|it| it.as_secs() > 0);
-        let interval = interval.map(jiff::SignedDuration::unsigned_abs);
-        interval.ok_or("must be an interval of 1s or more, such as 15m or 1d")
     })
 }
 

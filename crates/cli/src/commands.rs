@@ -78,7 +78,9 @@ async fn ask(context: Context, command: Command) -> Result<(), Error> {
             // The command line has one or the other.
             _ => Ok(()),
         },
-        Command::Log { name, every, rows } => log::run(&context, &name.name, every, rows).await,
+        Command::Log { name, every, rows } => {
+            log::run(&context, &name.name, every.as_deref(), rows).await
+        }
         Command::Clone { source, new } => {
             vdis::clone(&context, context.pinned(source).await?, new).await
         }

@@ -58,11 +58,17 @@ pub(crate) enum Column {
 
 /// A table without lines: wrapped to the terminal if stdout is one, else one row per line.
 pub(crate) fn table(columns: &[Column], rows: Vec<Vec<String>>) -> String {
-    let width = std::io::stdout().is_terminal().then(terminal_size::terminal_size).flatten();
-    layout(columns, rows, width.map(|(width, _)| width.0))
+    layout(columns, rows, width())
 }
 
-fn layout(columns: &[Column], rows: Vec<Vec<String>>, width: Option<u16>) -> String {
+/// Characters in a line, if stdout is a terminal.
+pub(crate) fn width() -> Option<u16> {
+    let size = std::io::stdout().is_terminal().then(terminal_size::terminal_size).flatten();
+    size.map(|(width, _)| width.0)
+}
+
+/// As [`table()`], for a terminal of this width.
+pub(crate) fn layout(columns: &[Column], rows: Vec<Vec<String>>, width: Option<u16>) -> String {
     let mut table = Table::new();
     table.load_style(comfy_table::presets::NOTHING);
     if let Some(width) = width {

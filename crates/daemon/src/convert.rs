@@ -1,5 +1,6 @@
 //! From the engine's types to those that travel.
 
+use base::SnapshotNumber;
 use jiff::Timestamp;
 
 pub(crate) fn vdi(entry: vdi::VdiEntry) -> api::Vdi {
@@ -39,6 +40,24 @@ pub(crate) fn snapshot(vdi_name: &str, entry: vdi::SnapshotEntry) -> api::Snapsh
         uuid: entry.uuid.to_string(),
         changed_bytes: entry.changed_bytes,
         hold: entry.hold.map(|hold| api::Held { until: hold.until_ns.map(time) }),
+    }
+}
+
+pub(crate) fn intervals(vdi_name: &str, told: vdi::VdiIntervals) -> api::IntervalPage {
+    let handle = |snapshot: String| format!("{vdi_name}@{snapshot}");
+    let interval = |interval: vdi::VdiInterval| api::Interval {
+        from: time(interval.from_ns),
+        moments: interval.moments,
+        changed_bytes: interval.changed_bytes,
+        last: handle(interval.last),
+        snapshots: interval.snapshots.into_iter().map(handle).collect(),
+        held: interval.held.into_iter().map(handle).collect(),
+    };
+    api::IntervalPage {
+        every_seconds: told.every_s,
+        intervals: told.intervals.into_iter().map(interval).collect(),
+        earlier: told.earlier,
+        next: told.next.map(SnapshotNumber::get),
     }
 }
 

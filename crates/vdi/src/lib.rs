@@ -31,6 +31,7 @@ mod gc;
 mod handle;
 mod history;
 mod holds;
+mod intervals;
 mod ledger;
 mod loaded;
 mod manage;
@@ -61,5 +62,6 @@ pub use scrub::{Damage, DamageKind, Owner, ScrubEnd, ScrubReport, ScrubStatus};
 pub use store::Store;
 pub use types::{
     DiffExtent, FormatOptions, HoldEntry, LedgerEntry, OpenOptions, OpenReport, Received,
-    SnapshotEntry, Stats, Target, VdiDiff, VdiEntry, VdiSpace,
+    SnapshotEntry, Stats, Target, VdiDiff, VdiEntry, VdiInterval, VdiIntervals, VdiSpace,
+    WantedIntervals,
 };

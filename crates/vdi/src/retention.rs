@@ -206,7 +206,7 @@ pub(crate) fn parse_until(text: &str, now_ns: u64) -> Option<u64> {
 
 /// A length of time in milliseconds: `5m`, `24h`, `1 day`, `2 days 1h`. A day has 24 hours, a month 30
 /// days, a year 365.
-fn parse_ms(text: &str) -> Option<u64> {
+pub(crate) fn parse_ms(text: &str) -> Option<u64> {
     let span = text.trim().parse::<jiff::Span>().ok().filter(|span| !span.is_negative())?;
     let days = i64::from(span.get_years()) * 365 + i64::from(span.get_months()) * 30;
     let rest =

@@ -111,6 +111,15 @@ impl Snapshots {
         self.by_number.values()
     }
 
+    /// Those with numbers below `number`, or all, newest first.
+    pub(crate) fn before(
+        &self,
+        number: Option<SnapshotNumber>,
+    ) -> impl Iterator<Item = &Rc<Snapshot>> {
+        let end = number.map_or(Bound::Unbounded, Bound::Excluded);
+        self.by_number.range((Bound::Unbounded, end)).rev().map(|(_, snapshot)| snapshot)
+    }
+
     /// Those with numbers above `number`, oldest first.
     pub(crate) fn after(&self, number: SnapshotNumber) -> impl Iterator<Item = &Rc<Snapshot>> {
         let behind = (Bound::Excluded(number), Bound::Unbounded);

@@ -5,7 +5,6 @@ use std::rc::Rc;
 use base::{BLOCK_SIZE_U64, ErrorKind, SnapshotNumber, VdiId};
 use device::{Device, DeviceError};
 use disk::Disk;
-use ondisk::Origin;
 use runtime::Runtime;
 
 use crate::check::{CheckProgress, CheckReport};
@@ -20,7 +19,7 @@ use crate::{GcReport, GcStatus, ScrubReport, ScrubStatus, background, recovery};
 use crate::Error;
 use crate::types::{
     FormatOptions, HoldEntry, OpenOptions, OpenReport, Received, SnapshotEntry, Stats, Target,
-    VdiDiff, VdiEntry, VdiSpace,
+    VdiDiff, VdiEntry, VdiIntervals, VdiSpace, WantedIntervals,
 };
 
 /// An open store. Clones share it. What changes it is finished once it has begun, also if the future
@@ -202,6 +201,18 @@ impl Store {
         let durable = snapshots.after(after).take_while(|snapshot| self.0.is_durable(snapshot));
         let wanted = durable.filter(|snapshot| is_wanted(snapshot));
         Ok(wanted.take(max).map(|snapshot| self.snapshot_entry(&vdi, snapshot)).collect())
+    }
+
+    /// Sums up by interval of time what happened to a VDI; only what is durable.
+    ///
+    /// # Errors
+    /// `NotFound`; `Invalid` for an interval that is none.
+    pub async fn intervals(
+        &self,
+        name: &str,
+        wanted: &WantedIntervals,
+    ) -> Result<VdiIntervals, Error> {
+        self.0.intervals(name, wanted).await
     }
 
     /// Describes one snapshot of a VDI, by its label or its number, when it is durable.
@@ -572,12 +583,7 @@ impl Store {
             size_bytes: snapshot.block_count * BLOCK_SIZE_U64,
             created_ns: snapshot.wall_ns,
             uuid: self.0.snapshot_uuid(vdi, snapshot),
-            changed_bytes: match snapshot.origin {
-                Origin::Kept { changed_blocks } => {
-                    Some(changed_blocks.saturating_mul(BLOCK_SIZE_U64))
-                }
-                Origin::Asked | Origin::Received(_) => None,
-            },
+            changed_bytes: snapshot.changed_bytes(),
             hold: snapshot
                 .hold
                 .get()

@@ -160,6 +160,48 @@ pub struct SnapshotEntry {
     pub hold: Option<HoldEntry>,
 }
 
+/// Which intervals of a VDI's past are asked for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct WantedIntervals {
+    /// How long each is, such as `15m` or `1 day`; `None`: as long as it takes to show everything.
+    pub every: Option<String>,
+    /// How many at most, the latest. An answer may have fewer.
+    pub max: usize,
+    /// Only what snapshots with numbers below this one tell.
+    pub before: Option<SnapshotNumber>,
+}
+
+/// What happened to a VDI. An answer that is full may end in the middle of its first interval; what is
+/// missing of it is what the next answer ends with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VdiIntervals {
+    /// How long each is, in seconds.
+    pub every_s: u64,
+    /// Those in which there is something, oldest first.
+    pub intervals: Vec<VdiInterval>,
+    /// How many there are that begin earlier.
+    pub earlier: u64,
+    /// Where to go on to them; `None` if everything is told.
+    pub next: Option<SnapshotNumber>,
+}
+
+/// What happened to a VDI in an interval. Snapshots go by their labels, or numbers without.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct VdiInterval {
+    /// When it begins, in nanoseconds since 1970.
+    pub from_ns: u64,
+    /// How many moments the VDI's retention kept.
+    pub moments: u64,
+    /// Bytes changed by the last of them, since the last of the interval before.
+    pub changed_bytes: u64,
+    /// The last snapshot or moment of it.
+    pub last: String,
+    /// Snapshots that were asked for.
+    pub snapshots: Vec<String>,
+    /// What of all these is held.
+    pub held: Vec<String>,
+}
+
 /// A disk into which a snapshot was received, and what is to become of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Received {

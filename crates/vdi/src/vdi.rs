@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
-use base::{ClaimGeneration, Lsn, SnapshotNumber, VdiId};
+use base::{BLOCK_SIZE_U64, ClaimGeneration, Lsn, SnapshotNumber, VdiId};
 use blockstore::allocator::Window;
 use ondisk::{History, Origin, RootRef, SnapshotRecord};
 use runtime::Time;
@@ -138,6 +138,14 @@ impl Snapshot {
     /// Whether the VDI's retention made it.
     pub(crate) fn is_kept(&self) -> bool {
         matches!(self.origin, Origin::Kept { .. })
+    }
+
+    /// Bytes changed since the one before, of one that the VDI's retention made.
+    pub(crate) fn changed_bytes(&self) -> Option<u64> {
+        match self.origin {
+            Origin::Kept { changed_blocks } => Some(changed_blocks.saturating_mul(BLOCK_SIZE_U64)),
+            Origin::Asked | Origin::Received(_) => None,
+        }
     }
 
     /// What it is called, with its VDI's name.

@@ -74,6 +74,15 @@ fn a_disk_with_a_history_goes_back_in_time() {
     place.ok(&["rollback", "a@3s ago"]);
     assert!(place.holds("a", 1, 0, 65_536));
     assert!(place.ok(&["log", "a"]).contains('#'));
+    // Lengths of time as elsewhere.
+    assert_eq!(place.json(&["log", "a", "--every", "1 day"]).as_array().unwrap().len(), 1);
+    assert_eq!(
+        place.json(&["log", "a", "--every", "1s", "--rows", "1"]).as_array().unwrap().len(),
+        1
+    );
+    assert!(place.ok(&["log", "a", "--every", "1s", "--rows", "1"]).contains("earlier rows"));
+    let refused = place.fails(1, &["log", "a", "--every", "often"]);
+    assert!(refused.contains("`24h` or `1 day`"), "{refused}");
     place.fails(2, &["clone", "a@1 day ago", "c"]);
     assert!(place.ok(&["set", "a", "history=off"]).starts_with("history of a: off; "));
 }

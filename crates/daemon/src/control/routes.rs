@@ -6,8 +6,9 @@ use std::time::Duration;
 use api::{
     Attach, Attachment, BeginCheck, BeginScrub, ChangeStore, ChangeVdi, CheckReport, CheckStatus,
     CompleteReceive, CreateVdi, DIFF_EXTENTS_MAX, DaemonStatus, DiffPage, Error, FrontendMetrics,
-    Gc, GcStatus, Hold, Kind, Mounted, PAGE_MAX, Removed, Rollback, ScrubStatus, Snapshot,
-    SnapshotPage, Space, Stats, StoreSettings, TakeSnapshot, Upgrade, Upgrading, Vdi, VdiPage,
+    Gc, GcStatus, Hold, IntervalPage, Kind, Mounted, PAGE_MAX, Removed, Rollback, ScrubStatus,
+    Snapshot, SnapshotPage, Space, Stats, StoreSettings, TakeSnapshot, Upgrade, Upgrading, Vdi,
+    VdiPage,
 };
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -15,7 +16,7 @@ use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use base::{ErrorKind, SnapshotNumber, SnapshotUuid};
 use serde::Deserialize;
-use vdi::{GcReport, Received, Retention, Store, Target};
+use vdi::{GcReport, Received, Retention, Store, Target, WantedIntervals};
 
 use super::extract::{Body, Failure, Parameters, Segments};
 use crate::convert;
@@ -48,6 +49,7 @@ pub(super) fn router(current: Current) -> Router {
         .route("/vdis/{name}/space", get(space))
         .route("/vdis/{name}/rollback", post(rollback))
         .route("/vdis/{name}/complete", post(complete))
+        .route("/vdis/{name}/intervals", get(intervals))
         .route("/vdis/{name}/snapshots", get(snapshots).post(take_snapshot))
         .route("/vdis/{name}/snapshots/{snapshot}", get(snapshot).delete(remove_snapshot))
         .route("/vdis/{name}/snapshots/{snapshot}/space", get(snapshot_space))
@@ -400,6 +402,26 @@ async fn snapshots(
         entries.into_iter().map(|entry| convert::snapshot(&name, entry)).collect();
     let next = snapshots.last().filter(|_| snapshots.len() == max).map(|last| last.number);
     Ok(Json(SnapshotPage { snapshots, next }))
+}
+
+#[derive(Deserialize)]
+struct PageOfIntervals {
+    every: Option<String>,
+    max: Option<usize>,
+    before: Option<u64>,
+}
+
+async fn intervals(
+    State(current): State<Current>,
+    Segments(name): Segments<String>,
+    Parameters(page): Parameters<PageOfIntervals>,
+) -> Answer<IntervalPage> {
+    let PageOfIntervals { every, max, before } = page;
+    let max = max.unwrap_or(PAGE_MAX).clamp(1, PAGE_MAX);
+    let wanted = WantedIntervals { every, max, before: before.map(SnapshotNumber::new) };
+    let vdi = name.clone();
+    let answer = async move |served: &Served| served.store.intervals(&vdi, &wanted).await;
+    Ok(Json(convert::intervals(&name, current.call(answer).await?)))
 }
 
 async fn take_snapshot(

@@ -17,6 +17,7 @@ mod guarantees;
 mod history;
 mod holds;
 mod hostile;
+mod intervals;
 mod machines;
 mod model;
 mod moments;
