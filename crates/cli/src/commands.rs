@@ -25,7 +25,7 @@ mod tree;
 mod upgrade;
 mod vdis;
 
-use api::{Client, Error};
+use api::{Client, Error, Snapshot};
 
 use crate::args::{Cli, Command, Setting};
 use crate::{output, socket};
@@ -82,7 +82,8 @@ async fn ask(context: Context, command: Command) -> Result<(), Error> {
             log::run(&context, &name.name, every.as_deref(), rows).await
         }
         Command::Clone { source, new } => {
-            vdis::clone(&context, context.pinned(source).await?, new).await
+            let (source, snapshot) = context.looked_up(source).await?;
+            vdis::clone(&context, source, snapshot, new).await
         }
         Command::Ls { space } => vdis::ls(&context, space).await,
         Command::Info { target: None, .. } => stores::info(&context).await,
@@ -107,8 +108,8 @@ async fn ask(context: Context, command: Command) -> Result<(), Error> {
         }
         Command::Snapshots { name, all } => snapshots::list(&context, &name.name, all).await,
         Command::Rollback { target: (name, snapshot) } => {
-            let snapshot = context.pinned_snapshot(&name, snapshot).await?;
-            snapshots::rollback(&context, &name, &snapshot).await
+            let snapshot = context.client.snapshot_status(&name, &snapshot).await?;
+            snapshots::rollback(&context, &name, snapshot).await
         }
         Command::Tree { all } => tree::run(&context, all).await,
         Command::Diff { from, to } => {
@@ -168,6 +169,13 @@ impl Context {
         let Some((name, snapshot)) = handle.split_once('@') else { return Ok(handle) };
         let snapshot = self.pinned_snapshot(name, snapshot.to_owned()).await?;
         Ok(format!("{name}@{snapshot}"))
+    }
+
+    /// As [`Self::pinned`], and what the snapshot is, if it is one.
+    async fn looked_up(&self, handle: String) -> Result<(String, Option<Snapshot>), Error> {
+        let Some((name, snapshot)) = handle.split_once('@') else { return Ok((handle, None)) };
+        let found = self.client.snapshot_status(name, snapshot).await?;
+        Ok((format!("{name}@{}", found.number), Some(found)))
     }
 
     async fn pinned_target(

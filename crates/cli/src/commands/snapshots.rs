@@ -4,7 +4,7 @@ use api::{Error, Held, Hold, Ledger, Snapshot, TakeSnapshot};
 use serde::Serialize;
 
 use super::Context;
-use super::vdis::ledger_end;
+use super::vdis::{Taken, ledger_end, with_time};
 use crate::output::{self, Column, bytes, time};
 
 pub(super) async fn take(
@@ -109,7 +109,13 @@ async fn noted(
     context.print(&Noted { snapshot, ledger }, &text)
 }
 
-pub(super) async fn rollback(context: &Context, name: &str, snapshot: &str) -> Result<(), Error> {
-    let vdi = context.client.rollback(name, snapshot).await?;
-    context.print(&vdi, &format!("{name} is as it was at {name}@{snapshot}"))
+pub(super) async fn rollback(
+    context: &Context,
+    name: &str,
+    snapshot: Snapshot,
+) -> Result<(), Error> {
+    // By its number: a time would be another one by now.
+    let vdi = context.client.rollback(name, &snapshot.number.to_string()).await?;
+    let text = format!("{name} is as it was at {}", with_time(&snapshot));
+    context.print(&Taken { vdi, snapshot: Some(snapshot) }, &text)
 }

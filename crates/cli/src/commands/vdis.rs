@@ -21,11 +21,35 @@ pub(super) async fn create(
     context.print(&vdi, &format!("created {} ({})", vdi.name, bytes(vdi.size_bytes)))
 }
 
-pub(super) async fn clone(context: &Context, source: String, name: String) -> Result<(), Error> {
-    let request = CreateVdi { name, size_bytes: None, source: Some(source.clone()), history: None };
+/// What `clone` and `rollback` print with --json.
+#[derive(Serialize)]
+pub(super) struct Taken {
+    #[serde(flatten)]
+    pub(super) vdi: Vdi,
+    /// What it is as; `None`: the running disk.
+    pub(super) snapshot: Option<Snapshot>,
+}
+
+/// A handle as people know it, and which snapshot that is: a time names whatever it meets.
+pub(super) fn with_time(snapshot: &Snapshot) -> String {
+    let Snapshot { handle, number, label, created, .. } = snapshot;
+    match label {
+        Some(_) => format!("{handle} (number {number}, {})", time(*created)),
+        None => format!("{handle} ({})", time(*created)),
+    }
+}
+
+pub(super) async fn clone(
+    context: &Context,
+    source: String,
+    snapshot: Option<Snapshot>,
+    name: String,
+) -> Result<(), Error> {
+    let shown = snapshot.as_ref().map_or_else(|| source.clone(), with_time);
+    let request = CreateVdi { name, size_bytes: None, source: Some(source), history: None };
     let vdi = context.client.create(&request).await?;
-    let text = format!("cloned {source} to {} ({})", vdi.name, bytes(vdi.size_bytes));
-    context.print(&vdi, &text)
+    let text = format!("cloned {shown} to {} ({})", vdi.name, bytes(vdi.size_bytes));
+    context.print(&Taken { vdi, snapshot }, &text)
 }
 
 pub(super) async fn ls(context: &Context, space: bool) -> Result<(), Error> {

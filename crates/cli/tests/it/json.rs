@@ -92,8 +92,8 @@ fn commands_print_what_is_described() {
     place.write("a", 1, 0, 65_536);
     check("snapshot", &["snapshot", "a", "--label", "s"]);
     check("snapshot", &["snapshot", "a"]);
-    check("disk", &["clone", "a@s", "b"]);
-    check("disk", &["clone", "a", "c"]);
+    check("disk of a snapshot", &["clone", "a@s", "b"]);
+    check("disk of a snapshot", &["clone", "a", "c"]);
     check("disk", &["rename", "c", "d"]);
     check("disk", &["resize", "d", "2M"]);
     check("disk", &["set", "a", "history=24h"]);
@@ -120,7 +120,7 @@ fn commands_print_what_is_described() {
     check("scrub", &["scrub"]);
     check("scrub status", &["scrub", "--status"]);
     check("check", &["check", "--online"]);
-    check("disk", &["rollback", "a@s"]);
+    check("disk of a snapshot", &["rollback", "a@s"]);
     check("export", &["export", "a", "f"]);
     check("disk", &["import", "f", "e"]);
     // The stream is on stdout, so what is said about it is on stderr.

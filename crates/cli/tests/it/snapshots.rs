@@ -39,7 +39,8 @@ fn a_snapshot_stays_and_a_rollback_returns_to_it() {
     place.ok(&["snapshot", "a", "--label", "before"]);
     place.write("a", 2, 0, 65_536);
     assert!(place.holds("a%40before", 1, 0, 65_536));
-    assert_eq!(place.ok(&["rollback", "a@before"]), "a is as it was at a@before");
+    let said = place.ok(&["rollback", "a@before"]);
+    assert!(said.starts_with("a is as it was at a@before (number 1, 20"), "{said}");
     assert!(place.holds("a", 1, 0, 65_536));
     place.write("a", 3, 0, 4096);
     assert_eq!(place.json(&["rollback", "a@1"])["name"], "a");
@@ -67,11 +68,17 @@ fn a_disk_with_a_history_goes_back_in_time() {
     assert!(rows.iter().all(|row| row["changed_bytes"].as_u64() >= Some(65_536)), "{log}");
     let then = rows[0]["last"].as_str().unwrap();
     place.ok(&["clone", then, "by-number"]);
-    place.ok(&["clone", "a@3 seconds ago", "by-time"]);
+    let cloned = place.json(&["clone", "a@3 seconds ago", "by-time"]);
+    let taken = &cloned["snapshot"];
+    assert_eq!((cloned["name"].as_str(), taken["handle"].as_str()), (Some("by-time"), Some(then)));
+    assert_eq!(cloned["parent"]["snapshot"], taken["number"]);
+    assert!(taken["created"].as_str().unwrap().ends_with('Z'), "{cloned}");
     for clone in ["by-number", "by-time"] {
         assert!(place.holds(clone, 1, 0, 65_536), "{clone}");
     }
-    place.ok(&["rollback", "a@3s ago"]);
+    let said = place.ok(&["rollback", "a@3s ago"]);
+    assert!(said.starts_with(&format!("a is as it was at {then} (20")), "{said}");
+    assert!(said.ends_with("Z)"), "{said}");
     assert!(place.holds("a", 1, 0, 65_536));
     assert!(place.ok(&["log", "a"]).contains('#'));
     // Lengths of time as elsewhere.
