@@ -44,7 +44,7 @@ struct Scenario {
     run: fn(&mut Bed) -> Result<()>,
 }
 
-const SCENARIOS: [Scenario; 21] = [
+const SCENARIOS: [Scenario; 22] = [
     Scenario { name: "quickstart", quick: true, guests: false, run: quickstart::run },
     Scenario { name: "tools", quick: true, guests: false, run: tools::run },
     Scenario { name: "fio", quick: true, guests: false, run: fio_matrix::run },
@@ -62,6 +62,7 @@ const SCENARIOS: [Scenario; 21] = [
     Scenario { name: "forks", quick: false, guests: true, run: forks::run },
     Scenario { name: "guide-host", quick: true, guests: false, run: guides::host },
     Scenario { name: "guide-time-travel", quick: true, guests: false, run: guides::time_travel },
+    Scenario { name: "guide-backup", quick: true, guests: false, run: guides::backup::run },
     Scenario { name: "guide-qemu", quick: false, guests: true, run: guides::qemu },
     Scenario { name: "guide-libvirt", quick: false, guests: true, run: guides::libvirt },
     Scenario {

@@ -5,6 +5,7 @@
 //! docs/operations/install.md has it. What a guide takes for granted beside that, such as the image of
 //! a disk, is put into the directory.
 
+pub(crate) mod backup;
 mod sandbox;
 
 use std::time::Duration;
