@@ -480,6 +480,8 @@ impl Run {
                 world.trace.note(|| format!("power    cut, {style:?}"));
                 world.probe("crash: power cut");
                 self.boots = self.boots.wrapping_add(1);
+                // It may have torn a copy, which opening the store writes again.
+                self.was_opened = false;
                 Floor::Flushed
             }
         };

@@ -577,8 +577,18 @@ mod tests {
         assert_eq!(seconds("30d"), Some(30 * 86_400));
         assert_eq!(seconds("2 weeks 1h"), Some(14 * 86_400 + 3600));
         assert_eq!(seconds("1 year"), Some(365 * 86_400));
-        for nonsense in ["", "0s", "-1d", "5 minutes ago", "2025-11-27", "soon", "90000 years", "7"]
-        {
+        for nonsense in [
+            "",
+            "0s",
+            "-1d",
+            "5 minutes ago",
+            "2025-11-27",
+            "soon",
+            "90000 years",
+            "7",
+            "2030-01-31T18:00:00",
+            "2030-01-31 18:00",
+        ] {
             assert_eq!(parse_until(nonsense, now), None, "{nonsense}");
         }
     }
