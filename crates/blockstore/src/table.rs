@@ -28,6 +28,21 @@ pub async fn page(nodes: &NodeStore, root: &RootRef, page: u64) -> Result<Option
     page_of(nodes, tree::lookup(nodes, root, page).await?).await
 }
 
+/// As [`page`], for who looks at all pages of a table once: it does not stay in the cache.
+///
+/// # Errors
+/// As [`tree::leaf`].
+pub async fn page_once(
+    nodes: &NodeStore,
+    root: &RootRef,
+    page: u64,
+) -> Result<Option<Node>, Error> {
+    let entry = tree::lookup(nodes, root, page).await?;
+    let node = page_of(nodes, entry).await;
+    nodes.cache().remove(entry.pba());
+    node
+}
+
 async fn page_of(nodes: &NodeStore, entry: Entry) -> Result<Option<Node>, Error> {
     match entry.state() {
         EntryState::Mapped => Ok(Some(nodes.load(entry).await?)),
@@ -51,7 +66,8 @@ pub async fn get<R: TableRecord>(
     }
 }
 
-/// Calls `visit` with every record that can be read, in order, until it returns `false`.
+/// Calls `visit` with every record that can be read, in order, until it returns `false`. Pages do not
+/// stay in the cache: whoever scans a table keeps what he wants of it.
 ///
 /// # Errors
 /// Device errors, at once; `Damaged`, when everything that is left has been visited, if something
@@ -64,15 +80,23 @@ pub async fn scan<R: TableRecord>(
     let mut walk = Walk::new(nodes, root, u64::MAX);
     let mut damaged = false;
     loop {
-        let (number, page) = match walk.next_page().await {
-            Ok(Some(page)) => page,
+        let read = match walk.next().await {
+            Ok(Some(Named::Node(_))) => continue,
+            Ok(Some(Named::Page(number, entry))) => {
+                nodes.load(entry).await.map(|page| (number, entry, page))
+            }
             Ok(None) => break,
+            Err(error) => Err(error),
+        };
+        let (number, entry, page) = match read {
+            Ok(read) => read,
             Err(Error::Damaged { .. }) => {
                 damaged = true;
                 continue;
             }
             Err(error) => return Err(error),
         };
+        nodes.cache().remove(entry.pba());
         for index in number * R::PER_PAGE..(number + 1) * R::PER_PAGE {
             match R::get(page.block(), index) {
                 Ok(Some(record)) => {

@@ -21,7 +21,8 @@ use std::time::Duration;
 
 use base::{ClaimGeneration, ErrorKind, SnapshotNumber, VdiId};
 use blockstore::log::Admission;
-use ondisk::{KEEP_RULES_MAX, KeepRule, Origin, Record, RecordBody, VdiRecord};
+use blockstore::table;
+use ondisk::{KEEP_RULES_MAX, KeepRule, Origin, Record, RecordBody, TableRecord, VdiRecord};
 
 use crate::Error;
 use crate::engine::Engine;
@@ -33,9 +34,6 @@ const INTERVAL_MIN: Duration = Duration::from_millis(10);
 
 /// Longest time between two moments of a VDI that is written and not flushed.
 const UNFLUSHED_MAX: Duration = Duration::from_secs(1);
-
-/// VDIs that are looked at between two breaths of the thread.
-const VDIS_PER_TURN: usize = 64;
 
 /// Deletions of moments under way at a time.
 const DELETED_AT_ONCE: usize = 64;
@@ -303,30 +301,33 @@ impl Engine {
     /// Has the VDIs in use of which moments are kept or something is held: their time comes though nobody
     /// opens them.
     pub(crate) async fn load_retained(self: Rc<Self>) {
-        let mut next = VdiId::default();
+        let mut last = VdiId::default();
         loop {
-            let ids: Vec<VdiId> =
-                self.registry.borrow().directory.after(next).take(VDIS_PER_TURN).collect();
-            let Some(&last) = ids.last() else { return };
-            next = last;
-            for id in ids {
-                if self.go_on().is_err() {
-                    return;
-                }
-                // What has nothing but the store's rules and no moment yet has had nothing to keep.
-                let has_rules =
-                    |vdi: &VdiRecord| vdi.retention.as_ref().is_some_and(|it| !it.is_empty());
-                let has_ledger = |vdi: &VdiRecord| vdi.ledger_count > 0;
-                let wanted =
-                    |vdi: VdiRecord| vdi.has_moments || has_rules(&vdi) || has_ledger(&vdi);
+            let next = self.registry.borrow().directory.after(last).next();
+            let Some(next) = next.filter(|_| self.go_on().is_ok()) else { return };
+            let page = next.get() / VdiRecord::PER_PAGE;
+            last = VdiId::new((page + 1) * VdiRecord::PER_PAGE - 1);
+            for id in self.retained_on(page).await {
                 // What is damaged is told of when somebody opens it.
-                let record = self.vdi_record(id).await;
-                if record.is_ok_and(wanted) {
-                    let _ = self.vdi(id).await;
-                }
+                let _ = self.vdi(id).await;
             }
             self.runtime.yield_now().await;
         }
+    }
+
+    /// VDIs of a page of their table that have something to do with moments or holds.
+    async fn retained_on(&self, page: u64) -> Vec<VdiId> {
+        let _reader = self.epochs.enter();
+        let vdis = self.roots.get().vdis;
+        let Ok(Some(node)) = table::page_once(&self.nodes, &vdis, page).await else {
+            return Vec::new();
+        };
+        let indices = page * VdiRecord::PER_PAGE..(page + 1) * VdiRecord::PER_PAGE;
+        let records = indices.filter_map(|at| VdiRecord::get(node.block(), at).ok().flatten());
+        // What has nothing but the store's rules and no moment yet has had nothing to keep.
+        let has_rules = |vdi: &VdiRecord| vdi.retention.as_ref().is_some_and(|it| !it.is_empty());
+        let is_wanted = |vdi: &VdiRecord| vdi.has_moments || has_rules(vdi) || vdi.ledger_count > 0;
+        records.filter(is_wanted).map(|vdi| vdi.id).collect()
     }
 
     /// VDIs in use that have something to do with moments, in order.
