@@ -66,8 +66,7 @@ pub async fn get<R: TableRecord>(
     }
 }
 
-/// Calls `visit` with every record that can be read, in order, until it returns `false`. Pages do not
-/// stay in the cache: whoever scans a table keeps what he wants of it.
+/// Calls `visit` with every record that can be read, in order, until it returns `false`.
 ///
 /// # Errors
 /// Device errors, at once; `Damaged`, when everything that is left has been visited, if something
@@ -80,23 +79,15 @@ pub async fn scan<R: TableRecord>(
     let mut walk = Walk::new(nodes, root, u64::MAX);
     let mut damaged = false;
     loop {
-        let read = match walk.next().await {
-            Ok(Some(Named::Node(_))) => continue,
-            Ok(Some(Named::Page(number, entry))) => {
-                nodes.load(entry).await.map(|page| (number, entry, page))
-            }
+        let (number, page) = match walk.next_page().await {
+            Ok(Some(page)) => page,
             Ok(None) => break,
-            Err(error) => Err(error),
-        };
-        let (number, entry, page) = match read {
-            Ok(read) => read,
             Err(Error::Damaged { .. }) => {
                 damaged = true;
                 continue;
             }
             Err(error) => return Err(error),
         };
-        nodes.cache().remove(entry.pba());
         for index in number * R::PER_PAGE..(number + 1) * R::PER_PAGE {
             match R::get(page.block(), index) {
                 Ok(Some(record)) => {
@@ -195,14 +186,17 @@ impl<'a> Walk<'a> {
         Ok(None)
     }
 
-    /// The next page, with its number.
+    /// The next page, with its number. It does not stay in the cache: who looks at all pages of a table
+    /// keeps what he wants of them.
     ///
     /// # Errors
     /// As [`Self::next`], and if the page does not verify.
     pub async fn next_page(&mut self) -> Result<Option<(u64, Node)>, Error> {
         while let Some(named) = self.next().await? {
             if let Named::Page(number, entry) = named {
-                return Ok(Some((number, self.nodes.load(entry).await?)));
+                let page = self.nodes.load(entry).await?;
+                self.nodes.cache().remove(entry.pba());
+                return Ok(Some((number, page)));
             }
         }
         Ok(None)

@@ -248,9 +248,14 @@ impl Engine {
         gives_up: impl Fn() -> bool,
     ) -> Result<GcReport, Error> {
         let report = self.run_or_join_cycle().await?;
+        self.swept_is_free(gives_up).await;
+        Ok(report)
+    }
+
+    /// Waits until what was swept is free, or who waits gives up.
+    async fn swept_is_free(&self, gives_up: impl Fn() -> bool) {
         self.released(self.releases.up_to_now(), gives_up).await;
         self.allocator.reclaim_empty_extents();
-        Ok(report)
     }
 
     /// As [`Self::collect_garbage`], then gives space back to what lies below.
@@ -259,19 +264,28 @@ impl Engine {
     /// See [`crate::Store::collect_garbage`].
     pub(crate) async fn collect_and_trim(self: &Rc<Self>, scope: Scope) -> Result<GcReport, Error> {
         let report = self.collect_garbage(|| false).await?;
-        let report = GcReport { trimmed_blocks: self.trim(scope).await?, ..report };
-        let collector = &self.collector;
-        collector.status.set(GcStatus { last: report, ..collector.status.get() });
-        Ok(report)
+        self.trim_after(report, scope).await
     }
 
+    /// Ends the cycle of an earlier run of the store, then gives space back as [`Self::collect_and_trim`].
     async fn finish_and_trim(self: &Rc<Self>) -> Result<GcReport, Error> {
         let report = {
             let _one = self.collector.cycle.acquire(1).await;
             self.finish_cycle().await?
         };
-        self.released(self.releases.up_to_now(), || false).await;
-        Ok(GcReport { trimmed_blocks: self.trim(Scope::Freed).await?, ..report })
+        self.swept_is_free(|| false).await;
+        self.trim_after(report, Scope::Freed).await
+    }
+
+    async fn trim_after(
+        self: &Rc<Self>,
+        report: GcReport,
+        scope: Scope,
+    ) -> Result<GcReport, Error> {
+        let report = GcReport { trimmed_blocks: self.trim(scope).await?, ..report };
+        let collector = &self.collector;
+        collector.status.set(GcStatus { last: report, ..collector.status.get() });
+        Ok(report)
     }
 
     async fn run_or_join_cycle(self: &Rc<Self>) -> Result<GcReport, Error> {

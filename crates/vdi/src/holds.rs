@@ -249,7 +249,8 @@ impl Engine {
     pub(crate) fn end_due_holds(self: &Rc<Self>) {
         let due: Vec<(Rc<Vdi>, SnapshotNumber)> = {
             let registry = self.registry.borrow();
-            let mut vdis: Vec<&Rc<Vdi>> = registry.loaded.values().collect();
+            let holding = registry.loaded.values().filter(|vdi| !vdi.held.borrow().is_empty());
+            let mut vdis: Vec<&Rc<Vdi>> = holding.collect();
             vdis.sort_by_key(|vdi| vdi.id);
             vdis.into_iter()
                 .flat_map(|vdi| self.due_of(vdi).into_iter().map(|it| (Rc::clone(vdi), it)))

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry as Page;
 
-use base::{BLOCK_SIZE, BirthLabel, Pba};
+use base::{BLOCK_SIZE, BirthLabel, Buffer, Pba};
 use blockstore::allocator::BITMAP_PAGE_BLOCKS;
 use blockstore::{Error, NodeStore, tree};
 use ondisk::{Entry, EntryState, Node, RootRef};
@@ -149,6 +149,15 @@ pub(crate) fn words_of(bytes: &[u8; BLOCK_SIZE]) -> [u64; PAGE_WORDS] {
         *word = u64::from_le_bytes(*chunk);
     }
     words
+}
+
+/// The stored page of some words.
+pub(crate) fn page_of_words(words: &[u64; PAGE_WORDS]) -> Buffer {
+    let mut buffer = Buffer::zeroed(1);
+    for (bytes, word) in buffer.bytes_mut().chunks_exact_mut(8).zip(words) {
+        bytes.copy_from_slice(&word.to_le_bytes());
+    }
+    buffer
 }
 
 /// A block that a tree names.

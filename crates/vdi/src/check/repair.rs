@@ -22,7 +22,7 @@ use super::examine::{Examined, HOST};
 use crate::Error;
 use crate::claim::{Claim, Place};
 use crate::engine::as_u64;
-use crate::mark::BlockSet;
+use crate::mark::{BlockSet, page_of_words};
 
 /// Memory for nodes while tables are built.
 const CACHE_BYTES: usize = 1 << 20;
@@ -386,12 +386,5 @@ fn forget(live: &mut BlockSet, blocks: &BlockSet) {
 
 /// The stored pages of a set.
 fn pages_of(blocks: &BlockSet) -> Vec<(u64, Buffer)> {
-    let pages = blocks.pages().map(|(index, words)| {
-        let mut buffer = Buffer::zeroed(1);
-        for (bytes, word) in buffer.bytes_mut().chunks_exact_mut(8).zip(words) {
-            bytes.copy_from_slice(&word.to_le_bytes());
-        }
-        (index, buffer)
-    });
-    pages.collect()
+    blocks.pages().map(|(index, words)| (index, page_of_words(words))).collect()
 }

@@ -22,7 +22,7 @@ use crate::engine::{Engine, as_u64};
 use crate::history::{self, Past};
 use crate::ledger::Written;
 use crate::manage::labels_used_up;
-use crate::mark::{BlockSet, PAGE_WORDS};
+use crate::mark::{BlockSet, page_of_words};
 use crate::overlay::newest_only;
 use crate::vdi::{Snapshot, Vdi};
 
@@ -32,6 +32,9 @@ const POINTS_WITHOUT_KEYFRAME: usize = 4;
 
 /// Branches merged between two breaths of the thread.
 const BRANCHES_PER_TURN: usize = 64;
+
+/// Pages of marks filled between two breaths.
+const PAGES_PER_TURN: usize = 64;
 
 /// A checkpoint being merged.
 pub(super) struct Merge {
@@ -567,8 +570,8 @@ impl Merge {
         let fits = 2 * page_count + self.engine.nodes_needed() <= left;
         let mut pages = Vec::new();
         for (index, (number, words)) in marked.pages().enumerate().filter(|_| fits) {
-            pages.push(page_of_bits(number, words));
-            if index % BRANCHES_PER_TURN == BRANCHES_PER_TURN - 1 {
+            pages.push((number, page_of_words(words)));
+            if index % PAGES_PER_TURN == PAGES_PER_TURN - 1 {
                 self.engine.runtime.yield_now().await;
             }
         }
@@ -607,16 +610,11 @@ impl Merge {
         if bad.len() == self.engine.checkpoints.bad_known.get() {
             return Ok(root);
         }
-        let mut pages: BTreeMap<u64, base::Buffer> = BTreeMap::new();
-        for pba in &bad {
-            let bits = as_u64(BLOCK_SIZE * 8);
-            let buffer = pages.entry(pba.get() / bits).or_insert_with(|| base::Buffer::zeroed(1));
-            let bit = usize::try_from(pba.get() % bits).unwrap_or(0);
-            if let Some(byte) = buffer.bytes_mut().get_mut(bit / 8) {
-                *byte |= 1 << (bit % 8);
-            }
+        let mut blocks = BlockSet::default();
+        for &pba in &bad {
+            blocks.insert(pba);
         }
-        let pages = pages.into_iter().collect();
+        let pages = blocks.pages().map(|(number, words)| (number, page_of_words(words))).collect();
         let (root, outcome) = self.store_pages(Table::BadBlocks, root, pages).await?;
         self.account(outcome);
         self.bad_known = Some(bad.len());
@@ -687,12 +685,6 @@ impl Span {
     fn end(&self) -> Lsn {
         self.points.last().map_or(Lsn::default(), |point| point.position)
     }
-}
-
-/// A page of a table of bits, to be written.
-fn page_of_bits(number: u64, words: &[u64; PAGE_WORDS]) -> (u64, base::Buffer) {
-    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-    (number, base::Buffer::from_bytes(&bytes))
 }
 
 fn mapped(change: &Change) -> Option<Pba> {
