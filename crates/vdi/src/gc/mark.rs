@@ -1,0 +1,289 @@
+//! The mark of a collection: everything that the roots of its cut reach, each shared subtree once.
+
+use std::rc::Rc;
+
+use base::{ErrorKind, Lsn, Pba, SnapshotNumber, VdiId};
+use blockstore::NodeStore;
+use ondisk::{Entry, History, Node, RootRef, Roots, SlotState, VdiRecord, VersionRecord};
+use runtime::Time;
+
+use super::{GcStatus, nodes_of_marks};
+use crate::Error;
+use crate::damage::Table;
+use crate::engine::{Engine, as_u64};
+use crate::history::seen_by;
+use crate::mark::{BlockSet, Marker, Named, Walk};
+use crate::reach::{self, Visitor};
+
+/// Pages of a history that are read at a time.
+const PAGES_AT_ONCE: usize = 32;
+
+impl Engine {
+    /// Everything that the roots reach. Of what was marked already nothing is looked at again.
+    pub(super) async fn mark(
+        self: &Rc<Self>,
+        roots: &Roots,
+        already: BlockSet,
+    ) -> Result<BlockSet, Error> {
+        let mut mark = Mark {
+            engine: self,
+            found: Found { marked: already, ..Found::new(&self.nodes) },
+            stored_at: self.runtime.now(),
+        };
+        mark.table_pages(&roots.marks).await?;
+        mark.give_up();
+        for (table, root) in [
+            (Table::Directory, roots.directory),
+            (Table::Extents, roots.extents),
+            (Table::BadBlocks, roots.bad_blocks),
+        ] {
+            // Their pages name no blocks, but should be there when the store is opened again.
+            for page in mark.pages(table, &root).await? {
+                mark.page(table, page).await?;
+            }
+        }
+        for page in mark.pages(Table::Vdis, &roots.vdis).await? {
+            for record in reach::records::<VdiRecord>(&mut mark, Table::Vdis, page).await? {
+                reach::vdi(&record, &mut mark).await?;
+            }
+            // Of what is marked already nothing is read.
+            self.go_on()?;
+            self.runtime.yield_now().await;
+        }
+        if self.collector.gave_up.get() {
+            let message = "damaged metadata was met and given up";
+            return Err(Error::refused(ErrorKind::Corrupt, message));
+        }
+        let Found { mut marked, tables, .. } = mark.found;
+        marked.union(tables);
+        Ok(marked)
+    }
+}
+
+/// A mark under way.
+struct Mark<'a> {
+    engine: &'a Rc<Engine>,
+    found: Found,
+    /// When what it has reached was stored.
+    stored_at: Time,
+}
+
+struct Found {
+    nodes: NodeStore,
+    /// Blocks of trees of VDIs. When no walk of one is under way, everything below is marked, too.
+    marked: BlockSet,
+    /// Blocks of tables: each cycle reads all of them.
+    tables: BlockSet,
+    /// What leaves of a table name, by the number of the page.
+    pages: Option<Vec<(u64, Entry)>>,
+    /// Damaged blocks that were not known to be.
+    damaged: Vec<Pba>,
+    failure: Option<blockstore::Error>,
+}
+
+impl Found {
+    fn new(nodes: &NodeStore) -> Self {
+        Self {
+            nodes: nodes.clone(),
+            marked: BlockSet::default(),
+            tables: BlockSet::default(),
+            pages: None,
+            damaged: Vec::new(),
+            failure: None,
+        }
+    }
+
+    /// Notes that a block could not be read.
+    fn unreadable(&mut self, at: Pba, error: &blockstore::Error) {
+        match error {
+            blockstore::Error::Damaged { .. } if self.nodes.is_given_up(at) => {}
+            blockstore::Error::Damaged { .. } => self.damaged.push(at),
+            error => {
+                self.failure.get_or_insert_with(|| error.clone());
+            }
+        }
+    }
+}
+
+impl Mark<'_> {
+    fn nodes(&self) -> &NodeStore {
+        &self.engine.nodes
+    }
+
+    async fn walk(&mut self, roots: &[RootRef]) -> Result<(), Error> {
+        let mut walk = Walk::default();
+        for root in roots {
+            walk.add(0, root, &mut self.found);
+        }
+        let nodes = self.nodes().clone();
+        let mut began = self.engine.pace();
+        while walk.step(&nodes, &mut self.found).await {
+            if let Some(error) = self.found.failure.take() {
+                return Err(error.into());
+            }
+            self.engine.go_on()?;
+            let collector = &self.engine.collector;
+            let marked_blocks = self.found.marked.len();
+            collector.status.set(GcStatus { marked_blocks, ..collector.status.get() });
+            began = self.engine.keep_pace(began).await;
+        }
+        Ok(())
+    }
+
+    /// Has a checkpoint store what is marked, now and then. Called when no walk is under way.
+    async fn store_if_due(&mut self) {
+        let collector = &self.engine.collector;
+        let now = self.engine.runtime.now();
+        if now.since(self.stored_at) < collector.store_every || collector.gave_up.get() {
+            return;
+        }
+        self.stored_at = now;
+        let nodes = nodes_of_marks(&self.found.marked);
+        if !self.engine.metadata_suffices_for(nodes).await.unwrap_or(false) {
+            // What was stored before is better than nothing.
+            return;
+        }
+        collector.store_marks(self.found.marked.clone());
+        if let Err(error) = self.engine.checkpoint(SlotState::Running).await {
+            tracing::debug!(%error, "what was marked could not be stored");
+        }
+    }
+
+    /// Walks a table; its pages, with their numbers.
+    async fn table_pages(&mut self, root: &RootRef) -> Result<Vec<(u64, Entry)>, Error> {
+        self.found.pages = Some(Vec::new());
+        let walked = self.walk(&[*root]).await;
+        let mut pages = self.found.pages.take().unwrap_or_default();
+        // A walk goes down the last of a node's children first.
+        pages.sort_unstable_by_key(|(number, _)| *number);
+        if base::mutant::active("gc_meets_pages_out_of_order") {
+            let last = pages.len().saturating_sub(1);
+            pages.rotate_left(last);
+        }
+        walked.map(|()| pages)
+    }
+
+    /// Gives up the damaged blocks that were met: they are bad, also when the store is opened again.
+    fn give_up(&mut self) {
+        for pba in self.found.damaged.drain(..) {
+            self.engine.collector.gave_up.set(true);
+            self.engine.nodes.give_up(pba);
+            if let Err(error) = self.engine.allocator.retire(pba) {
+                tracing::error!(%error, "a damaged block cannot be retired");
+            }
+        }
+    }
+
+    /// As [`Self::give_up`], of a table: what of it is in memory is written again first.
+    fn note_damage(&mut self, table: Table) {
+        if !self.found.damaged.is_empty() {
+            self.engine.checkpoints.damaged.note(table);
+        }
+        self.give_up();
+    }
+
+    /// Reads a page; `None` if it is damaged.
+    async fn verify(&mut self, page: Entry) -> Result<Option<Node>, Error> {
+        match self.nodes().load(page).await {
+            Ok(node) => Ok(Some(node)),
+            Err(error) => {
+                self.found.unreadable(page.pba(), &error);
+                self.found.failure.take().map_or(Ok(None), |error| Err(error.into()))
+            }
+        }
+    }
+}
+
+impl Visitor for Mark<'_> {
+    async fn trees(
+        &mut self,
+        _: VdiId,
+        trees: &[(Option<SnapshotNumber>, RootRef)],
+    ) -> Result<(), Error> {
+        let is_of_snapshots = trees.iter().any(|(snapshot, _)| snapshot.is_some());
+        if is_of_snapshots && base::mutant::active("gc_misses_snapshot_roots") {
+            return Ok(());
+        }
+        let roots: Vec<RootRef> = trees.iter().map(|(_, root)| *root).collect();
+        self.walk(&roots).await?;
+        self.give_up();
+        self.store_if_due().await;
+        Ok(())
+    }
+
+    async fn pages(&mut self, table: Table, root: &RootRef) -> Result<Vec<(u64, Entry)>, Error> {
+        let pages = self.table_pages(root).await;
+        self.note_damage(table);
+        pages
+    }
+
+    async fn page(&mut self, table: Table, (_, page): (u64, Entry)) -> Result<Option<Node>, Error> {
+        let page = self.verify(page).await;
+        self.note_damage(table);
+        page
+    }
+
+    /// Marks a history, and what its snapshots see of it (design rule 37).
+    async fn history(
+        &mut self,
+        _: VdiId,
+        history: History,
+        snapshots: &[(SnapshotNumber, Lsn)],
+    ) -> Result<(), Error> {
+        if base::mutant::active("gc_misses_histories")
+            || base::mutant::active("gc_misses_snapshot_roots")
+        {
+            return Ok(());
+        }
+        if self.found.tables.contains(history.at()) {
+            // For other snapshots: what these see of it would not be marked.
+            let message = "a history stands in two places of the tables";
+            return Err(Error::refused(ErrorKind::Corrupt, message));
+        }
+        let pages = self.table_pages(&history.versions).await?;
+        let mut versions = Vec::new();
+        let mut began = self.engine.pace();
+        for pages in pages.chunks(PAGES_AT_ONCE) {
+            // All at once, before each is asked for.
+            self.nodes().load_all(pages.iter().map(|(_, entry)| *entry).collect()).await;
+            for &page in pages {
+                if as_u64(versions.len()) < u64::from(history.count) {
+                    let node = self.verify(page.1).await?;
+                    versions.extend(reach::decoded::<VersionRecord>(node.as_ref(), page.0)?);
+                }
+            }
+            self.engine.go_on()?;
+            began = self.engine.keep_pace(began).await;
+        }
+        self.give_up();
+        let positions: Vec<Lsn> = snapshots.iter().map(|(_, position)| *position).collect();
+        for version in seen_by(&versions, &positions) {
+            self.found.marked.insert(version.entry.pba());
+        }
+        Ok(())
+    }
+}
+
+impl Marker for Found {
+    fn enter(&mut self, node: &Named) -> bool {
+        match self.pages {
+            Some(_) => self.tables.insert(node.entry.pba()),
+            None => self.marked.insert(node.entry.pba()),
+        }
+    }
+
+    fn block(&mut self, block: &Named) {
+        if let Some(pages) = &mut self.pages {
+            self.tables.insert(block.entry.pba());
+            pages.push((block.start, block.entry));
+        } else {
+            self.marked.insert(block.entry.pba());
+        }
+    }
+
+    fn lost(&mut self, _: &Named) {}
+
+    fn failed(&mut self, node: &Named, error: &blockstore::Error) {
+        self.unreadable(node.entry.pba(), error);
+    }
+}
