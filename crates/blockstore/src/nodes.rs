@@ -10,7 +10,7 @@ use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 use std::time::Duration;
 
-use base::{BlockSlice, Buffer, Pba};
+use base::{Block, BlockSlice, Buffer, Pba};
 use device::{Device, DeviceError};
 use ondisk::{Checksums, Entry, Node, SUPERBLOCK_COPIES};
 use runtime::{Runtime, Time};
@@ -31,6 +31,9 @@ pub const RETRY_AFTER: Duration = Duration::from_millis(20);
 
 /// How long a block must have failed to be read before it counts as damaged.
 const GIVE_UP_AFTER: Duration = Duration::from_secs(10);
+
+/// Most adjacent blocks that are read at once: 128 KiB.
+const RUN_BLOCKS_MAX: usize = 32;
 
 /// Failing blocks that are remembered.
 const FAILING_MAX: usize = 1024;
@@ -207,26 +210,80 @@ impl NodeStore {
         false
     }
 
-    /// Loads several blocks at once; the answers are in order.
+    /// Loads several blocks at once, adjacent ones by one read; the answers are in order.
     pub async fn load_all(&self, entries: Vec<Entry>) -> Vec<Result<Node, Error>> {
-        let loads: Vec<_> = entries
+        let mut loaded = Vec::with_capacity(entries.len());
+        let mut missing = Vec::new();
+        for (index, entry) in entries.into_iter().enumerate() {
+            match self.cached(entry) {
+                Some(node) => loaded.push((index, Ok(node))),
+                None => missing.push((index, entry)),
+            }
+        }
+        missing.sort_unstable_by_key(|(_, entry)| entry.pba());
+        let runs = missing.chunk_by(|(_, one), (_, next)| next.pba() == one.pba().plus(1));
+        let reads: Vec<_> = runs
+            .flat_map(|run| run.chunks(RUN_BLOCKS_MAX))
+            .map(|run| {
+                let (nodes, run) = (self.clone(), run.to_vec());
+                self.0.runtime.spawn(async move { nodes.load_run(run).await })
+            })
+            .collect();
+        for read in reads {
+            loaded.extend(read.await);
+        }
+        loaded.sort_unstable_by_key(|(index, _)| *index);
+        loaded.into_iter().map(|(_, node)| node).collect()
+    }
+
+    /// Loads adjacent blocks, and returns each with its number. What one read does not give is asked for
+    /// alone: one bad block must fail only itself.
+    async fn load_run(&self, run: Vec<(usize, Entry)>) -> Vec<(usize, Result<Node, Error>)> {
+        let verified = match run.len() {
+            0 | 1 => Vec::new(),
+            _ => self.read_run(&run).await,
+        };
+        let mut verified = verified.into_iter();
+        let loads: Vec<_> = run
             .into_iter()
-            .map(|entry| match self.cached(entry) {
-                Some(node) => Err(node),
+            .map(|(index, entry)| match verified.next().flatten() {
+                Some(node) => (index, Err(node)),
                 None => {
                     let nodes = self.clone();
-                    Ok(self.0.runtime.spawn(async move { nodes.load(entry).await }))
+                    (index, Ok(self.0.runtime.spawn(async move { nodes.load(entry).await })))
                 }
             })
             .collect();
         let mut loaded = Vec::with_capacity(loads.len());
-        for load in loads {
-            loaded.push(match load {
+        for (index, load) in loads {
+            let node = match load {
                 Ok(load) => load.await,
                 Err(node) => Ok(node),
-            });
+            };
+            loaded.push((index, node));
         }
         loaded
+    }
+
+    /// Reads adjacent blocks at once; those that verify, in order. None if the read fails.
+    async fn read_run(&self, run: &[(usize, Entry)]) -> Vec<Option<Node>> {
+        let Some((_, first)) = run.first() else { return Vec::new() };
+        let buffers = self.0.runtime.buffers();
+        let read = self.0.device.read(first.pba(), run.len(), buffers.take(run.len())).await;
+        let Ok(read) = read else { return Vec::new() };
+        let verify = |((_, entry), block): (&(usize, Entry), &Block)| {
+            let hash = self.0.checksums.block(&block.0);
+            if !entry.matches(hash) || self.is_given_up(entry.pba()) {
+                return None;
+            }
+            // A node keeps its whole buffer, so each gets one of its own.
+            let mut buffer = buffers.take_to_keep(1);
+            buffer.bytes_mut().copy_from_slice(&block.0);
+            let node = Node::from_verified(Rc::new(buffer));
+            self.0.cache.insert(entry.pba(), hash, node.clone());
+            Some(node)
+        };
+        run.iter().zip(read.blocks()).map(verify).collect()
     }
 
     /// Writes a new block to `at` as part of `batch`; returns its hash. It can be loaded at once.

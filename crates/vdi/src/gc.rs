@@ -184,6 +184,11 @@ impl Collector {
         self.suspected.set(self.suspected.get().saturating_add(count));
     }
 
+    /// Whether somebody waits for space.
+    pub(crate) fn is_needed(&self) -> bool {
+        self.in_need.get() > 0
+    }
+
     /// What a merge takes as replaced.
     pub(crate) fn take_garbage(&self) -> Vec<Pba> {
         std::mem::take(&mut self.garbage.borrow_mut())
@@ -477,9 +482,9 @@ impl Engine {
     /// Also if somebody needs space.
     pub(crate) fn go_on_checking(&self) -> Result<(), Error> {
         self.go_on()?;
-        match self.collector.in_need.get() {
-            0 => Ok(()),
-            _ => Err(Error::refused(
+        match self.collector.is_needed() {
+            false => Ok(()),
+            true => Err(Error::refused(
                 ErrorKind::Busy,
                 "the store is short of space, and a check holds back what becomes free: check again \
                  when some was freed",
@@ -557,23 +562,6 @@ impl Engine {
         Ok(count)
     }
 
-    /// A moment of the guests' work, for [`Self::keep_pace`].
-    pub(crate) fn pace(&self) -> Pace {
-        let stats = self.stats.borrow();
-        Pace { at: self.runtime.now(), served: stats.reads + stats.writes }
-    }
-
-    /// Rests as long as the last step took, if guests had something to do meanwhile and nobody needs the
-    /// space at once: they have half of the device and of the thread at least.
-    pub(crate) async fn keep_pace(&self, last: Pace) -> Pace {
-        let now = self.pace();
-        match now.served > last.served && self.collector.in_need.get() == 0 {
-            true => self.runtime.sleep(now.at.since(last.at)).await,
-            false => self.runtime.yield_now().await,
-        }
-        self.pace()
-    }
-
     /// Whether the store is still there to be walked.
     ///
     /// # Errors
@@ -596,12 +584,4 @@ pub(crate) struct HeldBack(#[expect(dead_code, reason = "held, not looked at")] 
 pub(crate) fn nodes_of_marks(marked: &BlockSet) -> u64 {
     let pages = as_u64(marked.pages().count());
     pages + pages / as_u64(ondisk::FANOUT) + 4
-}
-
-/// What guests had done by some moment.
-#[derive(Clone, Copy)]
-pub(crate) struct Pace {
-    at: Time,
-    /// Requests.
-    served: u64,
 }

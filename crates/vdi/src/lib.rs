@@ -37,6 +37,7 @@ mod loaded;
 mod manage;
 mod mark;
 mod overlay;
+mod pace;
 mod ranges;
 mod reach;
 mod read;

@@ -11,13 +11,15 @@ use std::collections::btree_map::Entry as Page;
 use base::{BLOCK_SIZE, BirthLabel, Buffer, Pba};
 use blockstore::allocator::BITMAP_PAGE_BLOCKS;
 use blockstore::{Error, NodeStore, tree};
-use ondisk::{Entry, EntryState, Node, RootRef};
+use ondisk::{Entry, EntryState, FANOUT, Node, RootRef};
+use runtime::JoinHandle;
 
 /// Words in a page of bits.
 pub(crate) const PAGE_WORDS: usize = BLOCK_SIZE / 8;
 
-/// Nodes that are read at a time: enough to keep a device busy, and 128 KiB of memory.
-const NODES_AT_ONCE: usize = 32;
+/// Nodes that are read at a time: all that a node names, 1 MiB of memory. What was written together is
+/// adjacent, and is read so. As many more are read ahead while these are looked at.
+pub(crate) const NODES_AT_ONCE: usize = FANOUT;
 
 /// Blocks, one bit each, in pages like those of the allocation bitmap.
 #[derive(Clone, Default)]
@@ -192,7 +194,18 @@ pub(crate) trait Marker {
 
 /// A walk of some trees under way.
 #[derive(Default)]
-pub(crate) struct Walk(Vec<Named>);
+pub(crate) struct Walk {
+    /// What is to be read, the next last.
+    unread: Vec<Named>,
+    /// What is being read ahead.
+    ahead: Option<Reading>,
+}
+
+/// Nodes that are being read.
+struct Reading {
+    named: Vec<Named>,
+    loads: JoinHandle<Vec<Result<Node, Error>>>,
+}
 
 impl Walk {
     /// Adds a tree under the caller's number `tree`.
@@ -205,20 +218,25 @@ impl Walk {
             parent_birth: BirthLabel::new(u32::MAX),
         };
         match root.entry.state() {
-            EntryState::Mapped if marker.enter(&named) => self.0.push(named),
+            EntryState::Mapped if marker.enter(&named) => self.unread.push(named),
             EntryState::Damaged => marker.lost(&named),
             _ => {}
         }
     }
 
-    /// Reads some nodes and shows what they name; false if none is left.
-    pub(crate) async fn step(&mut self, nodes: &NodeStore, marker: &mut impl Marker) -> bool {
-        let batch = self.take(NODES_AT_ONCE);
-        if batch.is_empty() {
+    /// Reads some nodes and shows what they name; false if none is left. Up to `count` more are read
+    /// meanwhile.
+    pub(crate) async fn step(
+        &mut self,
+        nodes: &NodeStore,
+        count: usize,
+        marker: &mut impl Marker,
+    ) -> bool {
+        let Some(reading) = self.ahead.take().or_else(|| self.read(nodes, count)) else {
             return false;
-        }
-        let loaded = nodes.load_all(batch.iter().map(|named| named.entry).collect()).await;
-        for (parent, loaded) in batch.iter().zip(loaded) {
+        };
+        self.ahead = self.read(nodes, count);
+        for (parent, loaded) in reading.named.iter().zip(reading.loads.await) {
             match loaded {
                 Ok(node) => self.show(parent, &node, marker),
                 Err(error) => marker.failed(parent, &error),
@@ -227,14 +245,26 @@ impl Walk {
         true
     }
 
+    /// Begins to read some nodes; `None` if none is left.
+    fn read(&mut self, nodes: &NodeStore, count: usize) -> Option<Reading> {
+        let named = self.take(count);
+        if named.is_empty() {
+            return None;
+        }
+        let entries = named.iter().map(|named| named.entry).collect();
+        let store = nodes.clone();
+        let loads = nodes.runtime().spawn(async move { store.load_all(entries).await });
+        Some(Reading { named, loads })
+    }
+
     /// Takes some nodes that are to be read; none if the walk is at its end.
     pub(crate) fn take(&mut self, count: usize) -> Vec<Named> {
-        self.0.split_off(self.0.len().saturating_sub(count))
+        self.unread.split_off(self.unread.len().saturating_sub(count))
     }
 
     /// Adds a node that is to be read.
     pub(crate) fn push(&mut self, node: Named) {
-        self.0.push(node);
+        self.unread.push(node);
     }
 
     /// Shows what a node names.
@@ -250,7 +280,7 @@ impl Walk {
             };
             match (entry.state(), parent.level) {
                 (EntryState::Mapped, 0) => marker.block(&child),
-                (EntryState::Mapped, _) if marker.enter(&child) => self.0.push(child),
+                (EntryState::Mapped, _) if marker.enter(&child) => self.unread.push(child),
                 (EntryState::Damaged, _) => marker.lost(&child),
                 _ => {}
             }

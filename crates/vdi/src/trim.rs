@@ -26,6 +26,7 @@ use crate::Error;
 use crate::engine::Engine;
 use crate::gc::GcPhase;
 use crate::mark::{BlockSet, PAGE_WORDS};
+use crate::pace::Pace;
 
 /// Fewest adjacent blocks that are trimmed when nobody asks: 64 KiB.
 const RUN_BLOCKS_MIN: u64 = 16;
@@ -89,6 +90,7 @@ impl Engine {
     async fn trim_pages(&self, scope: Scope) -> Result<u64, Error> {
         let mut trimmed = 0;
         let page_count = self.allocator.page_count();
+        let mut pace = Pace::new(self);
         let mut next = 0;
         while next < page_count && !self.trimmer.is_off.get() {
             let page = match scope {
@@ -98,14 +100,14 @@ impl Engine {
                     None => break,
                 },
             };
-            trimmed += self.trim_page(page, scope).await?;
+            trimmed += self.trim_page(page, scope, &mut pace).await?;
             next = page + 1;
-            self.runtime.yield_now().await;
+            pace.rest().await;
         }
         Ok(trimmed)
     }
 
-    async fn trim_page(&self, page: u64, scope: Scope) -> Result<u64, Error> {
+    async fn trim_page(&self, page: u64, scope: Scope, pace: &mut Pace<'_>) -> Result<u64, Error> {
         let mut trimmed = 0;
         let start = page * BITMAP_PAGE_BLOCKS;
         let end = (start + BITMAP_PAGE_BLOCKS).min(self.geometry.block_count);
@@ -118,7 +120,9 @@ impl Engine {
             let part = Run { start: Pba::new(at), count: part_end - at };
             at = part_end;
             trimmed += match self.allocator.extent_kind(extent) {
-                Some(ExtentKind::Data | ExtentKind::Metadata) => self.trim_used(part, scope).await,
+                Some(ExtentKind::Data | ExtentKind::Metadata) => {
+                    self.trim_used(part, scope, pace).await
+                }
                 None => self.trim_free(extent, part, scope).await,
                 Some(ExtentKind::System | ExtentKind::Log) => 0,
             };
@@ -127,7 +131,7 @@ impl Engine {
     }
 
     /// Trims a part of an extent of data or metadata.
-    async fn trim_used(&self, part: Run, scope: Scope) -> u64 {
+    async fn trim_used(&self, part: Run, scope: Scope, pace: &mut Pace<'_>) -> u64 {
         let mut trimmed = 0;
         for run in self.trimmable(part, scope, true) {
             for piece in pieces(run, LENT_BLOCKS_MAX) {
@@ -140,6 +144,7 @@ impl Engine {
                     if !early {
                         self.allocator.free_now(piece);
                     }
+                    pace.rest().await;
                 }
             }
         }

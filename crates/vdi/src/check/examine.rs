@@ -20,9 +20,9 @@ use super::{CheckOptions, CheckProgress, CheckReport, CheckStage, FindingKind, l
 use crate::Error;
 use crate::claim::{self, Place};
 use crate::engine::{Engine, as_u64};
-use crate::gc::Pace;
 use crate::history::seen_by;
-use crate::mark::{BlockSet, Marker, Named, PAGE_WORDS, Walk, words_of};
+use crate::mark::{BlockSet, Marker, NODES_AT_ONCE, Named, PAGE_WORDS, Walk, words_of};
+use crate::pace::Pace;
 use crate::verify::{self, DataBlock, Fault};
 
 /// The one host that there is today.
@@ -354,8 +354,12 @@ impl<'a> Examiner<'a> {
             }
             walk.add(number, root, &mut self.audit);
         }
-        let mut pace = self.engine.map(Engine::pace);
-        while walk.step(&self.nodes, &mut self.audit).await {
+        let mut pace = self.engine.map(Pace::new);
+        loop {
+            let count = pace.as_ref().map_or(NODES_AT_ONCE, Pace::nodes);
+            if !walk.step(&self.nodes, count, &mut self.audit).await {
+                break;
+            }
             if self.audit.unverified.len() >= GATHER_BLOCKS {
                 self.verify().await;
             }
@@ -363,20 +367,12 @@ impl<'a> Examiner<'a> {
             if self.engine.is_some_and(|engine| engine.go_on_checking().is_err()) {
                 return;
             }
-            pace = self.rest(pace).await;
-        }
-        self.verify().await;
-    }
-
-    /// Leaves the device and the thread to others for a while.
-    async fn rest(&self, last: Option<Pace>) -> Option<Pace> {
-        match (self.engine, last) {
-            (Some(engine), Some(last)) => Some(engine.keep_pace(last).await),
-            _ => {
-                self.runtime.yield_now().await;
-                None
+            match &mut pace {
+                Some(pace) => pace.rest().await,
+                None => self.runtime.yield_now().await,
             }
         }
+        self.verify().await;
     }
 
     async fn verify(&mut self) {

@@ -13,6 +13,7 @@ use crate::damage::Table;
 use crate::engine::{Engine, as_u64};
 use crate::history::seen_by;
 use crate::mark::{BlockSet, Marker, Named, Walk};
+use crate::pace::Pace;
 use crate::reach::{self, Visitor};
 
 /// Pages of a history that are read at a time.
@@ -28,6 +29,7 @@ impl Engine {
         let mut mark = Mark {
             engine: self,
             found: Found { marked: already, ..Found::new(&self.nodes) },
+            pace: Pace::new(self),
             stored_at: self.runtime.now(),
         };
         mark.table_pages(&roots.marks).await?;
@@ -64,6 +66,7 @@ impl Engine {
 struct Mark<'a> {
     engine: &'a Rc<Engine>,
     found: Found,
+    pace: Pace<'a>,
     /// When what it has reached was stored.
     stored_at: Time,
 }
@@ -116,8 +119,7 @@ impl Mark<'_> {
             walk.add(0, root, &mut self.found);
         }
         let nodes = self.nodes().clone();
-        let mut began = self.engine.pace();
-        while walk.step(&nodes, &mut self.found).await {
+        while walk.step(&nodes, self.pace.nodes(), &mut self.found).await {
             if let Some(error) = self.found.failure.take() {
                 return Err(error.into());
             }
@@ -125,7 +127,7 @@ impl Mark<'_> {
             let collector = &self.engine.collector;
             let marked_blocks = self.found.marked.len();
             collector.status.set(GcStatus { marked_blocks, ..collector.status.get() });
-            began = self.engine.keep_pace(began).await;
+            self.pace.rest().await;
         }
         Ok(())
     }
@@ -242,7 +244,6 @@ impl Visitor for Mark<'_> {
         }
         let pages = self.table_pages(&history.versions).await?;
         let mut versions = Vec::new();
-        let mut began = self.engine.pace();
         for pages in pages.chunks(PAGES_AT_ONCE) {
             // All at once, before each is asked for.
             self.nodes().load_all(pages.iter().map(|(_, entry)| *entry).collect()).await;
@@ -253,7 +254,7 @@ impl Visitor for Mark<'_> {
                 }
             }
             self.engine.go_on()?;
-            began = self.engine.keep_pace(began).await;
+            self.pace.rest().await;
         }
         self.give_up();
         let positions: Vec<Lsn> = snapshots.iter().map(|(_, position)| *position).collect();

@@ -11,7 +11,9 @@ use parallax_vdi::{Store, Target};
 use runtime::Runtime;
 
 use crate::check::{Anatomy, assert_sound, checked};
+use crate::gate::with_gated_store;
 use crate::ram::run;
+use crate::walks::{LEAVES, read_slowly, wide_disk};
 use crate::{disk, open, open_with_cache, read, with_store, write};
 
 /// Fails instead of hanging if `work` takes longer than a minute of the runtime's time.
@@ -355,4 +357,56 @@ fn damaged_tables_cost_nobody_who_is_in_use() {
         });
         assert_sound(&ram, 0);
     }
+}
+
+/// Nodes that were written together are adjacent. Each was a read of its own: a third of what the device
+/// gives in order.
+#[test]
+fn a_collection_reads_adjacent_nodes_at_once() {
+    let (ram, ()) = with_store(|_, store| async move {
+        drop(wide_disk(&store, "web01").await);
+        store.close().await.unwrap();
+    });
+    run(2, |runtime| async move {
+        let (store, _) = open_with_cache(&ram, &runtime, 0).await;
+        let (blocks, operations) = (ram.blocks_read(), ram.operations());
+        store.collect_garbage().await.unwrap();
+        let (blocks, operations) = (ram.blocks_read() - blocks, ram.operations() - operations);
+        assert!(blocks > LEAVES, "only {blocks} blocks were read");
+        assert!(operations < LEAVES / 5, "{operations} operations for {blocks} blocks");
+    });
+}
+
+/// How long a collection takes on a device that needs a millisecond for each read, if a guest reads every
+/// so many milliseconds.
+fn time_to_collect(guest_reads_every: Option<u64>) -> Duration {
+    let (_, took) = with_gated_store(move |runtime, gate, store| async move {
+        drop(wide_disk(&store, "web01").await);
+        store.checkpoint().await.unwrap();
+        store.create("guest", 1 << 20).await.unwrap();
+        let guest = disk(&store, "guest").await;
+        let ended = Rc::new(Cell::new(false));
+        let (over, later) = (Rc::clone(&ended), runtime.clone());
+        read_slowly(&runtime, &gate);
+        let reads = runtime.spawn(async move {
+            while let Some(every) = guest_reads_every.filter(|_| !over.get()) {
+                read(&guest, 0, 4096).await;
+                later.sleep(Duration::from_millis(every)).await;
+            }
+        });
+        let began = runtime.now();
+        store.collect_garbage().await.unwrap();
+        let took = runtime.now().since(began);
+        ended.set(true);
+        reads.await;
+        took
+    });
+    took
+}
+
+#[test]
+fn a_collection_leaves_most_of_the_device_to_guests() {
+    let [alone, beside, beside_rare] = [None, Some(5), Some(1000)].map(time_to_collect);
+    assert!(beside > alone * 3, "{alone:?} alone, {beside:?} beside a guest");
+    assert!(beside_rare < alone * 2, "{alone:?} alone, {beside_rare:?} beside a guest that rests");
 }

@@ -14,10 +14,10 @@ use crate::gate::{Gate, with_gated_store, with_gated_store_that_reuses};
 use crate::ram::{Ram, run};
 use crate::{STORE_BLOCKS, diff, disk, format_options, open_options, reopened, with_store, write};
 
-const LEAVES: u64 = 1500;
+pub(crate) const LEAVES: u64 = 1500;
 
 /// A disk of which each leaf maps one block.
-async fn wide_disk(store: &Store, name: &str) -> Rc<dyn Disk> {
+pub(crate) async fn wide_disk(store: &Store, name: &str) -> Rc<dyn Disk> {
     store.create(name, 1 << 40).await.unwrap();
     let disk = disk(store, name).await;
     for leaf in 0..LEAVES {
@@ -35,7 +35,7 @@ async fn walk(store: Store, from: Option<&str>, to: &str) -> Result<(), Error> {
 }
 
 /// Makes reads take a millisecond each, one after the other.
-fn read_slowly(runtime: &Runtime, gate: &Gate) {
+pub(crate) fn read_slowly(runtime: &Runtime, gate: &Gate) {
     gate.hold(|operation| matches!(operation, Operation::Read { .. }));
     let (later, gate) = (runtime.clone(), gate.clone());
     drop(runtime.spawn(async move {
