@@ -1,6 +1,7 @@
 //! `parallax stats`.
 
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::FileExt;
 use std::process::Stdio;
 
 use serde_json::Value;
@@ -44,4 +45,27 @@ fn watching_goes_on_until_nobody_reads() {
         // The pipe is closed: it went on for ever.
         assert!(child.wait().unwrap().success());
     }
+}
+
+/// With the C library's allocator each node took the space of two.
+#[test]
+fn a_cache_takes_what_it_was_given() {
+    const CACHE: u64 = 32 << 20;
+    let place = Place::with_store("256M");
+    let image = std::fs::File::create(place.path("sparse")).unwrap();
+    image.set_len(10_000 << 20).unwrap();
+    for leaf in 0..10_000 {
+        image.write_all_at(&[7; 4096], leaf << 20).unwrap();
+    }
+    let served = place.serve(&["--cache", "32M"]);
+    place.ok(&["import", "sparse", "wide", "--format", "raw"]);
+    served.stop();
+    let served = place.serve(&["--cache", "32M"]);
+    let before = served.resident();
+    // Reads every node.
+    place.ok(&["gc"]);
+    let grown = served.resident() - before;
+    let cached = place.json(&["stats"])["cache_bytes"].as_u64().unwrap();
+    assert!(cached > CACHE * 9 / 10, "only {cached} bytes are cached");
+    assert!(grown < CACHE * 3 / 2, "{grown} bytes more for a cache of {CACHE}");
 }
