@@ -379,6 +379,12 @@ pub struct Gc {
     pub freed_bytes: u64,
     /// Bytes of free blocks whose space was given back to what lies below.
     pub trimmed_bytes: u64,
+    /// How often it went through all trees: more than once if it would have taken more memory than it may.
+    #[serde(default)]
+    pub passes: u64,
+    /// Bytes of memory that it took for what it knew of blocks.
+    #[serde(default)]
+    pub memory_bytes: u64,
 }
 
 /// What the garbage collection is doing.
@@ -403,8 +409,14 @@ pub struct GcStatus {
     pub phase: GcPhase,
     /// Bytes of blocks that it has found to be needed, while it is marking.
     pub marked_bytes: u64,
-    /// Bytes of blocks that may be needed, while it is marking or sweeping.
+    /// Bytes of blocks that may be needed, while it is marking or sweeping. Both of the pass under way.
     pub candidate_bytes: u64,
+    /// Which pass over all trees that is, from 1.
+    #[serde(default)]
+    pub pass: u64,
+    /// Bytes of memory that a collection may take for what it knows of blocks.
+    #[serde(default)]
+    pub memory_bytes_max: u64,
     /// How many collections were completed since the daemon opened the store.
     pub cycles: u64,
     /// What the last one did.

@@ -623,6 +623,40 @@ impl Allocator {
         self.state.borrow().planes.live_page(from).map(|(index, live)| (index, Box::new(*live)))
     }
 
+    /// Number of the first page of the live plane, from number `from` on, that has a live block.
+    #[must_use]
+    pub fn live_page_index(&self, from: u64) -> Option<u64> {
+        self.state.borrow().planes.live_page(from).map(|(index, _)| index)
+    }
+
+    /// Pages of the planes that are in memory: no more have a live block.
+    #[must_use]
+    pub fn pages_in_memory(&self) -> u64 {
+        widen(self.state.borrow().planes.page_count())
+    }
+
+    /// Pages of bits that describe blocks of metadata extents.
+    #[must_use]
+    pub fn metadata_page_count(&self) -> u64 {
+        self.state.borrow().extents.metadata_page_count()
+    }
+
+    /// The blocks of metadata extents in a page of [`BITMAP_PAGE_BLOCKS`] blocks, busy or not: 512 words,
+    /// least significant bit first. No block changes sides while it is busy.
+    #[must_use]
+    pub fn metadata_page(&self, index: u64) -> Box<[u64; BLOCK_SIZE / 8]> {
+        let state = &*self.state.borrow();
+        let start = Pba::new(index.saturating_mul(BITMAP_PAGE_BLOCKS));
+        let mut metadata = Box::new([0; BLOCK_SIZE / 8]);
+        for (_, part) in self.division.by_region(Run { start, count: BITMAP_PAGE_BLOCKS }) {
+            if state.extents.space_at(part.start) == Some(Space::Metadata) {
+                let (_, bit) = bitmap::place(part.start);
+                bitmap::set_clear(&mut metadata, &[0; BLOCK_SIZE / 8], bit, narrow(part.count));
+            }
+        }
+        metadata
+    }
+
     /// Shows every page of the live plane that has a live block, in order: 512 words, least
     /// significant bit first. `visit` must not change the allocator.
     pub fn for_each_live_page(&self, mut visit: impl FnMut(u64, &[u64; BLOCK_SIZE / 8])) {

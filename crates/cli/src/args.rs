@@ -662,6 +662,12 @@ pub(crate) struct Serve {
     /// Memory for tree nodes; more of it makes random reads on large disks faster
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = size())]
     pub(crate) cache: u64,
+    /// Memory that a garbage collection may take for what it knows of blocks
+    ///
+    /// With 256M it goes once through all disks of a store that holds up to 2 TiB; of a larger one it collects 4 TiB at
+    /// a time.
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = size())]
+    pub(crate) gc_memory: u64,
     /// Directory with server-cert.pem and server-key.pem: all TCP clients must use TLS
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) tls_dir: Option<PathBuf>,

@@ -21,6 +21,13 @@ pub const NBD_PORT: u16 = 10809;
 /// Least memory for tree nodes: one path of a tree per request in flight.
 pub const CACHE_BYTES_MIN: u64 = 4 << 20;
 
+/// The least memory of a garbage collection: a pass over the trees looks at 16 GiB of data or more.
+pub const GC_MEMORY_BYTES_MIN: u64 = 1 << 20;
+
+/// The memory of a garbage collection if nothing is said: as much as bits of 2 TiB take, and in each of several
+/// passes of 4 TiB.
+pub const GC_MEMORY_BYTES: u64 = 256 << 20;
+
 /// Most bytes of a unix socket's path: `sun_path` in unix(7), less its NUL.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 
@@ -36,6 +43,9 @@ pub struct Config {
     pub nbd: Vec<NbdAddress>,
     /// Bytes of tree nodes to keep in memory, at least [`CACHE_BYTES_MIN`].
     pub cache_bytes: u64,
+    /// Bytes of memory that a garbage collection may take for what it knows of blocks, at least
+    /// [`GC_MEMORY_BYTES_MIN`].
+    pub gc_memory_bytes: u64,
     /// Certificate and key for TCP clients.
     pub tls: Option<TlsFiles>,
     /// Allows plaintext TCP beyond loopback.
@@ -159,6 +169,8 @@ pub(crate) struct Plan {
     pub(crate) listen: Vec<Listen>,
     /// Bytes of tree nodes to keep in memory.
     pub(crate) cache_bytes: usize,
+    /// Bytes of memory of a garbage collection.
+    pub(crate) gc_memory_bytes: u64,
     /// Certificate and key for TCP clients.
     pub(crate) tls: Option<TlsFiles>,
     /// Whether to go through the page cache.
@@ -187,6 +199,10 @@ impl Config {
         }
         let cache_bytes = usize::try_from(self.cache_bytes)
             .map_err(|_| invalid("the cache is larger than this machine's memory".to_owned()))?;
+        if self.gc_memory_bytes < GC_MEMORY_BYTES_MIN {
+            let message = "a garbage collection must have at least 1M: raise --gc-memory";
+            return Err(invalid(message.to_owned()));
+        }
         let own = own_nbd_socket(&self.socket);
         let mut listen = vec![Listen::Unix { path: own.clone(), private: true }];
         for address in &self.nbd {
@@ -205,9 +221,19 @@ impl Config {
             }
         }
         check_socket_path(&api::mount::socket(&self.socket))?;
-        let Self { store, socket, tls, buffered, scrub, .. } = self;
+        let Self { store, socket, gc_memory_bytes, tls, buffered, scrub, .. } = self;
         let sockets = Arc::new(Sockets::inherit());
-        Ok(Plan { store, socket, listen, cache_bytes, tls, buffered, scrub, sockets })
+        Ok(Plan {
+            store,
+            socket,
+            listen,
+            cache_bytes,
+            gc_memory_bytes,
+            tls,
+            buffered,
+            scrub,
+            sockets,
+        })
     }
 
     fn listen_tcp(&self, address: &NbdAddress, host: &str, port: u16) -> Result<Listen, Error> {
@@ -240,6 +266,7 @@ mod tests {
             socket: "/run/parallax.sock".into(),
             nbd: nbd.iter().map(|text| text.parse().unwrap()).collect(),
             cache_bytes: CACHE_BYTES_MIN,
+            gc_memory_bytes: GC_MEMORY_BYTES_MIN,
             tls: None,
             insecure_plaintext: false,
             buffered: false,

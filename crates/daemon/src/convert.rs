@@ -142,6 +142,8 @@ pub(crate) fn gc(report: vdi::GcReport) -> api::Gc {
         reached_bytes: report.reached_blocks.saturating_mul(base::BLOCK_SIZE_U64),
         freed_bytes: report.freed_blocks.saturating_mul(base::BLOCK_SIZE_U64),
         trimmed_bytes: report.trimmed_blocks.saturating_mul(base::BLOCK_SIZE_U64),
+        passes: report.passes,
+        memory_bytes: report.memory_bytes,
     }
 }
 
@@ -155,6 +157,8 @@ pub(crate) fn gc_status(status: vdi::GcStatus) -> api::GcStatus {
         },
         marked_bytes: status.marked_blocks.saturating_mul(base::BLOCK_SIZE_U64),
         candidate_bytes: status.candidate_blocks.saturating_mul(base::BLOCK_SIZE_U64),
+        pass: status.pass,
+        memory_bytes_max: status.memory_bytes_max,
         cycles: status.cycles,
         last: gc(status.last),
     }

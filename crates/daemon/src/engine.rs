@@ -197,7 +197,7 @@ async fn serve(
     let device = open::device(&io, &plan.store, options)?;
     let description = device.describe();
     let mark = FailureMark::beside(&plan.socket, &plan.store);
-    let options = open::options(plan.cache_bytes, mark.is_set())?;
+    let options = open::options(plan.cache_bytes, plan.gc_memory_bytes, mark.is_set())?;
     let (store, report) = Store::open(device, runtime.clone(), &options)
         .await
         .map_err(|error| open::explain(&plan.store, &error))?;

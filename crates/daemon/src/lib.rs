@@ -38,7 +38,10 @@ use std::time::Duration;
 
 use api::{DaemonStatus, Error, Kind};
 use config::Plan;
-pub use config::{CACHE_BYTES_MIN, Config, NBD_PORT, NbdAddress, Scrub, TlsFiles, own_nbd_socket};
+pub use config::{
+    CACHE_BYTES_MIN, Config, GC_MEMORY_BYTES, GC_MEMORY_BYTES_MIN, NBD_PORT, NbdAddress, Scrub,
+    TlsFiles, own_nbd_socket,
+};
 use current::Current;
 pub use devices::called_aside;
 use engine::Engine;

@@ -50,7 +50,11 @@ const IDLE_VDIS_MAX: usize = 1000;
 const MARKS_STORED_EVERY: Duration = Duration::from_secs(30);
 
 /// Options for opening a store in a new epoch.
-pub(crate) fn options(cache_bytes: usize, after_failure: bool) -> Result<OpenOptions, Error> {
+pub(crate) fn options(
+    cache_bytes: usize,
+    gc_memory_bytes: u64,
+    after_failure: bool,
+) -> Result<OpenOptions, Error> {
     let (boot_id, nonce) = (boot_id()?, nonce()?);
     Ok(OpenOptions {
         cache_bytes,
@@ -59,6 +63,7 @@ pub(crate) fn options(cache_bytes: usize, after_failure: bool) -> Result<OpenOpt
         after_failure,
         idle_vdis_max: IDLE_VDIS_MAX,
         marks_stored_every: MARKS_STORED_EVERY,
+        gc_memory_bytes,
         reuse: Reuse::Late,
     })
 }

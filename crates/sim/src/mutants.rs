@@ -235,6 +235,18 @@ pub const ALL: &[Mutant] = &[
         focus: Some(Focus::Collections),
     },
     Mutant {
+        name: "gc_sweeps_beyond_its_window",
+        rule: "35",
+        breaks: "takes blocks for garbage that the pass under way does not look at",
+        focus: Some(Focus::Collections),
+    },
+    Mutant {
+        name: "gc_stores_marks_of_a_window",
+        rule: "51",
+        breaks: "goes on with marks of one window as if they were of the whole store",
+        focus: Some(Focus::Collections),
+    },
+    Mutant {
         name: "unloads_what_changed",
         rule: "22",
         breaks: "drops a VDI from memory of which no checkpoint has everything",

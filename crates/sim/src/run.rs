@@ -228,6 +228,8 @@ impl Run {
             after_failure: false,
             idle_vdis_max: random.index(3),
             marks_stored_every: std::time::Duration::from_millis(random.below(2) * 30_000),
+            // Enough for one pass, or so little that there are many.
+            gc_memory_bytes: if random.chance(500) { 256 << 20 } else { random.below(64 << 10) },
             reuse: self.world.plan.reuse,
         };
         drop(random);

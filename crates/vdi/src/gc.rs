@@ -31,6 +31,14 @@
 //! A cycle that a restart cuts short is gone on with: what it had marked is stored now and then
 //! (docs/decisions/0015-marks.md).
 //!
+//! A store that needs more memory than a cycle may have is collected in several passes (`gc/pass.rs`).
+//!
+//! What is *held back* during a mark: nodes, so that none is rewritten under the walk. Data blocks, too, if marks
+//! are stored: those of another run name no block that is another one by now. Else nobody looks at data:
+//! what a checkpoint releases was reached by `R`, and so is no candidate that is swept; and a block that is allocated
+//! anew is named by no tree of `R`. Which blocks are nodes the kinds of their extents tell, and an extent changes
+//! its kind only when none of its blocks is busy.
+//!
 //! If a node cannot be read, nothing is freed: what is below it is not known. If it is damaged, it
 //! is *given up* for good, as a bad block, and a new cycle begins: whatever was still built of it
 //! is a tree of the new cut, and nothing is built of it later. So damage costs what is below it, and
@@ -41,8 +49,8 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use base::{ErrorKind, Pba};
-use blockstore::allocator::BITMAP_PAGE_BLOCKS;
-use ondisk::{HostSlot, Roots, SlotState};
+use blockstore::allocator::{Allocator, BITMAP_PAGE_BLOCKS};
+use ondisk::{HostSlot, SlotState};
 use runtime::Time;
 use runtime::sync::{Permits, Semaphore};
 
@@ -52,6 +60,10 @@ use crate::mark::BlockSet;
 use crate::trim::Scope;
 
 mod mark;
+mod pass;
+
+use mark::Marked;
+use pass::{Cut, Window};
 
 /// Blocks that one checkpoint sweeps.
 const SWEEP_BLOCKS: usize = 64 << 10;
@@ -81,6 +93,10 @@ pub struct GcReport {
     pub freed_blocks: u64,
     /// Free blocks whose space was given back to what lies below afterwards.
     pub trimmed_blocks: u64,
+    /// Passes over the trees that it took.
+    pub passes: u64,
+    /// Bytes of memory that its sets of blocks took at most.
+    pub memory_bytes: u64,
 }
 
 /// What the garbage collection is doing.
@@ -104,8 +120,12 @@ pub struct GcStatus {
     pub phase: GcPhase,
     /// Blocks that were reached so far, while it is marking.
     pub marked_blocks: u64,
-    /// Blocks that may be, while it is marking or sweeping.
+    /// Blocks that may be, while it is marking or sweeping. Both of the pass under way.
     pub candidate_blocks: u64,
+    /// The pass under way, from 1, while it is marking or sweeping.
+    pub pass: u64,
+    /// Bytes of memory that its sets of blocks may take.
+    pub memory_bytes_max: u64,
     /// Cycles completed since the store was opened.
     pub cycles: u64,
     /// What the last one did.
@@ -133,7 +153,7 @@ pub(crate) struct Collector {
     /// Swept blocks that the next checkpoint takes.
     garbage: RefCell<Vec<Pba>>,
     /// Blocks whose release waits for the end of the mark, while one is under way or to be resumed.
-    held: RefCell<Option<BlockSet>>,
+    held: RefCell<Option<Held>>,
     /// What a mark had reached when the store was closed or crashed.
     resumed: RefCell<Option<BlockSet>>,
     /// What the next checkpoint stores in place of the marks that the roots name.
@@ -144,10 +164,29 @@ pub(crate) struct Collector {
     not_before: Cell<Time>,
     /// Whether the last mark met damage that was not known.
     gave_up: Cell<bool>,
+    /// Bytes that sets of blocks may take.
+    memory_bytes_max: u64,
+}
+
+/// What is held back.
+struct Held {
+    blocks: BlockSet,
+    /// Whether blocks of data extents are, too.
+    has_data: bool,
+}
+
+impl Held {
+    fn everything() -> Self {
+        Self { blocks: BlockSet::default(), has_data: true }
+    }
+
+    fn metadata() -> Self {
+        Self { blocks: BlockSet::default(), has_data: false }
+    }
 }
 
 impl Collector {
-    pub(crate) fn new(now: Time, store_every: Duration) -> Self {
+    pub(crate) fn new(now: Time, store_every: Duration, memory_bytes_max: u64) -> Self {
         Self {
             cycle: Semaphore::new(1),
             started: Cell::new(0),
@@ -165,7 +204,15 @@ impl Collector {
             store_every,
             not_before: Cell::new(now.after(QUIET_AFTER_OPEN)),
             gave_up: Cell::new(false),
+            memory_bytes_max,
         }
+    }
+
+    /// Notes that what was dropped until now is collected by the cycle that begins.
+    fn begin(&self) {
+        self.suspected.set(0);
+        self.has_dropped.set(false);
+        self.dropped_at.set(None);
     }
 
     /// Notes that a VDI, a snapshot or the newest state of a VDI was dropped.
@@ -201,7 +248,7 @@ impl Collector {
 
     /// Has the next cycle go on with what an earlier run of the store had marked, and is still there.
     pub(crate) fn resume(&self, marked: BlockSet) {
-        *self.held.borrow_mut() = Some(BlockSet::default());
+        *self.held.borrow_mut() = Some(Held::everything());
         self.store_marks(marked.clone());
         *self.resumed.borrow_mut() = Some(marked);
     }
@@ -225,15 +272,27 @@ impl Collector {
         }
     }
 
-    /// Holds blocks back that are to be released, if a mark is under way; else returns them.
-    pub(crate) fn hold(&self, blocks: BlockSet) -> BlockSet {
-        match &mut *self.held.borrow_mut() {
-            Some(held) => {
-                assert_eq!(held.union(blocks), None, "a block was released twice");
-                BlockSet::default()
-            }
-            None => blocks,
-        }
+    /// Of blocks that are to be released, holds those back that a mark under way needs; returns the others.
+    pub(crate) fn hold(&self, mut blocks: BlockSet, allocator: &Allocator) -> BlockSet {
+        let mut held = self.held.borrow_mut();
+        let Some(held) = &mut *held else { return blocks };
+        let needed = match held.has_data {
+            true => std::mem::take(&mut blocks),
+            false => blocks.split_off(|index| allocator.metadata_page(index)),
+        };
+        assert_eq!(held.blocks.union(needed), None, "a block was released twice");
+        blocks
+    }
+
+    /// Holds nothing back any more; what it was.
+    fn unhold(&self) -> BlockSet {
+        self.held.take().map(|held| held.blocks).unwrap_or_default()
+    }
+
+    /// Bytes of what is held back, and of marks that a checkpoint is to store.
+    fn bytes(&self) -> u64 {
+        let held = self.held.borrow().as_ref().map_or(0, |held| held.blocks.bytes());
+        held + self.unstored.borrow().as_ref().map_or(0, |marked| marked.bytes())
     }
 }
 
@@ -344,7 +403,11 @@ impl Engine {
 
     /// How it stands.
     pub(crate) fn gc_status(&self) -> GcStatus {
-        GcStatus { cycles: self.stats.borrow().collections, ..self.collector.status.get() }
+        GcStatus {
+            cycles: self.stats.borrow().collections,
+            memory_bytes_max: self.collector.memory_bytes_max,
+            ..self.collector.status.get()
+        }
     }
 
     /// Runs a cycle for somebody who needs space and may give up, if one may help; whether it ran.
@@ -416,44 +479,56 @@ impl Engine {
             }
             return Err(error);
         }
-        let already = self.collector.resumed.take().unwrap_or_default();
-        let (roots, candidates) = self.cut().await;
+        let mut already = self.collector.resumed.take();
+        if already.is_some() && !self.collects_in_one_pass() {
+            // The store has grown.
+            already = None;
+            self.end_mark().await;
+        }
+        let mut report = GcReport::default();
+        let mut from = Pba::default();
+        while let Some(cut) = self.cut(from).await {
+            from = cut.window.end();
+            report.passes += 1;
+            self.pass(cut, already.take().unwrap_or_default(), &mut report).await?;
+        }
+        Ok(report)
+    }
+
+    async fn pass(
+        self: &Rc<Self>,
+        cut: Cut,
+        already: BlockSet,
+        report: &mut GcReport,
+    ) -> Result<(), Error> {
+        let Cut { window, roots, candidates } = cut;
         let status = GcStatus {
             phase: GcPhase::Marking,
             marked_blocks: 0,
             candidate_blocks: candidates.len(),
+            pass: report.passes,
             ..self.collector.status.get()
         };
         self.collector.status.set(status);
-        let marked = self.mark(&roots, already).await;
+        let marked = self.mark(&roots, &window, already).await;
+        let bytes = |marked: &Marked| marked.bytes + candidates.bytes() + self.collector.bytes();
+        report.memory_bytes = report.memory_bytes.max(marked.as_ref().map_or(0, bytes));
         // What is stored is of use to the next run: nothing that it names may be allocated in this one.
         self.go_on()?;
         self.end_mark().await;
         let marked = marked?;
-        let reached_blocks = marked.len();
+        report.reached_blocks += marked.reached;
         let candidates = if base::mutant::active("gc_frees_newly_live") {
-            self.live_now().await
+            self.live_in(&window).await
         } else {
             candidates
         };
         self.collector.enter(GcPhase::Sweeping);
-        let freed_blocks = self.sweep(candidates, &marked).await?;
-        Ok(GcReport { reached_blocks, freed_blocks, trimmed_blocks: 0 })
+        report.freed_blocks += self.sweep(candidates, &marked.blocks).await?;
+        Ok(())
     }
 
-    /// The roots of the last merged checkpoint, and the blocks that are live in it.
-    async fn cut(&self) -> (Roots, BlockSet) {
-        let _merges_wait = self.between_merges().await;
-        self.collector.suspected.set(0);
-        self.collector.has_dropped.set(false);
-        self.collector.dropped_at.set(None);
-        self.collector.held.borrow_mut().get_or_insert_default();
-        let roots = self.roots.get();
-        let candidates = self.live_now().await;
-        (roots, candidates)
-    }
-
-    /// Holds back what is released, for somebody else who walks the roots of a checkpoint, as a mark does;
+    /// Holds back nodes that are released, for somebody else who walks the roots of a checkpoint, as a mark does;
     /// no cycle runs meanwhile. Returns the published slot, the blocks that are live in it, and what
     /// [`Self::let_go`] takes.
     pub(crate) async fn hold_back(
@@ -464,15 +539,14 @@ impl Engine {
         self.finish_cycle().await?;
         let _merges_wait = self.between_merges().await;
         let slot = self.published_slot().await?;
-        *self.collector.held.borrow_mut() = Some(BlockSet::default());
-        let live = self.live_now().await;
+        *self.collector.held.borrow_mut() = Some(Held::metadata());
+        let live = self.live_in(&Window::WHOLE).await;
         Ok((slot, live, HeldBack(cycle)))
     }
 
     /// Releases what was held back.
     pub(crate) fn let_go(self: &Rc<Self>, held_back: HeldBack) {
-        let held = self.collector.held.take().unwrap_or_default();
-        self.release_set(held);
+        self.release_set(self.collector.unhold());
         drop(held_back);
     }
 
@@ -492,19 +566,6 @@ impl Engine {
         }
     }
 
-    async fn live_now(&self) -> BlockSet {
-        let mut live = BlockSet::default();
-        let mut from = 0;
-        while let Some((index, words)) = self.allocator.live_page(from) {
-            live.insert_page(index, &words);
-            from = index + 1;
-            if from.is_multiple_of(PAGES_PER_TURN) {
-                self.runtime.yield_now().await;
-            }
-        }
-        live
-    }
-
     /// Lets go of what was held back for a mark. No checkpoint may publish stored marks from here on: what
     /// they name may be allocated anew, and a mark that went on with them would not look below it.
     async fn end_mark(self: &Rc<Self>) {
@@ -512,8 +573,7 @@ impl Engine {
         if !base::mutant::active("gc_marks_outlive_their_cycle") {
             self.collector.store_marks(BlockSet::default());
         }
-        let held = self.collector.held.take().unwrap_or_default();
-        self.release_set(held);
+        self.release_set(self.collector.unhold());
     }
 
     /// Gives the candidates that are not marked to checkpoints; how many these were.

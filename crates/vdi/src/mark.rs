@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry as Page;
 
-use base::{BLOCK_SIZE, BirthLabel, Buffer, Pba};
+use base::{BLOCK_SIZE, BLOCK_SIZE_U64, BirthLabel, Buffer, Pba};
 use blockstore::allocator::BITMAP_PAGE_BLOCKS;
 use blockstore::{Error, NodeStore, tree};
 use ondisk::{Entry, EntryState, FANOUT, Node, RootRef};
@@ -76,6 +76,30 @@ impl BlockSet {
             self.count += u64::from((from & !*to).count_ones());
             *to |= from;
         }
+    }
+
+    /// Takes out the blocks that `mask` has in a page of this number, as a set of their own.
+    pub(crate) fn split_off(&mut self, mask: impl Fn(u64) -> Box<[u64; PAGE_WORDS]>) -> Self {
+        let mut taken = Self::default();
+        for (&index, page) in &mut self.pages {
+            let mut words = mask(index);
+            for (mask, word) in words.iter_mut().zip(page.iter_mut()) {
+                *mask &= *word;
+                *word &= !*mask;
+            }
+            let count = count_ones(&words);
+            if count > 0 {
+                self.count -= count;
+                taken.count += count;
+                taken.pages.insert(index, words);
+            }
+        }
+        taken
+    }
+
+    /// Bytes of memory that its pages take.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.pages.len() as u64 * BLOCK_SIZE_U64
     }
 
     /// Adds the blocks of another set, page by page; one that both had, if there was any.
@@ -309,6 +333,24 @@ mod tests {
             copy.insert_page(index, page);
         }
         assert_eq!((copy.len(), copy.iter().count()), (6, 6));
+    }
+
+    #[test]
+    fn what_is_split_off_is_there_no_more() {
+        let mut set = BlockSet::default();
+        let blocks = [0, 1, 63, 64, 32_767, 32_768, 70_050].map(Pba::new);
+        for pba in blocks {
+            set.insert(pba);
+        }
+        // Even words of even pages.
+        let mask = |index: u64| {
+            let is_even = |at: usize| index.is_multiple_of(2) && at.is_multiple_of(2);
+            Box::new(std::array::from_fn(|at| if is_even(at) { u64::MAX } else { 0 }))
+        };
+        let taken = set.split_off(mask);
+        assert_eq!(taken.iter().map(Pba::get).collect::<Vec<_>>(), [0, 1, 63, 70_050]);
+        assert_eq!(set.iter().map(Pba::get).collect::<Vec<_>>(), [64, 32_767, 32_768]);
+        assert_eq!((taken.len(), set.len()), (4, 3));
     }
 
     #[test]

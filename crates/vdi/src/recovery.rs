@@ -291,7 +291,7 @@ fn build(
         registry: RefCell::new(Registry { id_next: slot.vdi_id_next, ..Registry::default() }),
         checkpoints: Checkpoints::new(),
         reserve: Reserve::new(),
-        collector: Collector::new(opened_at, options.marks_stored_every),
+        collector: Collector::new(opened_at, options.marks_stored_every, options.gc_memory_bytes),
         releases: Releases::default(),
         trimmer: Trimmer::new(),
         scrubber: Scrubber::new(),

@@ -119,7 +119,7 @@ impl Engine {
             self.epochs.quiesce().await;
         }
         // Garbage collection may still be reading trees that name them.
-        let blocks = self.collector.hold(blocks);
+        let blocks = self.collector.hold(blocks, &self.allocator);
         let mut left = blocks.iter().peekable();
         while left.peek().is_some() {
             let part = left.by_ref().take(BLOCKS_PER_TURN);

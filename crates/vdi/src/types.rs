@@ -45,6 +45,9 @@ pub struct OpenOptions {
     /// How often a garbage collection stores how far it has come, so that it goes on from there when the
     /// store is opened again.
     pub marks_stored_every: Duration,
+    /// Bytes that the sets of blocks of a garbage collection may take: bits of nodes, and of some data. A store
+    /// that needs more is collected in several passes.
+    pub gc_memory_bytes: u64,
     /// Which free blocks are written first. Anything but the default is for the simulator.
     pub reuse: Reuse,
 }

@@ -162,7 +162,7 @@ impl Planes {
         }
     }
 
-    #[cfg(test)]
+    /// Pages that are in memory: every one that has a busy block.
     pub(super) fn page_count(&self) -> usize {
         self.pages.len()
     }

@@ -91,6 +91,22 @@ impl Extents {
         self.kind(self.division.extent_of(pba)).and_then(Space::of)
     }
 
+    /// Pages of bits that describe metadata extents. Short extents share pages.
+    pub(super) fn metadata_page_count(&self) -> u64 {
+        let mut counted = 0;
+        let mut count = 0;
+        for (&index, _) in
+            self.owned.iter().filter(|(_, extent)| extent.kind == ExtentKind::Metadata)
+        {
+            let run = self.division.extent_run(index);
+            let first = (run.start.get() / BITMAP_PAGE_BLOCKS).max(counted);
+            let end = run.end().get().div_ceil(BITMAP_PAGE_BLOCKS);
+            count += end.saturating_sub(first);
+            counted = end.max(counted);
+        }
+        count
+    }
+
     pub(super) fn free_in(&self, space: Space) -> u64 {
         self.free[space.slot()]
     }

@@ -440,6 +440,19 @@ impl Model {
             assert_eq!(allocator.is_busy(pba(block)), self.busy.contains(&block), "{block}");
             assert_eq!(allocator.is_live(pba(block)), self.live.contains(&block), "{block}");
         }
+        let mut metadata_pages = BTreeSet::new();
+        for (&extent, _) in self.kinds.iter().filter(|(_, kind)| **kind == ExtentKind::Metadata) {
+            metadata_pages.extend(self.blocks_of(extent).map(|block| block / BITMAP_PAGE_BLOCKS));
+        }
+        assert_eq!(allocator.metadata_page_count(), metadata_pages.len() as u64);
+        let metadata = allocator.metadata_page(0);
+        let words = (0u64..).zip(metadata.iter());
+        let bits =
+            words.flat_map(|(at, word)| (0..64).map(move |bit| (at * 64 + bit, word >> bit & 1)));
+        for (block, bit) in bits.take_while(|(block, _)| *block < self.block_count) {
+            let kind = self.kinds.get(&(block / self.extent_blocks));
+            assert_eq!(bit == 1, kind == Some(&ExtentKind::Metadata), "{block}");
+        }
         for extent in 0..self.extent_count() {
             let index = ExtentIndex::new(u32::try_from(extent).unwrap());
             assert_eq!(allocator.extent_kind(index), self.kinds.get(&extent).copied());

@@ -24,27 +24,34 @@ pub(super) async fn run(context: &Context) -> Result<(), Error> {
 
 pub(super) async fn status(context: &Context) -> Result<(), Error> {
     let status = context.client.gc_status().await?;
-    let GcStatus { phase, marked_bytes, candidate_bytes, cycles, last } = &status;
+    let GcStatus { phase, marked_bytes, candidate_bytes, pass, memory_bytes_max, cycles, last } =
+        &status;
+    let of_pass = if *pass > 1 { format!(", pass {pass}") } else { String::new() };
     let now = match phase {
         GcPhase::Idle => "idle".to_owned(),
         GcPhase::Marking => {
-            format!("marking: {} of at most {}", bytes(*marked_bytes), bytes(*candidate_bytes))
+            let (marked, candidates) = (bytes(*marked_bytes), bytes(*candidate_bytes));
+            format!("marking{of_pass}: {marked} of at most {candidates}")
         }
-        GcPhase::Sweeping => "sweeping".to_owned(),
+        GcPhase::Sweeping => format!("sweeping{of_pass}"),
         GcPhase::Trimming => "trimming".to_owned(),
     };
     let before = match cycles {
         0 => "none was completed since the daemon opened the store".to_owned(),
         _ => format!("{cycles} completed; the last one {}", said(last)),
     };
-    context.print(&status, &format!("{now}\n{before}"))
+    let memory = format!("it may take {} of memory", bytes(*memory_bytes_max));
+    context.print(&status, &format!("{now}\n{before}\n{memory}"))
 }
 
 fn said(gc: &Gc) -> String {
-    let Gc { reached_bytes, freed_bytes, trimmed_bytes } = *gc;
+    let Gc { reached_bytes, freed_bytes, trimmed_bytes, passes, memory_bytes } = *gc;
     let mut text = format!("freed {}; {} are in use", bytes(freed_bytes), bytes(reached_bytes));
     if trimmed_bytes > 0 {
         text.push_str(&format!("; gave {} back to what lies below", bytes(trimmed_bytes)));
+    }
+    if passes > 1 {
+        text.push_str(&format!("; {passes} passes, {} of memory", bytes(memory_bytes)));
     }
     text
 }

@@ -37,6 +37,7 @@ pub(super) fn run(dir: &Path, buffered: bool, global: Global) -> Result<(), Erro
         socket: socket.clone(),
         nbd: Vec::new(),
         cache_bytes: CACHE_BYTES,
+        gc_memory_bytes: daemon::GC_MEMORY_BYTES,
         tls: None,
         insecure_plaintext: false,
         buffered,

@@ -18,6 +18,7 @@ pub(super) fn run(serve: Serve, global: Global) -> Result<(), Error> {
         socket: socket::choose(global.socket)?,
         nbd: serve.nbd,
         cache_bytes: serve.cache,
+        gc_memory_bytes: serve.gc_memory,
         tls: serve.tls_dir.map(|dir| TlsFiles { dir, verify_clients }),
         insecure_plaintext: serve.insecure_plaintext,
         buffered: serve.buffered,

@@ -1,13 +1,13 @@
 //! The check of a store in use.
 //!
 //! The roots of one published checkpoint are walked as the offline check walks them. Until that has
-//! ended, blocks that checkpoints release are held back, as for a mark of the garbage collection, so that
+//! ended, nodes that checkpoints release are held back, as for a mark of the garbage collection, so that
 //! what guests go on to do cannot look like damage; who needs space ends it. It looks at metadata only,
 //! so that does not take long. Data is then read by scrub, which holds nothing back.
 //!
 //! What it leaves out, as both change while it looks: the log, and the older slot.
 //!
-//! Memory: as the offline check, some 50 bytes for each node of the trees, and four bits for each block.
+//! Memory: as the offline check, some 50 bytes for each node of the trees, and three bits for each block.
 
 use std::rc::Rc;
 

@@ -7,6 +7,7 @@ use blockstore::NodeStore;
 use ondisk::{Entry, History, Node, RootRef, Roots, SlotState, VdiRecord, VersionRecord};
 use runtime::Time;
 
+use super::pass::Window;
 use super::{GcStatus, nodes_of_marks};
 use crate::Error;
 use crate::damage::Table;
@@ -20,15 +21,17 @@ use crate::reach::{self, Visitor};
 const PAGES_AT_ONCE: usize = 32;
 
 impl Engine {
-    /// Everything that the roots reach. Of what was marked already nothing is looked at again.
+    /// Everything in a window that the roots reach, and all nodes. Of what was marked already nothing is looked
+    /// at again.
     pub(super) async fn mark(
         self: &Rc<Self>,
         roots: &Roots,
+        window: &Window,
         already: BlockSet,
-    ) -> Result<BlockSet, Error> {
+    ) -> Result<Marked, Error> {
         let mut mark = Mark {
             engine: self,
-            found: Found { marked: already, ..Found::new(&self.nodes) },
+            found: Found::new(&self.nodes, window, already),
             pace: Pace::new(self),
             stored_at: self.runtime.now(),
         };
@@ -56,10 +59,21 @@ impl Engine {
             let message = "damaged metadata was met and given up";
             return Err(Error::refused(ErrorKind::Corrupt, message));
         }
-        let Found { mut marked, tables, .. } = mark.found;
+        let Found { mut marked, tables, reached, .. } = mark.found;
+        let bytes = marked.bytes() + tables.bytes();
         marked.union(tables);
-        Ok(marked)
+        Ok(Marked { blocks: marked, reached, bytes })
     }
+}
+
+/// What a mark has found.
+pub(super) struct Marked {
+    /// Blocks of the window, and nodes.
+    pub(super) blocks: BlockSet,
+    /// How many lie in the window.
+    pub(super) reached: u64,
+    /// Bytes of memory that it took.
+    pub(super) bytes: u64,
 }
 
 /// A mark under way.
@@ -73,10 +87,13 @@ struct Mark<'a> {
 
 struct Found {
     nodes: NodeStore,
-    /// Blocks of trees of VDIs. When no walk of one is under way, everything below is marked, too.
+    window: Window,
+    /// Nodes of trees of VDIs, and what they name in the window. When no walk of one is under way, everything below is marked, too.
     marked: BlockSet,
     /// Blocks of tables: each cycle reads all of them.
     tables: BlockSet,
+    /// How many of both lie in the window.
+    reached: u64,
     /// What leaves of a table name, by the number of the page.
     pages: Option<Vec<(u64, Entry)>>,
     /// Damaged blocks that were not known to be.
@@ -85,15 +102,33 @@ struct Found {
 }
 
 impl Found {
-    fn new(nodes: &NodeStore) -> Self {
+    fn new(nodes: &NodeStore, window: &Window, already: BlockSet) -> Self {
         Self {
             nodes: nodes.clone(),
-            marked: BlockSet::default(),
+            window: window.clone(),
+            reached: already.len(),
+            marked: already,
             tables: BlockSet::default(),
             pages: None,
             damaged: Vec::new(),
             failure: None,
         }
+    }
+
+    /// Notes a node; whether it was not known.
+    fn node(&mut self, pba: Pba) -> bool {
+        let fresh = match self.pages {
+            Some(_) => self.tables.insert(pba),
+            None => self.marked.insert(pba),
+        };
+        self.reached += u64::from(fresh && self.window.contains(pba));
+        fresh
+    }
+
+    /// Notes a data block.
+    fn data(&mut self, pba: Pba) {
+        let is_new = self.window.contains(pba) && self.marked.insert(pba);
+        self.reached += u64::from(is_new);
     }
 
     /// Notes that a block could not be read.
@@ -125,7 +160,7 @@ impl Mark<'_> {
             }
             self.engine.go_on()?;
             let collector = &self.engine.collector;
-            let marked_blocks = self.found.marked.len();
+            let marked_blocks = self.found.reached;
             collector.status.set(GcStatus { marked_blocks, ..collector.status.get() });
             self.pace.rest().await;
         }
@@ -136,7 +171,10 @@ impl Mark<'_> {
     async fn store_if_due(&mut self) {
         let collector = &self.engine.collector;
         let now = self.engine.runtime.now();
-        if now.since(self.stored_at) < collector.store_every || collector.gave_up.get() {
+        let is_due = now.since(self.stored_at) >= collector.store_every;
+        let may_be =
+            self.found.window.is_whole() || base::mutant::active("gc_stores_marks_of_a_window");
+        if !is_due || !may_be || collector.gave_up.get() {
             return;
         }
         self.stored_at = now;
@@ -259,7 +297,7 @@ impl Visitor for Mark<'_> {
         self.give_up();
         let positions: Vec<Lsn> = snapshots.iter().map(|(_, position)| *position).collect();
         for version in seen_by(&versions, &positions) {
-            self.found.marked.insert(version.entry.pba());
+            self.found.data(version.entry.pba());
         }
         Ok(())
     }
@@ -267,18 +305,17 @@ impl Visitor for Mark<'_> {
 
 impl Marker for Found {
     fn enter(&mut self, node: &Named) -> bool {
-        match self.pages {
-            Some(_) => self.tables.insert(node.entry.pba()),
-            None => self.marked.insert(node.entry.pba()),
-        }
+        self.node(node.entry.pba())
     }
 
     fn block(&mut self, block: &Named) {
-        if let Some(pages) = &mut self.pages {
-            self.tables.insert(block.entry.pba());
-            pages.push((block.start, block.entry));
-        } else {
-            self.marked.insert(block.entry.pba());
+        let pba = block.entry.pba();
+        match &mut self.pages {
+            Some(pages) => {
+                pages.push((block.start, block.entry));
+                self.node(pba);
+            }
+            None => self.data(pba),
         }
     }
 

@@ -87,6 +87,13 @@ impl Engine {
     /// What a garbage collection had marked: of that, what the bitmaps have, too. What they do not may be
     /// allocated from now on.
     async fn load_marks(&self, root: RootRef) {
+        if !self.collects_in_one_pass() {
+            tracing::warn!(
+                "a garbage collection starts over: it would take more memory than it may"
+            );
+            self.collector.store_marks(BlockSet::default());
+            return;
+        }
         let mut marked = BlockSet::default();
         let mut walk = table::Walk::new(&self.nodes, &root, self.bitmap_pages());
         loop {
@@ -98,7 +105,9 @@ impl Engine {
                     if !base::mutant::active("gc_resumes_with_what_was_freed") {
                         words.iter_mut().zip(live).for_each(|(word, live)| *word &= live);
                     }
-                    marked.insert_page(index, &words);
+                    if words.iter().any(|&word| word != 0) {
+                        marked.insert_page(index, &words);
+                    }
                 }
                 Ok(None) => break,
                 Err(error) => {

@@ -6,15 +6,18 @@ use std::time::Duration;
 
 use base::{Buffer, ErrorKind};
 use disk::{Disk, Request};
-use parallax_vdi::check::CheckOptions;
-use parallax_vdi::{Store, Target};
+use parallax_vdi::check::{CheckOptions, check};
+use parallax_vdi::{OpenOptions, Store, Target};
 use runtime::Runtime;
 
 use crate::check::{Anatomy, assert_sound, checked};
 use crate::gate::with_gated_store;
-use crate::ram::run;
+use crate::ram::{Ram, run};
 use crate::walks::{LEAVES, read_slowly, wide_disk};
-use crate::{disk, open, open_with_cache, read, with_store, write};
+use crate::{
+    STORE_BLOCKS, disk, format_options, open, open_options, open_with_cache, read, with_store,
+    write,
+};
 
 /// Fails instead of hanging if `work` takes longer than a minute of the runtime's time.
 async fn in_time<T: 'static>(runtime: &Runtime, work: impl Future<Output = T> + 'static) -> T {
@@ -242,6 +245,92 @@ fn a_crash_in_the_middle_loses_nothing() {
         assert_sound(&ram, breaths);
         assert_eq!(checked(&ram, OPTIONS).counts.leaked_blocks, 0, "after {breaths} breaths");
     }
+}
+
+/// The sets of a collection took three bits for each block of the store, and another while they were
+/// stored: two gigabytes for 16 TiB.
+#[test]
+fn what_a_collection_keeps_in_memory_is_bounded() {
+    /// Three pages of bits describe what the store holds: candidates and marks alone would take six.
+    const MEMORY_BYTES: u64 = 6 * 4096;
+    const BLOCKS: u64 = (512 << 20) / 4096;
+    let ram = Ram::default();
+    let device = ram.clone();
+    run(1, |runtime| async move {
+        Store::format(&device.device(BLOCKS), &runtime, &format_options()).await.unwrap();
+        let options = OpenOptions { gc_memory_bytes: MEMORY_BYTES, ..open_options(1) };
+        let (store, _) =
+            Store::open(device.device(BLOCKS), runtime.clone(), &options).await.unwrap();
+        for name in ["kept", "deleted"] {
+            store.create(name, 1 << 30).await.unwrap();
+        }
+        let (kept, deleted) = (disk(&store, "kept").await, disk(&store, "deleted").await);
+        for index in 0..120 {
+            for disk in [&kept, &deleted] {
+                write(disk, index << 20, &vec![7; 1 << 20]).await;
+            }
+        }
+        drop(deleted);
+        store.snapshot("deleted", None).await.unwrap();
+        store.checkpoint().await.unwrap();
+        store.remove(&Target::parse("deleted")).await.unwrap();
+        let report = store.collect_garbage().await.unwrap();
+        assert!(report.memory_bytes <= MEMORY_BYTES, "{report:?}");
+        assert!(report.passes > 1 && report.freed_blocks > 120 << 8, "{report:?}");
+        assert!(report.reached_blocks > 120 << 8, "{report:?}");
+        assert!(is_filled(&kept, 120, 7).await);
+        let report = store.collect_garbage().await.unwrap();
+        assert_eq!(report.freed_blocks, 0, "all of it was found");
+        let found = store.check(false, None, |_| {}).await.unwrap();
+        assert!(found.is_clean(), "{:?}", found.errors);
+        store.close().await.unwrap();
+    });
+    let report = run(9, |runtime| async move {
+        check(&ram.device(BLOCKS), &runtime, OPTIONS, &|_| {}).await.unwrap()
+    });
+    assert!(report.is_clean(), "{:?}", report.errors);
+    assert_eq!(report.counts.leaked_blocks, 0);
+}
+
+/// With little memory there are many passes, and what a crash leaves behind is no more than with one.
+#[test]
+fn passes_free_all_that_one_would() {
+    let mut outcomes = Vec::new();
+    for gc_memory_bytes in [0, 1 << 20] {
+        let ram = Ram::default();
+        let device = ram.clone();
+        let report = run(1, move |runtime| async move {
+            Store::format(&device.device(STORE_BLOCKS), &runtime, &format_options()).await.unwrap();
+            let options = OpenOptions { gc_memory_bytes, ..open_options(1) };
+            let (store, _) =
+                Store::open(device.device(STORE_BLOCKS), runtime, &options).await.unwrap();
+            store.create("web01", 64 << 20).await.unwrap();
+            let head = disk(&store, "web01").await;
+            for round in 1..=6u8 {
+                fill(&head, 4, round).await;
+                store.snapshot("web01", Some(&format!("s{round}"))).await.unwrap();
+                store.checkpoint().await.unwrap();
+            }
+            store.clone_vdi(&Target::parse("web01@s2"), "clone").await.unwrap();
+            for name in ["web01@s1", "web01@s2", "web01@s4"] {
+                store.remove(&Target::parse(name)).await.unwrap();
+            }
+            let report = store.collect_garbage().await.unwrap();
+            assert!(is_filled(&disk(&store, "clone").await, 4, 2).await);
+            for round in [3, 5, 6] {
+                let snapshot = disk(&store, &format!("web01@s{round}")).await;
+                assert!(is_filled(&snapshot, 4, round).await);
+            }
+            assert_eq!(store.collect_garbage().await.unwrap().freed_blocks, 0);
+            report
+        });
+        assert_sound(&ram, 1);
+        assert_eq!(checked(&ram, OPTIONS).counts.leaked_blocks, 0);
+        outcomes.push(report);
+    }
+    let (many, one) = (outcomes[0], outcomes[1]);
+    assert!(many.passes > 4 && one.passes == 1, "{many:?}, {one:?}");
+    assert_eq!(many.freed_blocks, one.freed_blocks);
 }
 
 /// Writes the first MiBs of a disk.

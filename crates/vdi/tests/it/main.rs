@@ -63,6 +63,7 @@ pub(crate) fn open_options(nonce: u64) -> OpenOptions {
         after_failure: false,
         idle_vdis_max: 0,
         marks_stored_every: Duration::ZERO,
+        gc_memory_bytes: 256 << 20,
         reuse: Reuse::Late,
     }
 }
