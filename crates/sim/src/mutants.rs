@@ -235,15 +235,15 @@ pub const ALL: &[Mutant] = &[
         focus: Some(Focus::Collections),
     },
     Mutant {
-        name: "gc_sweeps_beyond_its_window",
+        name: "gc_sweeps_beyond_its_section",
         rule: "35",
         breaks: "takes blocks for garbage that the pass under way does not look at",
         focus: Some(Focus::Collections),
     },
     Mutant {
-        name: "gc_stores_marks_of_a_window",
+        name: "gc_stores_marks_of_a_section",
         rule: "51",
-        breaks: "goes on with marks of one window as if they were of the whole store",
+        breaks: "goes on with marks of one section as if they were of the whole store",
         focus: Some(Focus::Collections),
     },
     Mutant {

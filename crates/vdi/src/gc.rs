@@ -63,7 +63,7 @@ mod mark;
 mod pass;
 
 use mark::Marked;
-use pass::{Cut, Window};
+use pass::{Cut, Section};
 
 /// Blocks that one checkpoint sweeps.
 const SWEEP_BLOCKS: usize = 64 << 10;
@@ -488,7 +488,7 @@ impl Engine {
         let mut report = GcReport::default();
         let mut from = Pba::default();
         while let Some(cut) = self.cut(from).await {
-            from = cut.window.end();
+            from = cut.section.end();
             report.passes += 1;
             self.pass(cut, already.take().unwrap_or_default(), &mut report).await?;
         }
@@ -501,7 +501,7 @@ impl Engine {
         already: BlockSet,
         report: &mut GcReport,
     ) -> Result<(), Error> {
-        let Cut { window, roots, candidates } = cut;
+        let Cut { section, roots, candidates } = cut;
         let status = GcStatus {
             phase: GcPhase::Marking,
             marked_blocks: 0,
@@ -510,7 +510,7 @@ impl Engine {
             ..self.collector.status.get()
         };
         self.collector.status.set(status);
-        let marked = self.mark(&roots, &window, already).await;
+        let marked = self.mark(&roots, &section, already).await;
         let bytes = |marked: &Marked| marked.bytes + candidates.bytes() + self.collector.bytes();
         report.memory_bytes = report.memory_bytes.max(marked.as_ref().map_or(0, bytes));
         // What is stored is of use to the next run: nothing that it names may be allocated in this one.
@@ -519,7 +519,7 @@ impl Engine {
         let marked = marked?;
         report.reached_blocks += marked.reached;
         let candidates = if base::mutant::active("gc_frees_newly_live") {
-            self.live_in(&window).await
+            self.live_in(&section).await
         } else {
             candidates
         };
@@ -540,7 +540,7 @@ impl Engine {
         let _merges_wait = self.between_merges().await;
         let slot = self.published_slot().await?;
         *self.collector.held.borrow_mut() = Some(Held::metadata());
-        let live = self.live_in(&Window::WHOLE).await;
+        let live = self.live_in(&Section::WHOLE).await;
         Ok((slot, live, HeldBack(cycle)))
     }
 

@@ -170,7 +170,7 @@ pub(super) async fn examine(
     Ok(examined)
 }
 
-/// Reads everything that one checkpoint of a store in use has published, and judges it. Nothing of it may
+/// Reads all metadata that one checkpoint of a store in use has published, and judges it. None of it may
 /// be released meanwhile. `live` are the blocks that its engine says are reached.
 ///
 /// # Errors

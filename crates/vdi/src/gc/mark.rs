@@ -7,7 +7,7 @@ use blockstore::NodeStore;
 use ondisk::{Entry, History, Node, RootRef, Roots, SlotState, VdiRecord, VersionRecord};
 use runtime::Time;
 
-use super::pass::Window;
+use super::pass::Section;
 use super::{GcStatus, nodes_of_marks};
 use crate::Error;
 use crate::damage::Table;
@@ -21,17 +21,17 @@ use crate::reach::{self, Visitor};
 const PAGES_AT_ONCE: usize = 32;
 
 impl Engine {
-    /// Everything in a window that the roots reach, and all nodes. Of what was marked already nothing is looked
+    /// Everything in a section that the roots reach, and all nodes. Of what was marked already nothing is looked
     /// at again.
     pub(super) async fn mark(
         self: &Rc<Self>,
         roots: &Roots,
-        window: &Window,
+        section: &Section,
         already: BlockSet,
     ) -> Result<Marked, Error> {
         let mut mark = Mark {
             engine: self,
-            found: Found::new(&self.nodes, window, already),
+            found: Found::new(&self.nodes, section, already),
             pace: Pace::new(self),
             stored_at: self.runtime.now(),
         };
@@ -68,9 +68,9 @@ impl Engine {
 
 /// What a mark has found.
 pub(super) struct Marked {
-    /// Blocks of the window, and nodes.
+    /// Blocks of the section, and nodes.
     pub(super) blocks: BlockSet,
-    /// How many lie in the window.
+    /// How many lie in the section.
     pub(super) reached: u64,
     /// Bytes of memory that it took.
     pub(super) bytes: u64,
@@ -87,12 +87,12 @@ struct Mark<'a> {
 
 struct Found {
     nodes: NodeStore,
-    window: Window,
-    /// Nodes of trees of VDIs, and what they name in the window. When no walk of one is under way, everything below is marked, too.
+    section: Section,
+    /// Nodes of trees of VDIs, and what they name in the section. When no walk of one is under way, everything below is marked, too.
     marked: BlockSet,
     /// Blocks of tables: each cycle reads all of them.
     tables: BlockSet,
-    /// How many of both lie in the window.
+    /// How many of both lie in the section.
     reached: u64,
     /// What leaves of a table name, by the number of the page.
     pages: Option<Vec<(u64, Entry)>>,
@@ -102,10 +102,10 @@ struct Found {
 }
 
 impl Found {
-    fn new(nodes: &NodeStore, window: &Window, already: BlockSet) -> Self {
+    fn new(nodes: &NodeStore, section: &Section, already: BlockSet) -> Self {
         Self {
             nodes: nodes.clone(),
-            window: window.clone(),
+            section: section.clone(),
             reached: already.len(),
             marked: already,
             tables: BlockSet::default(),
@@ -121,13 +121,13 @@ impl Found {
             Some(_) => self.tables.insert(pba),
             None => self.marked.insert(pba),
         };
-        self.reached += u64::from(fresh && self.window.contains(pba));
+        self.reached += u64::from(fresh && self.section.contains(pba));
         fresh
     }
 
     /// Notes a data block.
     fn data(&mut self, pba: Pba) {
-        let is_new = self.window.contains(pba) && self.marked.insert(pba);
+        let is_new = self.section.contains(pba) && self.marked.insert(pba);
         self.reached += u64::from(is_new);
     }
 
@@ -173,7 +173,7 @@ impl Mark<'_> {
         let now = self.engine.runtime.now();
         let is_due = now.since(self.stored_at) >= collector.store_every;
         let may_be =
-            self.found.window.is_whole() || base::mutant::active("gc_stores_marks_of_a_window");
+            self.found.section.is_whole() || base::mutant::active("gc_stores_marks_of_a_section");
         if !is_due || !may_be || collector.gave_up.get() {
             return;
         }

@@ -1,13 +1,13 @@
 //! The passes of a cycle. A collection keeps three bits for each block of what it collects, and so much
 //! memory as the configuration says. A store that needs more is collected in several passes: each has a
-//! *window* of addresses, and is a cycle of its own in all but that its candidates are those of its window:
+//! *section* of addresses, and is a cycle of its own in all but that its candidates are those of its section:
 //! what `gc.rs` says of a cycle holds of any part of its candidates. Each has a cut of its own, too: no roots
 //! and no candidates need be kept from one pass to the next, and releases are held back no longer than one lasts.
 //!
 //! - Each pass walks all trees, and enters each node once: bits of nodes are kept for the whole store.
-//!   They are few, for they lie in extents of metadata. Of data it keeps the bits of its window.
+//!   They are few, for they lie in extents of metadata. Of data it keeps the bits of its section.
 //! - What a pass sweeps is free before the next one begins.
-//! - A window is made of pages that have a live block: a store that is mostly free has few passes.
+//! - A section is made of pages that have a live block: a store that is mostly free has few passes.
 //! - How far a pass has come is not stored (docs/decisions/0017-passes.md).
 
 use std::ops::Range;
@@ -23,20 +23,20 @@ use crate::mark::{BlockSet, PAGE_WORDS};
 /// Sets of a cycle of one pass: candidates, marked, held back, and the marks that are being stored.
 const SETS_OF_ONE_PASS: u64 = 4;
 
-/// Sets of a pass that have bits of data blocks of its window: candidates and marked.
-const SETS_OF_A_WINDOW: u64 = 2;
+/// Sets of a pass that have bits of data blocks of its section: candidates and marked.
+const SETS_OF_A_SECTION: u64 = 2;
 
 /// Sets of a pass that have bits of metadata only: marked nodes, tables, and held back.
 const SETS_OF_METADATA: u64 = 3;
 
-/// Fewest blocks of a window, however little memory there is: those of a page but for tests and the simulator.
-const WINDOW_BLOCKS_MIN: u64 = 1024;
+/// Fewest blocks of a section, however little memory there is: those of a page but for tests and the simulator.
+const SECTION_BLOCKS_MIN: u64 = 1024;
 
 /// Addresses that one pass collects.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Window(Range<u64>);
+pub(crate) struct Section(Range<u64>);
 
-impl Window {
+impl Section {
     /// All of the store.
     pub(super) const WHOLE: Self = Self(0..u64::MAX);
 
@@ -72,9 +72,9 @@ impl Window {
 
 /// What a pass begins with.
 pub(super) struct Cut {
-    pub(super) window: Window,
+    pub(super) section: Section,
     pub(super) roots: Roots,
-    /// Blocks of the window that are live in these.
+    /// Blocks of the section that are live in these.
     pub(super) candidates: BlockSet,
 }
 
@@ -86,39 +86,40 @@ impl Engine {
         pages * BLOCK_SIZE_U64 <= self.collector.memory_bytes_max
     }
 
-    /// The cut of the next pass, whose window begins at `from` or behind; `None` if nothing is live there.
+    /// The cut of the next pass, whose section begins at `from` or behind; `None` if nothing is live there. A
+    /// cycle of one pass always has it: what was held back for it must be released.
     pub(super) async fn cut(&self, from: Pba) -> Option<Cut> {
         let _merges_wait = self.between_merges().await;
         if from == Pba::default() {
             self.collector.begin();
         }
-        let mut window = self.window(from)?;
-        let mut candidates = self.live_in(&window).await;
-        while candidates.len() == 0 {
-            window = self.window(window.end())?;
-            candidates = self.live_in(&window).await;
+        let mut section = self.section(from)?;
+        let mut candidates = self.live_in(&section).await;
+        while candidates.len() == 0 && !section.is_whole() {
+            section = self.section(section.end())?;
+            candidates = self.live_in(&section).await;
         }
-        let held = || match window.is_whole() {
+        let held = || match section.is_whole() {
             true => Held::everything(),
             false => Held::metadata(),
         };
         self.collector.held.borrow_mut().get_or_insert_with(held);
-        Some(Cut { window, roots: self.roots.get(), candidates })
+        Some(Cut { section, roots: self.roots.get(), candidates })
     }
 
-    /// The window that begins with `from`, as large as the memory allows.
-    fn window(&self, from: Pba) -> Option<Window> {
+    /// The section that begins with `from`, as large as the memory allows.
+    fn section(&self, from: Pba) -> Option<Section> {
         let start = from.get();
-        let first = self.allocator.live_page_index(start / BITMAP_PAGE_BLOCKS)?;
-        if self.collects_in_one_pass() && start == 0 {
-            return Some(Window::WHOLE);
+        if start == 0 && self.collects_in_one_pass() {
+            return Some(Section::WHOLE);
         }
+        let first = self.allocator.live_page_index(start / BITMAP_PAGE_BLOCKS)?;
         let nodes = SETS_OF_METADATA * self.allocator.metadata_page_count() * BLOCK_SIZE_U64;
-        let bytes = self.collector.memory_bytes_max.saturating_sub(nodes) / SETS_OF_A_WINDOW;
+        let bytes = self.collector.memory_bytes_max.saturating_sub(nodes) / SETS_OF_A_SECTION;
         let page_count = bytes / BLOCK_SIZE_U64;
         if page_count == 0 {
             let start = start.max(first * BITMAP_PAGE_BLOCKS);
-            return Some(Window(start..start + (bytes * 8).max(WINDOW_BLOCKS_MIN)));
+            return Some(Section(start..start + (bytes * 8).max(SECTION_BLOCKS_MIN)));
         }
         let mut last = first;
         for _ in 1..page_count {
@@ -127,20 +128,20 @@ impl Engine {
                 None => break,
             }
         }
-        Some(Window(start..(last + 1) * BITMAP_PAGE_BLOCKS))
+        Some(Section(start..(last + 1) * BITMAP_PAGE_BLOCKS))
     }
 
-    /// The blocks of a window that are live now.
-    pub(super) async fn live_in(&self, window: &Window) -> BlockSet {
+    /// The blocks of a section that are live now.
+    pub(super) async fn live_in(&self, section: &Section) -> BlockSet {
         let mut live = BlockSet::default();
-        let mut pages = window.page_numbers();
-        let is_bounded = !base::mutant::active("gc_sweeps_beyond_its_window");
+        let mut pages = section.page_numbers();
+        let is_bounded = !base::mutant::active("gc_sweeps_beyond_its_section");
         while let Some((index, mut words)) = self.allocator.live_page(pages.start) {
             if index >= pages.end && is_bounded {
                 break;
             }
             if is_bounded {
-                window.cut(index, &mut words);
+                section.cut(index, &mut words);
             }
             live.insert_page(index, &words);
             pages.start = index + 1;
@@ -157,8 +158,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_window_cuts_pages_at_its_ends() {
-        for (window, page, left) in [
+    fn a_section_cuts_pages_at_its_ends() {
+        for (section, page, left) in [
             (0..u64::MAX, 3, 32_768),
             (0..32_768, 0, 32_768),
             (0..32_768, 1, 0),
@@ -167,13 +168,13 @@ mod tests {
             (32_767..32_769, 0, 1),
             (32_767..32_769, 1, 1),
         ] {
-            let window = Window(window);
+            let section = Section(section);
             let mut words = [u64::MAX; PAGE_WORDS];
-            window.cut(page, &mut words);
+            section.cut(page, &mut words);
             let mut set = BlockSet::default();
             set.insert_page(page, &words);
-            assert_eq!(set.len(), left, "{window:?}, page {page}");
-            assert!(set.iter().all(|pba| window.contains(pba)), "{window:?}, page {page}");
+            assert_eq!(set.len(), left, "{section:?}, page {page}");
+            assert!(set.iter().all(|pba| section.contains(pba)), "{section:?}, page {page}");
         }
     }
 }
