@@ -118,7 +118,7 @@ impl Engine {
             snapshot_table: Cell::new(record.snapshots),
             held: RefCell::default(),
             ledger: RefCell::default(),
-            changed_blocks: Cell::new(u64::from(!retention.is_off() && !is_as_newest)),
+            changed_blocks: Cell::new(u64::from(!is_as_newest)),
             retention: RefCell::new(retention),
             has_own_rules: Cell::new(record.retention.is_some()),
             moment_at: Cell::default(),

@@ -257,3 +257,32 @@ fn what_an_ended_history_left_goes_though_nobody_opens_the_disk() {
         assert_eq!(store.stats().log_records, after, "they had gone before anybody looked");
     });
 }
+
+/// The state of a disk that nobody used when it got its history was no moment until the next write, and
+/// then it was lost: the moment was of what that write had made of it.
+#[test]
+fn a_disk_at_rest_that_gets_a_history_has_what_it_is_as_its_first_moment() {
+    let (ram, ()) = with_store(|_, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        store.create("empty", 1 << 30).await.unwrap();
+        write(&disk(&store, "web01").await, 0, &[1; 4096]).await;
+        store.close().await.unwrap();
+    });
+    reopened(&ram, |runtime, store, _| async move {
+        for name in ["web01", "empty"] {
+            store.retain(name, Retention::parse("24h").unwrap()).await.unwrap();
+        }
+        runtime.sleep(Duration::from_secs(3)).await;
+        let first = kept(&store).await;
+        assert_eq!(first.len(), 1);
+        assert_eq!(store.info("empty").await.unwrap().moment_count, 0, "nothing was written");
+        let head = disk(&store, "web01").await;
+        write(&head, 0, &[2; 4096]).await;
+        flush(&head).await;
+        runtime.sleep(Duration::from_secs(3)).await;
+        let then = disk(&store, &format!("web01@{}", first[0])).await;
+        assert_eq!(read(&then, 0, 4096).await[0], 1);
+        store.close().await.unwrap();
+    });
+    assert_sound(&ram, 0);
+}
