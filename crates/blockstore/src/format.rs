@@ -9,7 +9,8 @@ use base::{
 use device::{Cause, Device};
 use ondisk::{
     COMPATIBLE_KEEPS_SPACE, Checksums, Features, HostSlot, INCOMPATIBLE_HISTORY,
-    INCOMPATIBLE_HOLDS, RootRef, Roots, SUPERBLOCK_COPIES, SlotState, Superblock,
+    INCOMPATIBLE_HOLDS, INCOMPATIBLE_WRITES, RootRef, Roots, SUPERBLOCK_COPIES, SlotState,
+    Superblock,
 };
 use runtime::Runtime;
 
@@ -68,7 +69,7 @@ pub async fn format(device: &Device, runtime: &Runtime, options: &Options) -> Re
         key: options.key,
         features: Features {
             compatible: if options.keep_space { COMPATIBLE_KEEPS_SPACE } else { 0 },
-            incompatible: INCOMPATIBLE_HISTORY | INCOMPATIBLE_HOLDS,
+            incompatible: INCOMPATIBLE_HISTORY | INCOMPATIBLE_HOLDS | INCOMPATIBLE_WRITES,
             ..Features::default()
         },
         block_count: device.block_count() / extent_blocks * extent_blocks,

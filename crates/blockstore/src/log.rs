@@ -379,6 +379,12 @@ impl Log {
         }
     }
 
+    /// Whether [`Self::reserve`] would be granted now, without a flush.
+    #[must_use]
+    pub fn has_reserve(&self) -> bool {
+        self.leaves_room_to_recover(&self.0.state.borrow())
+    }
+
     /// Whether recovery has room for what is above F after one block more and all those that were
     /// promised: the same number of blocks, and those that windows end, one of sixteen at most.
     fn leaves_room_to_recover(&self, state: &State) -> bool {

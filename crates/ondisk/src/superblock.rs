@@ -25,8 +25,10 @@ pub const COMPATIBLE_KEEPS_SPACE: u64 = 1;
 pub const INCOMPATIBLE_HISTORY: u64 = 1;
 /// The incompatible feature: snapshots may be held, and the store may have a retention of its own.
 pub const INCOMPATIBLE_HOLDS: u64 = 2;
+/// The incompatible feature: moments may keep all writes since the one before.
+pub const INCOMPATIBLE_WRITES: u64 = 4;
 /// Feature flags of the format that this build knows; see docs/on-disk-format.md.
-pub const KNOWN_INCOMPATIBLE: u64 = INCOMPATIBLE_HISTORY | INCOMPATIBLE_HOLDS;
+pub const KNOWN_INCOMPATIBLE: u64 = INCOMPATIBLE_HISTORY | INCOMPATIBLE_HOLDS | INCOMPATIBLE_WRITES;
 /// Unknown ones of these allow reading only.
 pub const KNOWN_READ_ONLY_COMPATIBLE: u64 = 0;
 

@@ -271,13 +271,16 @@ const KEEPS_NONE: u32 = 2;
 /// One rule of a retention: of the moments that are at most so old, one of each interval is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KeepRule {
-    /// The interval in milliseconds; 0: every one.
+    /// The interval in milliseconds; 0: every one; [`Self::EVERY_WRITE`]: what lies between them, too.
     pub every_ms: u32,
     /// The age in seconds of store time; not 0.
     pub for_s: u32,
 }
 
 impl KeepRule {
+    /// In place of an interval: each write can be opened.
+    pub const EVERY_WRITE: u32 = u32::MAX;
+
     pub(crate) const BYTES: usize = KEEP_RULE_LAYOUT.size;
 
     pub(crate) fn to_bytes(self) -> [u8; Self::BYTES] {
@@ -392,6 +395,9 @@ pub struct SnapshotRecord {
     pub origin: Origin,
     /// Whether it is held: it must not be deleted.
     pub is_held: bool,
+    /// Of one that a retention made: from this position on, up to its own, the VDI can be opened as it
+    /// was at each, as no version between was left out of the history.
+    pub writes_from: Option<Lsn>,
 }
 
 /// How a snapshot came to be.
@@ -541,7 +547,7 @@ impl TableRecord for SnapshotRecord {
             versions: self
                 .history
                 .map_or([0; RootRef::BYTES], |history| history.versions.to_bytes()),
-            origin: self.origin.to_bytes(),
+            origin: self.raw_origin(),
         };
         into.copy_from_slice(raw.as_bytes());
     }
@@ -565,8 +571,35 @@ impl TableRecord for SnapshotRecord {
             label: decode_text(&raw.label, raw.label_length)?,
             origin: Origin::from_bytes(flags, raw.origin),
             is_held: flags & HELD != 0,
+            writes_from: writes_from(flags, raw.origin, raw.position.get())?,
         }))
     }
+}
+
+impl SnapshotRecord {
+    /// Where it came from, and behind that of one that a retention made, from where on its writes are kept.
+    fn raw_origin(&self) -> [u8; Origin::BYTES] {
+        let mut origin = self.origin.to_bytes();
+        if let (Origin::Kept { .. }, Some(from)) = (self.origin, self.writes_from)
+            && let Some(place) = origin.last_chunk_mut()
+        {
+            *place = from.get().to_le_bytes();
+        }
+        origin
+    }
+}
+
+fn writes_from(
+    flags: u8,
+    origin: [u8; Origin::BYTES],
+    position: u64,
+) -> Result<Option<Lsn>, DecodeError> {
+    let from = origin.last_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+    if flags & KEPT == 0 || from == 0 {
+        return Ok(None);
+    }
+    below(from, position.saturating_add(1), "first position of a snapshot")
+        .map(|at| Some(Lsn::new(at)))
 }
 
 /// What an extent holds.

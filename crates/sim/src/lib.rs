@@ -45,3 +45,4 @@ pub mod times;
 pub mod trace;
 pub mod verify;
 pub mod world;
+pub mod writes;

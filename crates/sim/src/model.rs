@@ -259,6 +259,14 @@ impl Model {
         }
     }
 
+    /// Whether a change was acknowledged before another was asked for.
+    #[must_use]
+    pub fn was_acknowledged_before(&self, one: u64, other: u64) -> bool {
+        let op = |serial: u64| self.ops.get(Serial(u32::try_from(serial).unwrap_or(0)));
+        let (Some(one), Some(other)) = (op(one), op(other)) else { return false };
+        one.outcome == Outcome::Acked && one.ended < other.issued
+    }
+
     /// A reader starts looking.
     pub fn begin_read(&mut self) -> Moment {
         let now = self.ops.tick();

@@ -15,6 +15,7 @@ use crate::model::{Place, VdiRef};
 use crate::random::Random;
 use crate::requests::read_blocks;
 use crate::session::{Reach, Session};
+use crate::writes;
 
 /// Blocks that were seen, by LBA.
 type Seen = BTreeMap<u64, Vec<u8>>;
@@ -29,8 +30,15 @@ const REMEMBERED_MAX: usize = 64;
 const BLOCKS_MAX: u64 = 8;
 
 /// What a VDI's history may be set to: runs last seconds.
-const RETENTIONS: [&str; 5] =
-    ["off", "1h", "2s", "every flush for 1s, 100ms for 5s", "every 1s for 5s, 2s for 1h"];
+const RETENTIONS: [&str; 7] = [
+    "off",
+    "1h",
+    "2s",
+    "every flush for 1s, 100ms for 5s",
+    "every 1s for 5s, 2s for 1h",
+    "every write for 1h",
+    "every write for 3s, 500ms for 10s",
+];
 
 /// Changes which moments of a VDI are kept.
 pub async fn retain(session: &Session, random: &mut Random) {
@@ -85,8 +93,11 @@ pub fn reconcile_default(session: &Session, is_excused: bool) {
     *possible = vec![seen];
 }
 
-/// Reads some blocks of a moment.
+/// Reads some blocks of a moment, or of the writes that it keeps.
 pub async fn read(session: &Session, random: &mut Random) {
+    if random.chance(500) {
+        return writes::read(session, random).await;
+    }
     let world = &session.world;
     let Some(vdi) = pick(session, random) else { return };
     let name = world.name_of(Place::Head(vdi));

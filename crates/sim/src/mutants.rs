@@ -259,6 +259,18 @@ pub const ALL: &[Mutant] = &[
         focus: Some(Focus::History),
     },
     Mutant {
+        name: "write_is_one_record_too_far",
+        rule: "30",
+        breaks: "shows who opens a write also the next record",
+        focus: Some(Focus::History),
+    },
+    Mutant {
+        name: "gc_frees_kept_writes",
+        rule: "21",
+        breaks: "frees what a write that can be opened sees, and no moment does",
+        focus: Some(Focus::History),
+    },
+    Mutant {
         name: "clone_forgets_history",
         rule: "36",
         breaks: "continues the keyframe where a clone continues a later snapshot",

@@ -26,6 +26,7 @@ use ondisk::{Entry, HISTORY_VERSIONS_MAX, RootRef};
 
 use crate::history::Past;
 use crate::overlay::{Overlay, Separation};
+use crate::writes::KeptWrites;
 
 /// Changes between two checkpoints.
 #[derive(Debug, Default)]
@@ -56,6 +57,9 @@ pub(crate) struct Point {
     pub(crate) label: Cell<BirthLabel>,
     /// Whether a history is not enough: somebody continues it, or compares it with another.
     pub(crate) needs_tree: Cell<bool>,
+    /// From which position on, up to its own, each can be opened: a history has all versions. `None`: its
+    /// own only.
+    pub(crate) writes_from: Cell<Option<Lsn>>,
     /// Size of the VDI then, in blocks.
     pub(crate) block_count: u64,
 }
@@ -73,6 +77,7 @@ impl Point {
             contents: Cell::new(contents),
             label: Cell::new(label),
             needs_tree: Cell::new(false),
+            writes_from: Cell::new(None),
             block_count,
         })
     }
@@ -122,6 +127,8 @@ pub(crate) struct Branch {
     pub(crate) is_head: Cell<bool>,
     /// What points may cost beside what overlays count.
     pub(crate) trees: Trees,
+    /// Of which writes all versions stay.
+    pub(crate) writes: KeptWrites,
 }
 
 /// An upper bound of what trees cost that points get in place of a history.
@@ -165,6 +172,7 @@ impl Branch {
             shared_up_to: Cell::new(shared_up_to),
             is_head: Cell::new(true),
             trees: Trees::default(),
+            writes: KeptWrites::default(),
         })
     }
 
@@ -239,10 +247,11 @@ impl Branch {
                     Separation::Tree
                 }
                 Some(point) if point.position <= newer => Separation::History,
+                _ if self.writes.separate(older, newer) => Separation::History,
                 _ => Separation::Nothing,
             }
         };
-        if points.first().is_some_and(|first| first.position <= change.lsn) {
+        if points.first().is_some_and(|first| first.position <= change.lsn) || self.writes.is_on() {
             let trees = &self.trees;
             trees.changes.set(trees.changes.get() + 1);
             trees.since_last.set(trees.since_last.get() + 1);

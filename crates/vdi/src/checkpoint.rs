@@ -233,7 +233,8 @@ impl Engine {
     }
 
     /// Cuts the log and takes what has changed, in one breath.
-    fn freeze(&self) -> Frozen {
+    fn freeze(self: &Rc<Self>) -> Frozen {
+        self.keep_writes_at_cut();
         let cut = self.log.last_lsn();
         let segment = self.log.cut();
         let mut registry = self.registry.borrow_mut();
@@ -307,11 +308,15 @@ impl Engine {
             histories += u64::from(matches!(met.contents, Contents::Past(_)));
             met.point.label.set(met.label);
             met.point.contents.set(met.contents);
+            if met.point.writes_from.get().is_some() {
+                met.point.writes_from.set(met.writes_from);
+            }
         }
         for merged in done.branches {
             let branch = merged.branch;
             branch.points.borrow_mut().retain(|point| point.position > frozen.cut);
             branch.points_met();
+            branch.writes.set_in_tree(frozen.cut);
             branch.label.set(merged.label);
             branch.shared_up_to.set(merged.shared_up_to);
             *branch.base.borrow_mut() = Base::Root(merged.root);

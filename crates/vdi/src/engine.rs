@@ -88,6 +88,8 @@ pub(crate) struct Engine {
     pub(crate) default_retention: RefCell<Retention>,
     /// Whether snapshots may be held, and the store may have a retention of its own.
     pub(crate) has_holds: Cell<bool>,
+    /// Whether moments may keep writes.
+    pub(crate) keeps_writes: Cell<bool>,
     /// Whether holds whose time has come are being ended.
     pub(crate) ending_holds: Cell<bool>,
     /// Set when even forced checkpoints freed nothing; cleared when something is dropped or freed.

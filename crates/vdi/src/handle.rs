@@ -6,7 +6,7 @@ use base::{BLOCK_SIZE_U64, ErrorKind, VdiId};
 use disk::{Disk, DiskError, Identity, LocalBoxFuture, Request, Response};
 use ondisk::RangeState;
 
-use crate::branch::View;
+use crate::branch::{Point, View};
 use crate::engine::{Engine, as_u64};
 use crate::vdi::{Snapshot, Vdi};
 
@@ -17,11 +17,12 @@ pub(crate) struct VdiHandle {
     incarnation: u64,
 }
 
-/// A snapshot, open for reading.
+/// A snapshot, or a write that it keeps, open for reading.
 pub(crate) struct SnapshotHandle {
     engine: Rc<Engine>,
     vdi: Rc<Vdi>,
     snapshot: Rc<Snapshot>,
+    write: Option<Rc<Point>>,
 }
 
 impl VdiHandle {
@@ -32,8 +33,20 @@ impl VdiHandle {
 }
 
 impl SnapshotHandle {
-    pub(crate) fn new(engine: Rc<Engine>, vdi: Rc<Vdi>, snapshot: Rc<Snapshot>) -> Self {
-        Self { engine, vdi, snapshot }
+    pub(crate) fn new(
+        engine: Rc<Engine>,
+        vdi: Rc<Vdi>,
+        snapshot: Rc<Snapshot>,
+        write: Option<Rc<Point>>,
+    ) -> Self {
+        Self { engine, vdi, snapshot, write }
+    }
+
+    fn view(&self) -> View {
+        match &self.write {
+            Some(point) => View::Point(Rc::clone(&self.snapshot.branch), Rc::clone(point)),
+            None => self.snapshot.view(),
+        }
     }
 }
 
@@ -60,6 +73,9 @@ fn identity(engine: &Engine, vdi: &Vdi, state: u64) -> Identity {
 
 /// Distinguishes the identity of a snapshot, by number, from that of its VDI, by rollbacks.
 const SNAPSHOT: u64 = 1 << 63;
+
+/// As [`SNAPSHOT`], of a write, by position.
+const WRITE: u64 = 1 << 62;
 
 fn check(request: &Request, size_bytes: u64, read_only: bool) -> Result<(), DiskError> {
     let (offset, length, changes) = range_of(request);
@@ -208,7 +224,11 @@ impl Disk for SnapshotHandle {
     }
 
     fn identity(&self) -> Identity {
-        identity(&self.engine, &self.vdi, SNAPSHOT | self.snapshot.number.get())
+        let state = match &self.write {
+            Some(point) => WRITE | point.position.get(),
+            None => SNAPSHOT | self.snapshot.number.get(),
+        };
+        identity(&self.engine, &self.vdi, state)
     }
 
     fn size_bytes(&self) -> u64 {
@@ -220,7 +240,9 @@ impl Disk for SnapshotHandle {
     }
 
     fn severed(&self) -> bool {
-        self.snapshot.deleted.get() || self.engine.scheduler.failure().is_some()
+        // One that gets a tree of its own names no history any more.
+        let is_forgotten = self.write.is_some() && self.snapshot.point.writes_from.get().is_none();
+        self.snapshot.deleted.get() || is_forgotten || self.engine.scheduler.failure().is_some()
     }
 
     fn submit(&self, request: Request) -> LocalBoxFuture<Result<Response, DiskError>> {
@@ -235,7 +257,7 @@ impl Disk for SnapshotHandle {
             Err(error) => return Box::pin(std::future::ready(Err(error.into()))),
         };
         let engine = Rc::clone(&self.engine);
-        let (vdi, view) = (self.vdi.id, self.snapshot.view());
+        let (vdi, view) = (self.vdi.id, self.view());
         Box::pin(async move {
             let outcome = look(&engine, vdi, &view, request).await;
             drop(active);

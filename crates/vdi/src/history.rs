@@ -30,7 +30,9 @@ use std::ops::Range;
 use base::{Buffer, Lsn};
 use blockstore::tree::Change;
 use blockstore::{NodeStore, table};
-use ondisk::{Entry, EntryState, History, Node, RootRef, TableRecord, VersionRecord};
+use ondisk::{
+    Entry, EntryState, History, Node, RootRef, SnapshotRecord, TableRecord, VersionRecord,
+};
 use runtime::Runtime;
 
 use crate::Error;
@@ -288,22 +290,57 @@ async fn page_of(
     }
 }
 
-/// Which of some versions, in order, name a block that the snapshots at `positions`, in order, see: those
-/// that are the newest of their block below one of them.
+/// The positions that are seen of a snapshot: its own, and those of writes that it keeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Seen {
+    pub(crate) from: Lsn,
+    pub(crate) position: Lsn,
+}
+
+impl Seen {
+    pub(crate) fn of(snapshot: &SnapshotRecord) -> Self {
+        let position = snapshot.position;
+        Self { from: snapshot.writes_from.unwrap_or(position), position }
+    }
+
+    fn keeps_writes(&self) -> bool {
+        self.from < self.position && !base::mutant::active("gc_frees_kept_writes")
+    }
+}
+
+/// Which of some versions, in order, name a block that some snapshots, in order, see: those that are the
+/// newest of their block below a position of one of them.
 pub(crate) fn seen_by<'a>(
     versions: &'a [VersionRecord],
-    positions: &'a [Lsn],
-) -> impl Iterator<Item = &'a VersionRecord> {
+    snapshots: &[Seen],
+) -> impl Iterator<Item = &'a VersionRecord> + use<'a> {
+    let positions: Vec<Lsn> = snapshots.iter().map(|seen| seen.position).collect();
+    // Where one ends the next begins, or later: of those behind a version the first sees it, or none.
+    let keepers: Vec<Seen> = snapshots.iter().filter(|it| it.keeps_writes()).copied().collect();
     let newer = versions.iter().skip(1).map(Some).chain([None]);
-    versions.iter().zip(newer).filter_map(|(version, newer)| {
+    versions.iter().zip(newer).filter_map(move |(version, newer)| {
         let replaced = newer.filter(|newer| newer.block == version.block).map(|newer| newer.lsn);
         let next = positions.partition_point(|&position| position <= version.lsn);
         let next = next + usize::from(base::mutant::active("gc_thins_history_too_far"));
-        let is_seen = positions
-            .get(next)
-            .is_some_and(|&position| replaced.is_none_or(|replaced| position <= replaced));
-        (is_seen && version.entry.state() == EntryState::Mapped).then_some(version)
+        let first_of = |position: Lsn| replaced.is_none_or(|replaced| position <= replaced);
+        let is_seen = positions.get(next).copied().is_some_and(first_of);
+        let keeper = keepers.partition_point(|seen| seen.position <= version.lsn);
+        let is_kept = keepers.get(keeper).is_some_and(|seen| first_of(seen.from));
+        ((is_seen || is_kept) && version.entry.state() == EntryState::Mapped).then_some(version)
     })
+}
+
+/// All versions of a history, in order.
+///
+/// # Errors
+/// If a page is damaged or cannot be read.
+pub(crate) async fn all(nodes: &NodeStore, history: &History) -> Result<Vec<VersionRecord>, Error> {
+    let mut versions = Vec::new();
+    for number in 0..u64::from(history.count).div_ceil(PER_PAGE) {
+        let last = versions.last().map_or((0, Lsn::default()), key_of);
+        versions.extend(page_of(nodes, history, number, last).await?);
+    }
+    Ok(versions)
 }
 
 /// The pages of a history of these versions, in order.
@@ -340,8 +377,10 @@ mod tests {
     fn a_version_is_seen_from_its_record_to_the_next() {
         let versions = [version(5, 10), version(5, 20), version(7, 15)];
         let seen = |positions: &[u64]| -> Vec<u64> {
-            let positions: Vec<Lsn> = positions.iter().copied().map(Lsn::new).collect();
-            seen_by(&versions, &positions).map(|version| version.lsn.get()).collect()
+            let at =
+                |&position: &u64| Seen { from: Lsn::new(position), position: Lsn::new(position) };
+            let snapshots: Vec<Seen> = positions.iter().map(at).collect();
+            seen_by(&versions, &snapshots).map(|version| version.lsn.get()).collect()
         };
         assert_eq!(seen(&[]), [0u64; 0]);
         assert_eq!(seen(&[10]), [0u64; 0], "what has a lower LSN is in, and nothing else");
@@ -349,5 +388,34 @@ mod tests {
         assert_eq!(seen(&[20]), [10, 15]);
         assert_eq!(seen(&[21]), [20, 15]);
         assert_eq!(seen(&[11, 30]), [10, 20, 15]);
+    }
+
+    /// Each position of a history that keeps writes sees what it should, and nothing else stays: compared
+    /// with looking at each.
+    #[test]
+    fn kept_writes_are_seen_at_each_position() {
+        let versions: Vec<VersionRecord> = (1..=9)
+            .map(|lsn| version(5, lsn * 10))
+            .chain([version(7, 15), version(7, 55)])
+            .collect();
+        for (from, to) in (1..100).flat_map(|from| (from..100).map(move |to| (from, to))) {
+            for other in [1, from, 95, 99] {
+                let mut snapshots = vec![Seen { from: Lsn::new(from), position: Lsn::new(to) }];
+                let other = Lsn::new(other);
+                snapshots.push(Seen { from: other, position: other });
+                snapshots.sort_by_key(|seen| seen.position);
+                let seen: Vec<VersionRecord> = seen_by(&versions, &snapshots).copied().collect();
+                let is_seen = |index: usize, at: u64| {
+                    let newer = versions.get(index + 1);
+                    let newer = newer.filter(|it| it.block == versions[index].block);
+                    versions[index].lsn.get() < at
+                        && newer.is_none_or(|newer| at <= newer.lsn.get())
+                };
+                let expected = (0..versions.len())
+                    .filter(|&index| (from..=to).chain([other.get()]).any(|at| is_seen(index, at)));
+                let expected: Vec<VersionRecord> = expected.map(|it| versions[it]).collect();
+                assert_eq!(seen, expected, "{from} to {to}, and {other}");
+            }
+        }
     }
 }

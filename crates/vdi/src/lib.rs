@@ -54,6 +54,7 @@ mod types;
 mod vdi;
 mod verify;
 mod write;
+mod writes;
 
 pub use blockstore::allocator::Reuse;
 pub use error::Error;
@@ -63,6 +64,6 @@ pub use scrub::{Damage, DamageKind, Owner, ScrubEnd, ScrubReport, ScrubStatus};
 pub use store::Store;
 pub use types::{
     DiffExtent, FormatOptions, HoldEntry, LedgerEntry, OpenOptions, OpenReport, Received,
-    SnapshotEntry, Stats, Target, VdiDiff, VdiEntry, VdiInterval, VdiIntervals, VdiSpace,
+    SnapshotEntry, Stats, Target, VdiDiff, VdiEntry, VdiInterval, VdiIntervals, VdiSpace, VdiWrite,
     WantedIntervals,
 };

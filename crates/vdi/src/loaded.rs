@@ -90,12 +90,15 @@ impl Engine {
             newest.history.is_none() && newest.root.entry == record.root.entry
         });
         let retention = self.retention_of(record);
+        branch.writes.set_in_tree(record.lsn);
+        branch.writes.set(retention.keeps_writes(), record.lsn.plus(1));
         let snapshots = snapshots.into_iter().map(|snapshot| {
             let contents = match snapshot.history {
                 Some(history) => Contents::Past(Past { root: snapshot.root, history }),
                 None => Contents::Tree(snapshot.root),
             };
             let point = Point::met(snapshot.position, contents, record.label, snapshot.block_count);
+            point.writes_from.set(snapshot.writes_from);
             let branch = Rc::clone(&branch);
             Rc::new(loaded_snapshot(snapshot, branch, point))
         });

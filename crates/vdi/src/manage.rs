@@ -24,6 +24,7 @@ use crate::ranges::RangeGuard;
 use crate::retention::parse_time;
 use crate::types::Target;
 use crate::vdi::{Snapshot, Vdi};
+use crate::writes::WRITE_PREFIX;
 
 /// Claims rise when VDIs move between hosts; a host that never lets go stays in the first.
 const FIRST_CLAIM: ClaimGeneration = ClaimGeneration::new(1);
@@ -126,6 +127,24 @@ impl Engine {
         label: &str,
         origin: Origin,
     ) -> Appended {
+        self.append_snapshot_with(vdi, label, origin, |body| self.append(room, vdi, body))
+    }
+
+    /// Appends the record of the next moment into the log's reserve, and applies it.
+    pub(crate) fn append_moment_reserved(&self, vdi: &Vdi) -> Appended {
+        let changed_blocks = self.begin_moment(vdi);
+        self.append_snapshot_with(vdi, "", Origin::Kept { changed_blocks }, |body| {
+            self.log.append(&Record { vdi: vdi.id, claim: vdi.claim, body })
+        })
+    }
+
+    fn append_snapshot_with(
+        &self,
+        vdi: &Vdi,
+        label: &str,
+        origin: Origin,
+        append: impl FnOnce(RecordBody) -> Appended,
+    ) -> Appended {
         let number = vdi.snapshot_next.get();
         let mut wall_ns = self.runtime.wall_ns();
         if !base::mutant::active("snapshot_times_go_back") {
@@ -134,7 +153,7 @@ impl Engine {
         let store_ns = self.store_ns();
         let body =
             RecordBody::Snapshot { number, wall_ns, store_ns, label: label.to_owned(), origin };
-        let appended = self.append(room, vdi, body);
+        let appended = append(body);
         self.apply_snapshot(vdi, number, appended.0, (wall_ns, store_ns), (label, origin));
         appended
     }
@@ -161,14 +180,21 @@ impl Engine {
         let block_count = blocks_of(size)?;
         let shrinks = |vdi: &Vdi| Ok(block_count < vdi.block_count.get());
         let Quiet { vdi, all, one } = self.quiet(name, shrinks).await?;
-        let room = self.room().await?;
+        let (room, room_before, room_behind) =
+            (self.room().await?, self.room().await?, self.room().await?);
         if shrinks(&vdi)? {
             vdi.sever();
         }
+        // Writes before it are of the old size, and what is cut off is a large discard.
+        let keeps_writes = vdi.branch.borrow().writes.is_on();
+        let before = keeps_writes.then(|| self.append_moment(room_before, &vdi));
         let appended = self.append(room, &vdi, RecordBody::Resize { block_count });
         self.apply_resize(&vdi, block_count, appended.0);
+        let behind = keeps_writes.then(|| self.append_moment(room_behind, &vdi));
         drop(one);
-        self.settle(appended).await?;
+        for appended in before.into_iter().chain([appended]).chain(behind) {
+            self.settle(appended).await?;
+        }
         drop(all);
         Ok(())
     }
@@ -266,7 +292,7 @@ impl Engine {
         let left = is_left.then(|| self.append_moment(room_before, &vdi));
         let body = RecordBody::Rollback { number: snapshot.number };
         let rolled_back = self.append(room, &vdi, body);
-        self.apply_rollback(&vdi, &vdi, &snapshot);
+        self.apply_rollback(&vdi, &vdi, &snapshot, rolled_back.0);
         vdi.changed_blocks.set(0);
         let reached = has_history.then(|| self.append_moment(room_behind, &vdi));
         drop((all, one));
@@ -453,6 +479,7 @@ impl Engine {
         // A root of its own has nothing that is shared; a point's labels are known when it is
         // merged.
         let branch = self.new_branch(base, BirthLabel::new(1), BirthLabel::new(0));
+        branch.writes.set(self.default_retention.borrow().keeps_writes(), Lsn::new(1));
         let vdi = Rc::new(Vdi {
             id,
             claim: FIRST_CLAIM,
@@ -513,6 +540,7 @@ impl Engine {
         let parent = Some((source.id, number));
         let vdi = self.apply_create(id, block_count, wall_ns, name, parent, base);
         vdi.born.set(lsn);
+        vdi.branch.borrow().writes.break_at(lsn.plus(1));
     }
 
     /// A clone of what is lost: there is a name, and nothing else.
@@ -567,6 +595,9 @@ impl Engine {
     ) {
         let branch: Rc<Branch> = Rc::clone(&vdi.branch.borrow());
         let point = branch.add_point(lsn, vdi.block_count.get());
+        if matches!(origin, Origin::Kept { .. }) {
+            point.writes_from.set(branch.writes.take(lsn));
+        }
         let snapshot = Rc::new(Snapshot {
             number,
             position: lsn,
@@ -603,6 +634,7 @@ impl Engine {
     pub(crate) fn apply_resize(&self, vdi: &Vdi, block_count: u64, lsn: Lsn) {
         let old = vdi.block_count.replace(block_count);
         self.touch(vdi);
+        vdi.branch.borrow().writes.break_at(lsn.plus(1));
         if block_count < old {
             // Whoever has cached what is cut off must not go on when the VDI grows again.
             vdi.rollbacks.set(vdi.rollbacks.get().saturating_add(1));
@@ -642,7 +674,7 @@ impl Engine {
     }
 
     /// Makes `vdi` what a snapshot of `owner`, itself or another VDI, is.
-    pub(crate) fn apply_rollback(&self, vdi: &Vdi, owner: &Vdi, snapshot: &Snapshot) {
+    pub(crate) fn apply_rollback(&self, vdi: &Vdi, owner: &Vdi, snapshot: &Snapshot, lsn: Lsn) {
         let old = Rc::clone(&vdi.branch.borrow());
         self.touch(vdi);
         self.collector.dropped(self.runtime.now());
@@ -652,6 +684,7 @@ impl Engine {
         // advances it by at most one.
         let floor = BirthLabel::new(old.label.get().get().saturating_add(2));
         let branch = self.new_branch(base, floor, floor);
+        branch.writes.set(vdi.retention.borrow().keeps_writes(), lsn.plus(1));
         *vdi.branch.borrow_mut() = branch;
         vdi.block_count.set(snapshot.block_count);
         vdi.rollbacks.set(vdi.rollbacks.get().saturating_add(1));
@@ -752,10 +785,11 @@ pub(crate) fn check_label(label: &str) -> Result<(), Error> {
     let printable = label.chars().all(|c| !c.is_control() && c != '@');
     let number = !label.is_empty() && label.bytes().all(|byte| byte.is_ascii_digit());
     let is_time = parse_time(label, u64::MAX).is_some();
-    if label.len() > LABEL_BYTES_MAX || !printable || number || is_time {
+    let is_write = label.starts_with(WRITE_PREFIX);
+    if label.len() > LABEL_BYTES_MAX || !printable || number || is_time || is_write {
         let message = format!(
             "'{label}' cannot be a label: use up to {LABEL_BYTES_MAX} printable bytes without @, \
-             not digits alone, and no time"
+             not digits alone, no time, and nothing that begins with {WRITE_PREFIX}"
         );
         return Err(Error::refused(ErrorKind::Invalid, message));
     }

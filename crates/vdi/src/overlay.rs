@@ -7,7 +7,7 @@
 //!
 //! Invariants:
 //! - versions of one subtree are ordered by LSN, and at most one lies between two neighbouring
-//!   points (snapshot positions) of the branch;
+//!   points (snapshot positions) of the branch, unless each write can be opened (`writes.rs`);
 //! - the newest LSN wins wherever changes overlap, whatever completed first (design rule 11).
 
 use std::collections::BTreeMap;
@@ -39,9 +39,9 @@ struct Changes {
 /// What lies between two changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Separation {
-    /// No snapshot.
+    /// Nothing that anybody sees.
     Nothing,
-    /// Snapshots; the first of them may do with a history.
+    /// Snapshots, or writes that can be opened; the first of them may do with a history.
     History,
     /// Snapshots; the first of them needs a tree.
     Tree,
@@ -267,13 +267,18 @@ pub(crate) fn subtrees(start: u64, end: u64, level_max: u8) -> impl Iterator<Ite
 
 /// Sorts changes for a merge and keeps the newest of each subtree; reports the blocks of the
 /// others, which nothing can reach any more.
-pub(crate) fn newest_only(mut changes: Vec<Change>, dead: &mut Vec<Pba>) -> Vec<Change> {
+pub(crate) fn newest_only(changes: Vec<Change>, dead: &mut Vec<Pba>) -> Vec<Change> {
+    seen_from(changes, Lsn::new(u64::MAX), dead)
+}
+
+/// As [`newest_only`], but keeps what a position from `from` on sees.
+pub(crate) fn seen_from(mut changes: Vec<Change>, from: Lsn, dead: &mut Vec<Pba>) -> Vec<Change> {
     // Merges are stable and fast on what is sorted already, as most overlays are.
     changes.sort_by_key(|change| (change.order(), change.lsn));
     let mut newest: Vec<Change> = Vec::with_capacity(changes.len());
     for change in changes {
         match newest.last_mut() {
-            Some(last) if last.order() == change.order() => {
+            Some(last) if last.order() == change.order() && change.lsn < from => {
                 dead.extend(mapped(std::mem::replace(last, change).entry));
             }
             _ => newest.push(change),

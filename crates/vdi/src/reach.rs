@@ -1,11 +1,12 @@
 //! What a VDI reaches, in the order in which garbage collection and scrub go through it: the tree of
 //! its head, those of its snapshots, page by page, and each history once, with all of its snapshots.
 
-use base::{ErrorKind, Lsn, SnapshotNumber, VdiId};
+use base::{ErrorKind, SnapshotNumber, VdiId};
 use ondisk::{Entry, History, Node, RootRef, SnapshotRecord, TableRecord, VdiRecord};
 
 use crate::Error;
 use crate::damage::Table;
+use crate::history::Seen;
 
 /// Who goes through it. A visitor deals with damage by itself: an error ends the visit.
 pub(crate) trait Visitor {
@@ -27,7 +28,7 @@ pub(crate) trait Visitor {
         &mut self,
         vdi: VdiId,
         history: History,
-        snapshots: &[(SnapshotNumber, Lsn)],
+        snapshots: &[(SnapshotNumber, Seen)],
     ) -> Result<(), Error>;
 }
 
@@ -40,7 +41,7 @@ pub(crate) async fn vdi(record: &VdiRecord, visitor: &mut impl Visitor) -> Resul
     visitor.trees(id, &[(None, record.root)]).await?;
     let table = Table::Snapshots(id);
     // Snapshots with the same history follow each other.
-    let mut history: Option<(History, Vec<(SnapshotNumber, Lsn)>)> = None;
+    let mut history: Option<(History, Vec<(SnapshotNumber, Seen)>)> = None;
     for page in visitor.pages(table, &record.snapshots).await? {
         let snapshots = records::<SnapshotRecord>(visitor, table, page).await?;
         let trees: Vec<_> =
@@ -48,7 +49,7 @@ pub(crate) async fn vdi(record: &VdiRecord, visitor: &mut impl Visitor) -> Resul
         visitor.trees(id, &trees).await?;
         for snapshot in snapshots {
             let Some(of_snapshot) = snapshot.history else { continue };
-            let seen = (snapshot.number, snapshot.position);
+            let seen = (snapshot.number, Seen::of(&snapshot));
             match &mut history {
                 Some((of_last, all)) if *of_last == of_snapshot => all.push(seen),
                 _ => {

@@ -98,7 +98,7 @@ impl Engine {
         let inherits = partial.has_own_rules.get() && self.has_holds.get();
         let inherited = inherits.then(|| {
             let appended = self.append(inherited, partial, RecordBody::Retain { rules: None });
-            self.apply_retain(partial, None);
+            self.apply_retain(partial, None, appended.0);
             appended
         });
         drop((ranges, one));
@@ -160,7 +160,7 @@ impl Engine {
         let body = RecordBody::Adopt { source: partial.id, number: source.number };
         let adopted = self.append(adopted, vdi, body);
         if !base::mutant::active("adopt_keeps_the_branch") {
-            self.apply_rollback(vdi, partial, &source);
+            self.apply_rollback(vdi, partial, &source, adopted.0);
         }
         vdi.changed_blocks.set(0);
         self.break_up();

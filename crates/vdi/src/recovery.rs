@@ -24,8 +24,8 @@ use blockstore::{Geometry, NodeStore, ReadEpochs, WriteScheduler, superblock, tr
 use device::Device;
 use ondisk::{
     COMPATIBLE_KEEPS_SPACE, Checksums, Entry, HostSlot, INCOMPATIBLE_HISTORY, INCOMPATIBLE_HOLDS,
-    LOG_SEGMENTS_MAX, LogBlock, LogSegment, Origin, Record, RecordBody, RootRef, SUPERBLOCK_COPIES,
-    SlotState,
+    INCOMPATIBLE_WRITES, LOG_SEGMENTS_MAX, LogBlock, LogSegment, Origin, Record, RecordBody,
+    RootRef, SUPERBLOCK_COPIES, SlotState,
 };
 use runtime::Runtime;
 use runtime::sync::{Semaphore, Signal};
@@ -124,6 +124,7 @@ async fn open_as_is(
         engine.trimmer.turn_off();
     }
     engine.keeps_history.set(found.superblock.features.incompatible & INCOMPATIBLE_HISTORY != 0);
+    engine.keeps_writes.set(found.superblock.features.incompatible & INCOMPATIBLE_WRITES != 0);
     engine.has_holds.set(found.superblock.features.incompatible & INCOMPATIBLE_HOLDS != 0);
     engine.nodes.set_patient(true);
     engine.load_tables(&mut report).await.map_err(|error| match is_damage(&error) {
@@ -307,6 +308,7 @@ fn build(
         keeps_history: Cell::new(false),
         idle_vdis_max: options.idle_vdis_max,
         has_holds: Cell::new(false),
+        keeps_writes: Cell::new(false),
         ending_holds: Cell::new(false),
         default_retention: RefCell::new(Retention::new(slot.retention.clone())),
         full: Cell::new(false),
@@ -375,7 +377,7 @@ impl Engine {
             }
             RecordBody::Void { .. } | RecordBody::Time { .. } => return Ok(()),
             RecordBody::RetainByDefault { rules } => {
-                self.apply_retain_by_default(Retention::new(rules.clone()));
+                self.apply_retain_by_default(Retention::new(rules.clone()), lsn);
                 return Ok(());
             }
             _ => {}
@@ -404,6 +406,7 @@ impl Engine {
                 // What lies behind the end is nobody's, whatever wrote the record.
                 let within = vdi.block_count.get().saturating_sub(lba.get());
                 vdi.note_changed(as_u64(hashes.len()));
+                branch.writes.note(lsn, as_u64(hashes.len()));
                 for (index, &hash) in (0..within).zip(hashes) {
                     let entry = Entry::mapped(pba.plus(index), hash, BirthLabel::default());
                     let start = lba.get() + index;
@@ -421,6 +424,7 @@ impl Engine {
                 let range = (lba.get(), end);
                 let level_max = Self::level_max(vdi.block_count.get());
                 vdi.note_changed(*count);
+                branch.writes.note(lsn, 1);
                 self.install_range(&branch, &generation, lsn, range, *state, level_max);
             }
             RecordBody::Snapshot { number, wall_ns, store_ns, label, origin } => {
@@ -440,7 +444,7 @@ impl Engine {
             RecordBody::Rollback { number } => {
                 let snapshot = vdi.snapshots.borrow().get(*number).map(Rc::clone);
                 match snapshot {
-                    Some(snapshot) => self.apply_rollback(&vdi, &vdi, &snapshot),
+                    Some(snapshot) => self.apply_rollback(&vdi, &vdi, &snapshot, lsn),
                     // Lost, and the VDI was nothing else any more.
                     None => self.lose(vdi.id),
                 }
@@ -453,12 +457,12 @@ impl Engine {
                     snapshot.map(|snapshot| (source, snapshot))
                 });
                 match snapshot {
-                    Some((source, snapshot)) => self.apply_rollback(&vdi, &source, &snapshot),
+                    Some((source, snapshot)) => self.apply_rollback(&vdi, &source, &snapshot, lsn),
                     None => self.lose(vdi.id),
                 }
             }
             RecordBody::Retain { rules } => {
-                self.apply_retain(&vdi, rules.clone().map(Retention::new));
+                self.apply_retain(&vdi, rules.clone().map(Retention::new), lsn);
             }
             RecordBody::Hold { number, wall_ns, store_ns, until } => {
                 self.apply_hold(&vdi, *number, *until, (*wall_ns, *store_ns));

@@ -19,7 +19,7 @@ use std::fmt;
 use std::rc::Rc;
 use std::time::Duration;
 
-use base::{ClaimGeneration, ErrorKind, SnapshotNumber, VdiId};
+use base::{ClaimGeneration, ErrorKind, Lsn, SnapshotNumber, VdiId};
 use blockstore::log::Admission;
 use blockstore::table;
 use ondisk::{KEEP_RULES_MAX, KeepRule, Origin, Record, RecordBody, TableRecord, VdiRecord};
@@ -59,7 +59,8 @@ const MS: [(&str, u64); 8] = [
 
 impl Retention {
     /// Parses `off`, `24h` (every flush, for a day), or rules with commas between them: `every 1s for
-    /// 1h, 1m for 1d`, with `flush` for an interval that leaves out nothing.
+    /// 1h, 1m for 1d`, with `flush` for an interval that leaves out nothing, and `write` if what lies between
+    /// two moments can be opened, too.
     ///
     /// # Errors
     /// `Invalid`, with what would be right.
@@ -82,14 +83,16 @@ impl Retention {
         if rules.len() > KEEP_RULES_MAX {
             return Err(refuse(&format!("it has more than {KEEP_RULES_MAX} rules")));
         }
+        let order =
+            |rule: &KeepRule| (rule.every_ms != KeepRule::EVERY_WRITE).then_some(rule.every_ms);
         let rises = |pair: &[KeepRule]| match pair {
-            [a, b] => a.for_s < b.for_s && a.every_ms < b.every_ms,
+            [a, b] => a.for_s < b.for_s && order(a) < order(b),
             _ => true,
         };
         if rules.first().is_some_and(|first| (1..1000).contains(&first.every_ms)) {
             return Err(refuse("a moment is taken at each flush, or once in a second at most"));
         }
-        if rules.iter().any(|rule| u64::from(rule.every_ms) >= u64::from(rule.for_s) * 1000) {
+        if rules.iter().any(|rule| interval_ms(rule) >= u64::from(rule.for_s) * 1000) {
             return Err(refuse("an age must be longer than its interval"));
         }
         if !rules.windows(2).all(rises) {
@@ -112,11 +115,22 @@ impl Retention {
         self.0.is_empty()
     }
 
+    /// Whether each write can be opened.
+    pub(crate) fn keeps_writes(&self) -> bool {
+        self.0.first().is_some_and(|first| first.every_ms == KeepRule::EVERY_WRITE)
+    }
+
+    /// How long it can, in nanoseconds of store time.
+    pub(crate) fn writes_for_ns(&self) -> u64 {
+        let first = self.0.first().filter(|_| self.keeps_writes());
+        first.map_or(0, |first| u64::from(first.for_s) * 1_000_000_000)
+    }
+
     /// Time between two moments, and whether each flush makes one.
     fn interval(&self) -> Option<(Duration, bool)> {
         let first = self.0.first()?;
         Some(match first.every_ms {
-            0 => (INTERVAL_MIN, true),
+            0 | KeepRule::EVERY_WRITE => (INTERVAL_MIN, true),
             every => (Duration::from_millis(every.into()).max(INTERVAL_MIN), false),
         })
     }
@@ -138,7 +152,7 @@ impl Retention {
                 expired.extend(base.replace(number));
                 continue;
             };
-            let every_ms = self.0.get(rule).map_or(0, |rule| u64::from(rule.every_ms));
+            let every_ms = self.0.get(rule).map_or(0, interval_ms);
             let interval = (taken_ns / 1_000_000).checked_div(every_ms);
             let place = interval.map(|interval| (rule, interval));
             if place.is_some() && place == kept {
@@ -153,7 +167,15 @@ impl Retention {
     }
 }
 
-/// `every 1s for 1h`, `1m for 1d`, `flush for 1h` or `24h`.
+/// The interval of which a rule keeps one moment; 0: each.
+fn interval_ms(rule: &KeepRule) -> u64 {
+    match rule.every_ms {
+        KeepRule::EVERY_WRITE => 0,
+        every => every.into(),
+    }
+}
+
+/// `every 1s for 1h`, `1m for 1d`, `flush for 1h`, `write for 10m` or `24h`.
 fn parse_rule(text: &str) -> Option<KeepRule> {
     let text = text.trim();
     let (every, age) = match text.strip_prefix("every ") {
@@ -162,7 +184,8 @@ fn parse_rule(text: &str) -> Option<KeepRule> {
     };
     let every_ms = match every.trim() {
         "flush" => 0,
-        every => parse_ms(every)?,
+        "write" => u64::from(KeepRule::EVERY_WRITE),
+        every => parse_ms(every).filter(|&ms| ms < u64::from(KeepRule::EVERY_WRITE))?,
     };
     let for_ms = parse_ms(age.trim())?;
     let rule = KeepRule {
@@ -226,6 +249,7 @@ impl fmt::Display for Retention {
         for (index, rule) in self.0.iter().enumerate() {
             let every = match rule.every_ms {
                 0 => "flush".to_owned(),
+                KeepRule::EVERY_WRITE => "write".to_owned(),
                 every => show_ms(every.into()),
             };
             let lead = if index == 0 { "every " } else { ", " };
@@ -245,19 +269,23 @@ impl Engine {
     ) -> Result<(), Error> {
         let _request = self.begin_change()?;
         self.reserve_metadata(|| false).await?;
+        if let Some(retention) = &retention {
+            self.refuse_writes(retention)?;
+        }
         let (one, vdi) = self.manage(name).await?;
         let room = self.room().await?;
         let rules = retention.as_ref().map(|retention| retention.rules().to_vec());
         let appended = self.append(room, &vdi, RecordBody::Retain { rules });
-        self.apply_retain(&vdi, retention);
+        self.apply_retain(&vdi, retention, appended.0);
         drop(one);
         self.settle(appended).await
     }
 
-    pub(crate) fn apply_retain(&self, vdi: &Vdi, retention: Option<Retention>) {
+    pub(crate) fn apply_retain(&self, vdi: &Vdi, retention: Option<Retention>, lsn: Lsn) {
         vdi.has_own_rules.set(retention.is_some());
-        *vdi.retention.borrow_mut() =
-            retention.unwrap_or_else(|| self.default_retention.borrow().clone());
+        let retention = retention.unwrap_or_else(|| self.default_retention.borrow().clone());
+        vdi.branch.borrow().writes.set(retention.keeps_writes(), lsn);
+        *vdi.retention.borrow_mut() = retention;
         self.touch(vdi);
     }
 
@@ -272,22 +300,41 @@ impl Engine {
                            give each disk its own";
             return Err(Error::refused(ErrorKind::Unsupported, message));
         }
+        self.refuse_writes(&retention)?;
         let one = self.management.acquire(1).await;
         let room = self.room().await?;
         let (vdi, claim) = (VdiId::default(), ClaimGeneration::default());
         let body = RecordBody::RetainByDefault { rules: retention.rules().to_vec() };
         let appended = self.log.append_admitted(room, &Record { vdi, claim, body });
-        self.apply_retain_by_default(retention);
+        self.apply_retain_by_default(retention, appended.0);
         drop(one);
         self.settle(appended).await
     }
 
-    pub(crate) fn apply_retain_by_default(&self, retention: Retention) {
+    pub(crate) fn apply_retain_by_default(&self, retention: Retention, lsn: Lsn) {
         let registry = self.registry.borrow();
         for vdi in registry.loaded.values().filter(|vdi| !vdi.has_own_rules.get()) {
+            vdi.branch.borrow().writes.set(retention.keeps_writes(), lsn);
             *vdi.retention.borrow_mut() = retention.clone();
         }
         *self.default_retention.borrow_mut() = retention;
+    }
+
+    /// Refuses a retention with `every write` if the store was formatted before there was that.
+    fn refuse_writes(&self, retention: &Retention) -> Result<(), Error> {
+        if !retention.keeps_writes() || self.keeps_writes.get() {
+            return Ok(());
+        }
+        let message = "this store was formatted by a Parallax that could not keep every write: keep every \
+                       flush, or send its disks to a new store";
+        Err(Error::refused(ErrorKind::Unsupported, message))
+    }
+
+    /// Has a moment taken soon if there are many writes that none keeps.
+    pub(crate) fn keep_many_writes(self: &Rc<Self>, vdi: &Rc<Vdi>) {
+        if vdi.branch.borrow().writes.are_many() {
+            self.keep_moment(vdi, Duration::ZERO);
+        }
     }
 
     /// Notes that a guest's flush has succeeded.
@@ -358,6 +405,7 @@ impl Engine {
         let engine = Rc::clone(self);
         drop(self.runtime.spawn(async move {
             for vdi in retained {
+                engine.end_writes(&vdi);
                 let expired = engine.expired_moments(&vdi);
                 if let Err(error) = engine.delete_moments(&vdi, expired).await {
                     tracing::warn!(%error, "moments whose time has come could not be deleted");
@@ -418,10 +466,15 @@ impl Engine {
 
     /// Appends the record of a moment of all that was written so far.
     pub(crate) fn append_moment(&self, room: Admission, vdi: &Vdi) -> Appended {
+        let changed_blocks = self.begin_moment(vdi);
+        self.append_snapshot(room, vdi, "", Origin::Kept { changed_blocks })
+    }
+
+    /// Notes that a moment is taken; returns the number of blocks that were changed since the last.
+    pub(crate) fn begin_moment(&self, vdi: &Vdi) -> u64 {
         vdi.moment_at.set(Some(self.runtime.now()));
         self.stats.borrow_mut().moments += 1;
-        let changed_blocks = vdi.changed_blocks.take();
-        self.append_snapshot(room, vdi, "", Origin::Kept { changed_blocks })
+        vdi.changed_blocks.take()
     }
 
     /// Deletes some moments of a VDI, but for those that somebody has open by now.
@@ -530,6 +583,9 @@ mod tests {
             ("1 day", "every flush for 1d"),
             ("every 2 seconds for 1h 30m, 1 minute for 3mo", "every 2s for 90m, 1m for 3mo"),
             ("1mo", "every flush for 1mo"),
+            ("every write for 10m, 1s for 1h", "every write for 10m, 1s for 1h"),
+            ("every write for 10m, flush for 1h", ""),
+            ("write for 10m", "every write for 10m"),
         ] {
             let retention = Retention::parse(text).unwrap();
             let again = Retention::parse(&retention.to_string()).unwrap();
@@ -547,6 +603,9 @@ mod tests {
             "5m for 1h, 1h",
             "",
             "1d for 1h",
+            "1s for 1h, write for 2h",
+            "flush for 10m, write for 1h",
+            "every write",
         ] {
             assert!(Retention::parse(nonsense).is_err(), "{nonsense}");
         }

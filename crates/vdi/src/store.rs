@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use base::{BLOCK_SIZE_U64, ErrorKind, SnapshotNumber, VdiId};
+use base::{BLOCK_SIZE_U64, ErrorKind, Lsn, SnapshotNumber, VdiId};
 use device::{Device, DeviceError};
 use disk::Disk;
 use runtime::Runtime;
@@ -14,12 +14,13 @@ use crate::manage::not_found;
 use crate::retention::Retention;
 use crate::trim::Scope;
 use crate::vdi::{Outline, Snapshot, Vdi};
+use crate::writes::AtWrite;
 use crate::{GcReport, GcStatus, ScrubReport, ScrubStatus, background, recovery};
 
 use crate::Error;
 use crate::types::{
     FormatOptions, HoldEntry, OpenOptions, OpenReport, Received, SnapshotEntry, Stats, Target,
-    VdiDiff, VdiEntry, VdiIntervals, VdiSpace, WantedIntervals,
+    VdiDiff, VdiEntry, VdiIntervals, VdiSpace, VdiWrite, WantedIntervals,
 };
 
 /// An open store. Clones share it. What changes it is finished once it has begun, also if the future
@@ -397,17 +398,37 @@ impl Store {
         self.finish(async move { engine.diff(None, &target, offset, extents_max).await }).await
     }
 
-    /// Opens a VDI for reading and writing, or a snapshot for reading. Waits until a snapshot or a
+    /// Lists at most `max` of the writes that a moment keeps with LSNs above `after`, in the order in which
+    /// they were made. Each can be opened as `NAME@lsn:N`.
+    ///
+    /// # Errors
+    /// `NotFound`; `Invalid` for one that keeps none.
+    pub async fn writes(
+        &self,
+        name: &str,
+        moment: &str,
+        after: Lsn,
+        max: usize,
+    ) -> Result<Vec<VdiWrite>, Error> {
+        let (engine, name, moment) = (Rc::clone(&self.0), name.to_owned(), moment.to_owned());
+        self.finish(async move { engine.writes(&name, &moment, after, max).await }).await
+    }
+
+    /// Opens a VDI for reading and writing, or a snapshot or what it was after a write for reading. Waits until a snapshot or a
     /// clone that is being made is durable: what is written to a clone and flushed must not go with
     /// it, and a snapshot must not change under its reader.
     ///
     /// # Errors
     /// `NotFound`.
     pub async fn open_disk(&self, target: &Target) -> Result<Rc<dyn Disk>, Error> {
-        let (vdi, snapshot) = self.0.find_durable(target).await?;
         let engine = Rc::clone(&self.0);
+        if let Some(lsn) = engine.write_of(target).await? {
+            let AtWrite { vdi, moment, point } = engine.at_write(&target.vdi, lsn).await?;
+            return Ok(Rc::new(SnapshotHandle::new(engine, vdi, moment, Some(point))));
+        }
+        let (vdi, snapshot) = self.0.find_durable(target).await?;
         Ok(match snapshot {
-            Some(snapshot) => Rc::new(SnapshotHandle::new(engine, vdi, snapshot)),
+            Some(snapshot) => Rc::new(SnapshotHandle::new(engine, vdi, snapshot, None)),
             None => Rc::new(VdiHandle::new(engine, vdi)),
         })
     }

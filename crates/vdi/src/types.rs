@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use base::{SnapshotNumber, SnapshotUuid, VdiId};
+use base::{Lsn, SnapshotNumber, SnapshotUuid, VdiId};
 use blockstore::allocator::Reuse;
 
 use crate::Retention;
@@ -203,6 +203,17 @@ pub struct VdiInterval {
     pub snapshots: Vec<String>,
     /// What of all these is held.
     pub held: Vec<String>,
+}
+
+/// A write of a VDI that can be opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VdiWrite {
+    /// Its log record.
+    pub lsn: Lsn,
+    /// First byte of the blocks that it changed.
+    pub offset: u64,
+    /// Their length in bytes.
+    pub length: u64,
 }
 
 /// A disk into which a snapshot was received, and what is to become of it.

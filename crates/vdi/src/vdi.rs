@@ -161,11 +161,12 @@ impl Snapshot {
         View::Point(Rc::clone(&self.branch), Rc::clone(&self.point))
     }
 
-    /// As it is stored, with the tree or the history that a checkpoint made of it.
+    /// As it is stored, with the tree or the history that a checkpoint made of it, and from where on this
+    /// keeps writes.
     pub(crate) fn record(
         &self,
         root: RootRef,
-        history: Option<History>,
+        (history, writes_from): (Option<History>, Option<Lsn>),
         is_held: bool,
     ) -> SnapshotRecord {
         SnapshotRecord {
@@ -180,6 +181,7 @@ impl Snapshot {
             label: self.label.clone(),
             origin: self.origin,
             is_held,
+            writes_from,
         }
     }
 }

@@ -225,7 +225,8 @@ impl Engine {
         let written = self.write_data(run.start, slice.clone());
         let body = RecordBody::Write { lba: Lba::new(lba), pba: run.start, hashes: hashes.clone() };
         let (lsn, logged) = self.append(room, vdi, body);
-        let pending = self.pending(vdi, lsn);
+        let pending = self.pending(vdi, lsn, run.count);
+        self.keep_many_writes(vdi);
         self.nudge(run.count * BLOCK_SIZE_U64);
         Ok(PendingRun { pending, logged, written, lba, run, slice, hashes })
     }
@@ -249,10 +250,11 @@ impl Engine {
         }
     }
 
-    /// The branch and generation that a record which was appended just now belongs to.
-    fn pending(&self, vdi: &Vdi, lsn: Lsn) -> Pending {
+    /// The branch and generation that a record which was appended just now belongs to, of so many blocks.
+    fn pending(&self, vdi: &Vdi, lsn: Lsn, block_count: u64) -> Pending {
         self.touch(vdi);
         let branch = Rc::clone(&vdi.branch.borrow());
+        branch.writes.note(lsn, block_count);
         let generation = branch.active();
         Pending { lsn, branch, generation }
     }
@@ -320,7 +322,7 @@ impl Engine {
             let body =
                 RecordBody::Write { lba: Lba::new(lba), pba: run.start, hashes: hashes.clone() };
             let (lsn, logged) = self.append_reserved(vdi, body);
-            let pending = self.pending(vdi, lsn);
+            let pending = self.pending(vdi, lsn, run.count);
             let written = wait(written, run.start).await;
             wait(logged, run.start).await?;
             match written {
@@ -388,11 +390,25 @@ impl Engine {
         let _range = vdi.ranges.lock(first..first + count).await;
         refuse_severed(vdi, incarnation)?;
         self.reserve_for_guest(vdi).await?;
+        let level_max = Self::level_max(vdi.block_count.get());
+        let is_large = subtrees(first, first + count, level_max).any(|(level, _)| level > 0);
+        // No history tells of it: the writes on both sides are kept by moments that end and begin with it.
+        let keeps_writes = is_large && vdi.branch.borrow().writes.is_on();
+        let around = match keeps_writes {
+            true => Some((self.room().await?, self.room().await?)),
+            false => None,
+        };
         let room = self.room().await?;
+        let (room_before, room_behind) = around.unzip();
+        let before = room_before.map(|room| self.append_moment(room, vdi));
         let body = RecordBody::Range { lba: Lba::new(first), count, state };
         let (lsn, logged) = self.append(room, vdi, body);
-        let pending = self.pending(vdi, lsn);
-        let level_max = Self::level_max(vdi.block_count.get());
+        let pending = self.pending(vdi, lsn, 1);
+        let behind = room_behind.map(|room| self.append_moment(room, vdi));
+        for moment in before.into_iter().chain(behind) {
+            let engine = Rc::clone(self);
+            drop(self.runtime.spawn(async move { engine.complete_record(moment).await }));
+        }
         wait(logged, Pba::new(0)).await?;
         self.install_range(
             &pending.branch,

@@ -20,7 +20,7 @@ use super::{CheckOptions, CheckProgress, CheckReport, CheckStage, FindingKind, l
 use crate::Error;
 use crate::claim::{self, Place};
 use crate::engine::{Engine, as_u64};
-use crate::history::seen_by;
+use crate::history::{Seen, seen_by};
 use crate::mark::{BlockSet, Marker, NODES_AT_ONCE, Named, PAGE_WORDS, Walk, words_of};
 use crate::pace::Pace;
 use crate::verify::{self, DataBlock, Fault};
@@ -651,7 +651,7 @@ impl<'a> Examiner<'a> {
 
     /// Reads histories, and what snapshots see of them.
     async fn histories(&mut self, name: &str, record: &VdiRecord, histories: Histories) {
-        for (history, numbers, positions) in histories.0.into_values() {
+        for (history, numbers, seen) in histories.0.into_values() {
             let title = match (numbers.first(), numbers.last()) {
                 (Some(first), Some(last)) => format!("{name}@{first} to {name}@{last}"),
                 _ => name.to_owned(),
@@ -672,7 +672,7 @@ impl<'a> Examiner<'a> {
                 block_count: u64::MAX,
             };
             self.audit.trees = vec![tree];
-            for version in seen_by(&versions, &positions) {
+            for version in seen_by(&versions, &seen) {
                 let VersionRecord { block: start, entry, .. } = *version;
                 let parent_birth = entry.birth();
                 self.audit.block(&Named { tree: 0, entry, level: 0, start, parent_birth });
@@ -866,17 +866,17 @@ fn beyond((all, known): (&u64, &u64)) -> u64 {
     u64::from((all & !known).count_ones())
 }
 
-/// Histories by where they stand, with the numbers and positions of their snapshots.
+/// Histories by where they stand, with the numbers of their snapshots and what is seen of these.
 #[derive(Default)]
-struct Histories(BTreeMap<Pba, (History, Vec<SnapshotNumber>, Vec<Lsn>)>);
+struct Histories(BTreeMap<Pba, (History, Vec<SnapshotNumber>, Vec<Seen>)>);
 
 impl Histories {
     fn add(&mut self, snapshot: &SnapshotRecord) {
         let Some(history) = snapshot.history else { return };
-        let (_, numbers, positions) =
+        let (_, numbers, seen) =
             self.0.entry(history.at()).or_insert_with(|| (history, Vec::new(), Vec::new()));
         numbers.push(snapshot.number);
-        positions.push(snapshot.position);
+        seen.push(Seen::of(snapshot));
     }
 }
 

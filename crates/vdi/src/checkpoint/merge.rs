@@ -23,7 +23,7 @@ use crate::history::{self, Past};
 use crate::ledger::Written;
 use crate::manage::labels_used_up;
 use crate::mark::{BlockSet, page_of_words};
-use crate::overlay::newest_only;
+use crate::overlay::{newest_only, seen_from};
 use crate::vdi::{Snapshot, Vdi};
 
 /// With so many points, the first one gets no tree either: the tree that the branch had before is
@@ -71,12 +71,15 @@ pub(super) struct Met {
     pub(super) point: Rc<Point>,
     pub(super) contents: Contents,
     pub(super) label: BirthLabel,
+    /// See [`Point::writes_from`].
+    pub(super) writes_from: Option<Lsn>,
 }
 
 /// Points behind a keyframe that get a history, and what changed from there to the last one.
 #[derive(Default)]
 struct Span {
-    points: Vec<Rc<Point>>,
+    /// Each with the position from which on it keeps writes.
+    points: Vec<(Rc<Point>, Option<Lsn>)>,
     versions: Vec<Change>,
 }
 
@@ -189,21 +192,35 @@ impl Merge {
         let shared_before = Lsn::default();
         let mut births = Births { label, shared_up_to, shared_before };
         let mut span = Span::default();
+        let kept_from = kept_from(&wanted);
+        // The first position that `root` is of.
+        let mut root_at = branch.writes.in_tree().plus(1);
         for (index, changes) in intervals.into_iter().enumerate() {
-            let changes = newest_only(changes, &mut self.dead);
+            let kept = kept_from.get(index).copied().flatten();
+            let changes = seen_from(changes, kept.unwrap_or(Lsn::new(u64::MAX)), &mut self.dead);
             if let Some(point) = wanted.get(index)
-                && (index > 0 || wanted.len() >= POINTS_WITHOUT_KEYFRAME)
+                && (index > 0 || kept.is_some() || wanted.len() >= POINTS_WITHOUT_KEYFRAME)
                 && self.engine.keeps_history.get()
-                && span.takes(point, &changes)
+                && (kept.is_some() || !point.needs_tree.get())
             {
-                span.versions.extend(changes);
-                span.points.push(Rc::clone(point));
-                continue;
+                if kept.is_some() && !span.has_room(&changes) {
+                    // The next one begins with a tree of the last point.
+                    let full = std::mem::take(&mut span);
+                    births.shared_up_to = label;
+                    root_at = full.end();
+                    root = self.end_span(root, (label, births), full, Vec::new()).await?;
+                }
+                if span.has_room(&changes) {
+                    let from = point.writes_from.get().map(|from| from.max(root_at));
+                    span.versions.extend(changes);
+                    span.points.push((Rc::clone(point), from));
+                    continue;
+                }
             }
-            births.shared_before = span.end();
+            let changes = newest_only(changes, &mut self.dead);
             let span = std::mem::take(&mut span);
-            let named = self.store_history(root, label, &span).await?;
             if index == last && !is_head {
+                self.store_history(root, label, &span).await?;
                 // Nothing reads the head of a branch that a rollback or deletion has left.
                 self.dead.extend(changes.iter().filter_map(mapped));
                 break;
@@ -215,10 +232,10 @@ impl Merge {
             if index == last && index > 0 {
                 births.label = next_label(label)?;
             }
-            let changes = self.behind(span.versions, changes);
-            root = self.update(root, births, &changes, &named).await?;
+            root = self.end_span(root, (label, births), span, changes).await?;
             if let Some(point) = wanted.get(index) {
-                self.meet(point, Contents::Tree(root), label);
+                self.meet(point, Contents::Tree(root), label, None);
+                root_at = point.position;
             }
         }
         Ok(MergedBranch {
@@ -230,9 +247,30 @@ impl Merge {
         })
     }
 
-    fn meet(&mut self, point: &Rc<Point>, contents: Contents, label: BirthLabel) {
-        let met = Met { point: Rc::clone(point), contents, label };
+    fn meet(
+        &mut self,
+        point: &Rc<Point>,
+        contents: Contents,
+        label: BirthLabel,
+        writes_from: Option<Lsn>,
+    ) {
+        let met = Met { point: Rc::clone(point), contents, label, writes_from };
         self.points.insert(Rc::as_ptr(point), met);
+    }
+
+    /// Stores the history of a span over the tree of `root`, and makes a tree of its end and of the changes
+    /// behind it.
+    async fn end_span(
+        &mut self,
+        root: RootRef,
+        (label, births): (BirthLabel, Births),
+        span: Span,
+        changes: Vec<Change>,
+    ) -> Result<RootRef, Error> {
+        let births = Births { shared_before: span.end(), ..births };
+        let named = self.store_history(root, label, &span).await?;
+        let changes = self.behind(span.versions, changes);
+        self.update(root, births, &changes, &named).await
     }
 
     /// Stores the history of some points over the tree of `root`; returns the blocks that it names.
@@ -243,8 +281,8 @@ impl Merge {
         span: &Span,
     ) -> Result<HashSet<Pba>, Error> {
         if span.versions.is_empty() {
-            for point in &span.points {
-                self.meet(point, Contents::Tree(root), label);
+            for (point, from) in &span.points {
+                self.meet(point, Contents::Tree(root), label, *from);
             }
             return Ok(HashSet::new());
         }
@@ -264,8 +302,8 @@ impl Merge {
         let (stored, outcome) = self.write(OnDamage::Fail, store).await;
         self.account(outcome);
         let past = Past { root, history: History { versions: stored?, count } };
-        for point in &span.points {
-            self.meet(point, Contents::Past(past), label);
+        for (point, from) in &span.points {
+            self.meet(point, Contents::Past(past), label, *from);
         }
         self.added.extend(&named);
         self.versions_written += u64::from(count);
@@ -333,7 +371,7 @@ impl Merge {
         let named: HashSet<Pba> = changes.iter().filter_map(mapped).collect();
         let births = Births { label, shared_up_to: label, shared_before: Lsn::default() };
         let root = self.update(past.root, births, &changes, &named).await?;
-        self.meet(point, Contents::Tree(root), label);
+        self.meet(point, Contents::Tree(root), label, None);
         Ok((root, label))
     }
 
@@ -512,7 +550,11 @@ impl Merge {
                 return Err(Error::refused(ErrorKind::Corrupt, message));
             }
         };
-        Ok(snapshot.record(root, history, is_held))
+        let met = self.points.get(&Rc::as_ptr(point));
+        // Its time may have come meanwhile.
+        let writes_from =
+            point.writes_from.get().and_then(|from| met.map_or(Some(from), |met| met.writes_from));
+        Ok(snapshot.record(root, (history, writes_from), is_held))
     }
 
     fn extent_records(&mut self) -> BTreeMap<u64, Option<ExtentRecord>> {
@@ -673,18 +715,33 @@ impl Merge {
 }
 
 impl Span {
-    /// Whether a point, and what changed before it, may follow.
-    fn takes(&self, point: &Point, changes: &[Change]) -> bool {
+    /// Whether a point may follow before which this changed.
+    fn has_room(&self, changes: &[Change]) -> bool {
         let count = self.versions.len() + changes.len();
         let fits = u32::try_from(count).is_ok_and(|count| count <= HISTORY_VERSIONS_MAX);
         // A discard of a large range would have its history keep all that it dropped.
-        fits && !point.needs_tree.get() && changes.iter().all(|change| change.level == 0)
+        fits && changes.iter().all(|change| change.level == 0)
     }
 
     /// Position of the last point.
     fn end(&self) -> Lsn {
-        self.points.last().map_or(Lsn::default(), |point| point.position)
+        self.points.last().map_or(Lsn::default(), |(point, _)| point.position)
     }
+}
+
+/// For each of some points the first position between it and the one before that somebody may want to
+/// open: of writes that it keeps, or one behind it.
+fn kept_from(points: &[Rc<Point>]) -> Vec<Option<Lsn>> {
+    let mut from: Option<Lsn> = None;
+    let mut all: Vec<Option<Lsn>> = Vec::with_capacity(points.len());
+    for point in points.iter().rev() {
+        // One behind it that begins later wants nothing of what lies before.
+        from = from.filter(|from| *from < point.position);
+        from = [from, point.writes_from.get()].into_iter().flatten().min();
+        all.push(from);
+    }
+    all.reverse();
+    all
 }
 
 fn mapped(change: &Change) -> Option<Pba> {

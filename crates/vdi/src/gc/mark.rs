@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use base::{ErrorKind, Lsn, Pba, SnapshotNumber, VdiId};
+use base::{ErrorKind, Pba, SnapshotNumber, VdiId};
 use blockstore::NodeStore;
 use ondisk::{Entry, History, Node, RootRef, Roots, SlotState, VdiRecord, VersionRecord};
 use runtime::Time;
@@ -12,7 +12,7 @@ use super::{GcStatus, nodes_of_marks};
 use crate::Error;
 use crate::damage::Table;
 use crate::engine::{Engine, as_u64};
-use crate::history::seen_by;
+use crate::history::{Seen, seen_by};
 use crate::mark::{BlockSet, Marker, Named, Walk};
 use crate::pace::Pace;
 use crate::reach::{self, Visitor};
@@ -268,7 +268,7 @@ impl Visitor for Mark<'_> {
         &mut self,
         _: VdiId,
         history: History,
-        snapshots: &[(SnapshotNumber, Lsn)],
+        snapshots: &[(SnapshotNumber, Seen)],
     ) -> Result<(), Error> {
         if base::mutant::active("gc_misses_histories")
             || base::mutant::active("gc_misses_snapshot_roots")
@@ -295,8 +295,8 @@ impl Visitor for Mark<'_> {
             self.pace.rest().await;
         }
         self.give_up();
-        let positions: Vec<Lsn> = snapshots.iter().map(|(_, position)| *position).collect();
-        for version in seen_by(&versions, &positions) {
+        let seen: Vec<Seen> = snapshots.iter().map(|(_, seen)| *seen).collect();
+        for version in seen_by(&versions, &seen) {
             self.found.data(version.entry.pba());
         }
         Ok(())

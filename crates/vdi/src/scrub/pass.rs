@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::rc::Rc;
 use std::time::Duration;
 
-use base::{BLOCK_SIZE_U64, ErrorKind, Lsn, Pba, SnapshotNumber, VdiId};
+use base::{BLOCK_SIZE_U64, ErrorKind, Pba, SnapshotNumber, VdiId};
 use blockstore::tree;
 use device::{Cause, DeviceError};
 use ondisk::{Entry, EntryState, History, Node, RootRef, SlotState, VersionRecord};
@@ -15,7 +15,7 @@ use super::{Damage, DamageKind, Scrubber, Watch};
 use crate::Error;
 use crate::damage::Table;
 use crate::engine::{Engine, as_u64};
-use crate::history::seen_by;
+use crate::history::{Seen, seen_by};
 use crate::mark::{BlockSet, Marker, Named, Walk};
 use crate::reach::{self, Visitor};
 use crate::verify::{self, DataBlock, Fault};
@@ -496,7 +496,7 @@ impl Visitor for Pass {
         &mut self,
         _: VdiId,
         history: History,
-        snapshots: &[(SnapshotNumber, Lsn)],
+        snapshots: &[(SnapshotNumber, Seen)],
     ) -> Result<(), Error> {
         let tree = Tree::History(history);
         self.pages = Some(Vec::new());
@@ -511,9 +511,9 @@ impl Visitor for Pass {
                 versions.extend(reach::decoded::<VersionRecord>(node.as_ref(), number)?);
             }
         }
-        let positions: Vec<Lsn> = snapshots.iter().map(|(_, position)| *position).collect();
+        let seen: Vec<Seen> = snapshots.iter().map(|(_, seen)| *seen).collect();
         self.tree = Tree::Snapshots;
-        for version in seen_by(&versions, &positions) {
+        for version in seen_by(&versions, &seen) {
             let VersionRecord { block: start, entry, .. } = *version;
             self.block(&Named { tree: 0, entry, level: 0, start, parent_birth: entry.birth() });
             if self.unread.len() >= GATHER_BLOCKS {

@@ -30,6 +30,7 @@ mod scrub;
 mod space;
 mod stuck;
 mod walks;
+mod writes;
 
 use std::rc::Rc;
 use std::time::Duration;

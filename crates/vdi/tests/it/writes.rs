@@ -1,0 +1,220 @@
+//! Each write of a disk can be opened, of which every write is kept.
+
+use std::time::Duration;
+
+use base::{ErrorKind, Lsn, SnapshotNumber};
+use disk::{Disk, Request};
+use parallax_vdi::{Retention, Store, Target, VdiWrite};
+use std::rc::Rc;
+
+use crate::check::assert_sound;
+use crate::{disk, read, reopened, with_store, write};
+
+const RULES: &str = "every write for 10m, 1s for 1h";
+
+async fn keep(store: &Store, rules: &str) {
+    store.retain("web01", Retention::parse(rules).unwrap()).await.unwrap();
+}
+
+/// Numbers of all moments.
+async fn moments(store: &Store) -> Vec<u64> {
+    let all = store.snapshots("web01", SnapshotNumber::new(0), usize::MAX).await.unwrap();
+    all.iter().map(|it| it.number.get()).collect()
+}
+
+/// All writes that moments keep.
+async fn writes(store: &Store) -> Vec<VdiWrite> {
+    let mut all = Vec::new();
+    for number in moments(store).await {
+        let listed = store.writes("web01", &number.to_string(), Lsn::default(), usize::MAX).await;
+        match listed {
+            Ok(listed) => all.extend(listed),
+            Err(error) => assert_eq!(error.kind(), ErrorKind::Invalid, "{error}"),
+        }
+    }
+    all
+}
+
+async fn at(store: &Store, lsn: Lsn) -> Result<Rc<dyn Disk>, parallax_vdi::Error> {
+    store.open_disk(&Target::parse(&format!("web01@lsn:{lsn}"))).await
+}
+
+/// Opens each write, and compares it with what these bytes, one for each write, have made of block 0.
+async fn assert_each(store: &Store, expected: &[u8]) {
+    let all: Vec<VdiWrite> = writes(store).await.into_iter().filter(|it| it.offset == 0).collect();
+    assert_eq!(all.len(), expected.len());
+    for (write, byte) in all.iter().zip(expected) {
+        let then = at(store, write.lsn).await.unwrap();
+        assert_eq!(read(&then, 0, 4096).await, [*byte; 4096], "lsn:{}", write.lsn);
+    }
+}
+
+/// Writes of one block, many between two checkpoints, a flush and a second: each can be opened, at once,
+/// after a checkpoint, after the store was closed, and when garbage was collected.
+#[test]
+fn each_write_can_be_opened() {
+    let bytes: Vec<u8> = (1..=200).collect();
+    let expected = bytes.clone();
+    let (ram, ()) = with_store(move |runtime, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        keep(&store, RULES).await;
+        let head = disk(&store, "web01").await;
+        for &byte in &bytes {
+            write(&head, 0, &[byte; 4096]).await;
+            write(&head, 1 << 20, &[byte; 8192]).await;
+            if byte % 37 == 0 {
+                head.submit(Request::Flush).await.unwrap();
+                runtime.sleep(Duration::from_millis(300)).await;
+            }
+            if byte % 53 == 0 {
+                store.checkpoint().await.unwrap();
+            }
+        }
+        store.checkpoint().await.unwrap();
+        assert_each(&store, &bytes).await;
+        let last = writes(&store).await.last().copied().unwrap();
+        assert_eq!((last.offset, last.length), (1 << 20, 8192));
+        store.collect_garbage().await.unwrap();
+        assert_each(&store, &bytes).await;
+        assert_eq!(read(&head, 0, 4096).await, [200; 4096]);
+        store.close().await.unwrap();
+    });
+    assert_sound(&ram, 0);
+    reopened(&ram, move |_, store, _| async move {
+        store.collect_garbage().await.unwrap();
+        assert_each(&store, &expected).await;
+        store.close().await.unwrap();
+    });
+    assert_sound(&ram, 0);
+}
+
+/// A write is opened that no moment has kept yet, and what comes later does not change what is read.
+#[test]
+fn a_write_is_opened_at_once() {
+    with_store(|_, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        let head = disk(&store, "web01").await;
+        write(&head, 0, &[9; 4096]).await;
+        keep(&store, "every write for 10m").await;
+        write(&head, 0, &[1; 4096]).await;
+        write(&head, 0, &[2; 4096]).await;
+        store.checkpoint().await.unwrap();
+        let first = writes(&store).await[0].lsn;
+        write(&head, 0, &[3; 4096]).await;
+        let then = at(&store, first).await.unwrap();
+        assert_eq!(read(&then, 0, 4096).await, [1; 4096]);
+        assert_ne!(then.identity(), at(&store, first.plus(1)).await.unwrap().identity());
+        // By counting on from there: nobody has listed it yet. The moment of the checkpoint lies between.
+        let third = (first.get()..first.get() + 20).map(Lsn::new);
+        let mut seen = Vec::new();
+        for lsn in third {
+            match at(&store, lsn).await {
+                Ok(then) => seen.push(read(&then, 0, 4096).await[0]),
+                Err(error) => assert_eq!(error.kind(), ErrorKind::Invalid, "{error}"),
+            }
+        }
+        seen.dedup();
+        assert_eq!(seen, [1, 2, 3]);
+        let error = at(&store, Lsn::new(1)).await.err().unwrap();
+        assert_eq!(error.kind(), ErrorKind::NotFound, "before there was a history: {error}");
+    });
+}
+
+/// What a crash leaves of writes that were flushed can be opened.
+#[test]
+fn writes_are_kept_through_a_crash() {
+    let (ram, lsns) = with_store(|_, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        keep(&store, RULES).await;
+        let head = disk(&store, "web01").await;
+        for byte in 1..=9u8 {
+            write(&head, 0, &[byte; 4096]).await;
+        }
+        store.checkpoint().await.unwrap();
+        let lsns: Vec<Lsn> = writes(&store).await.iter().map(|write| write.lsn).collect();
+        for byte in 10..=19u8 {
+            write(&head, 0, &[byte; 4096]).await;
+        }
+        head.submit(Request::Flush).await.unwrap();
+        lsns
+    });
+    reopened(&ram, move |_, store, report| async move {
+        assert!(!report.clean);
+        store.checkpoint().await.unwrap();
+        let kept: Vec<Lsn> = writes(&store).await.iter().map(|write| write.lsn).collect();
+        assert_eq!(kept[..9], lsns);
+        assert_each(&store, &(1..=19).collect::<Vec<u8>>()).await;
+        store.close().await.unwrap();
+    });
+    assert_sound(&ram, 0);
+}
+
+/// When their time has come the blocks of writes that no moment sees are freed, and the moments stay.
+#[test]
+fn writes_go_when_their_time_has_come() {
+    let (ram, ()) = with_store(|runtime, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        keep(&store, "every write for 10s, 1s for 1h").await;
+        let head = disk(&store, "web01").await;
+        for byte in 1..=100u8 {
+            write(&head, 0, &[byte; 4096]).await;
+        }
+        store.checkpoint().await.unwrap();
+        let all = writes(&store).await;
+        assert_eq!(all.len(), 100);
+        let open = at(&store, all[41].lsn).await.unwrap();
+        store.collect_garbage().await.unwrap();
+        runtime.sleep(Duration::from_secs(30)).await;
+        assert_eq!(read(&open, 0, 4096).await, [42; 4096], "it is open: it stays");
+        assert!(!open.severed());
+        drop(open);
+        runtime.sleep(Duration::from_secs(10)).await;
+        let error = at(&store, all[41].lsn).await.err().unwrap();
+        assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+        store.checkpoint().await.unwrap();
+        let freed = store.collect_garbage().await.unwrap().freed_blocks;
+        assert!(freed >= 98, "{freed}");
+        let last = moments(&store).await.last().copied().unwrap();
+        let then = disk(&store, &format!("web01@{last}")).await;
+        assert_eq!(read(&then, 0, 4096).await, [100; 4096]);
+        store.close().await.unwrap();
+    });
+    assert_sound(&ram, 0);
+}
+
+/// More than fits into one history, and a discard of a large range, cost no write but what they lie between.
+#[test]
+fn many_writes_and_large_discards() {
+    let (ram, ()) = with_store(|_, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        keep(&store, "every write for 10m").await;
+        let head = disk(&store, "web01").await;
+        for byte in 1..=120u8 {
+            write(&head, 0, &[byte; 4096]).await;
+            write(&head, 1 << 20, &vec![byte; 1 << 18]).await;
+        }
+        let length = 256 << 20;
+        let discard = Request::Discard { offset: 0, length, fua: false };
+        head.submit(discard).await.unwrap();
+        for byte in 121..=140u8 {
+            write(&head, 0, &[byte; 4096]).await;
+        }
+        store.checkpoint().await.unwrap();
+        assert_each(&store, &(1..=140).collect::<Vec<u8>>()).await;
+        store.resize("web01", 1 << 29).await.unwrap();
+        write(&disk(&store, "web01").await, 0, &[141; 4096]).await;
+        store.checkpoint().await.unwrap();
+        let sizes: Vec<u64> = {
+            let all = writes(&store).await;
+            let all = [all[0].lsn, all.last().unwrap().lsn];
+            let mut sizes = Vec::new();
+            for lsn in all {
+                sizes.push(at(&store, lsn).await.unwrap().size_bytes());
+            }
+            sizes
+        };
+        assert_eq!(sizes, [1 << 30, 1 << 29]);
+        store.close().await.unwrap();
+    });
+    assert_sound(&ram, 0);
+}
