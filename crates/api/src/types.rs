@@ -96,6 +96,9 @@ pub struct Ledger {
     /// SHA-256 over that and all before, in hexadecimal digits: who has noted it can tell whether what
     /// stands there was changed since.
     pub head: String,
+    /// Holds that began or ended and are not in it yet, as no checkpoint has written them.
+    #[serde(default)]
+    pub pending: u64,
 }
 
 /// What the store keeps for all VDIs.

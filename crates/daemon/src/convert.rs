@@ -21,6 +21,7 @@ pub(crate) fn vdi(entry: vdi::VdiEntry) -> api::Vdi {
         held_count: entry.held_count,
         ledger: entry.ledger.map(|ledger| api::Ledger {
             record: ledger.sequence,
+            pending: ledger.pending,
             head: ledger.head.iter().map(|byte| format!("{byte:02x}")).collect(),
         }),
     }

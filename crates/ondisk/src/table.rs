@@ -10,7 +10,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use crate::bounds::{BLOCKS_MAX, COUNTER_END, RECORD_NUMBER_END, below, vdi_size};
 use crate::layout::layout;
-use crate::ledger::{Digest, LEDGER_RECORDS_MAX};
+use crate::ledger::Digest;
 use crate::{DecodeError, Entry, EntryState, RootRef};
 
 /// Longest name of a VDI in bytes.
@@ -251,7 +251,7 @@ pub struct VdiRecord {
     pub ledger: RootRef,
     /// Chain of the ledger's last record.
     pub ledger_head: Digest,
-    /// How many they are; at most [`LEDGER_RECORDS_MAX`].
+    /// How many they are: [`crate::LEDGER_RECORDS_MAX`] at most, unless who wrote it lies.
     pub ledger_count: u32,
     /// How often it was rolled back or shrunk.
     pub rollbacks: u64,
@@ -362,7 +362,7 @@ impl TableRecord for VdiRecord {
             snapshot_count: raw.snapshot_count.get(),
             ledger: RootRef::from_bytes(raw.ledger)?,
             ledger_head: Digest(raw.ledger_head),
-            ledger_count: ledger_count(raw.ledger_count)?,
+            ledger_count: raw.ledger_count.get(),
             rollbacks: raw.rollbacks.get(),
             retention: (!rules.is_empty() || has(KEEPS_NONE)).then_some(rules),
             has_moments: has(HAS_MOMENTS),
@@ -655,11 +655,6 @@ impl TableRecord for ExtentRecord {
         let owner = HostId::new(raw.owner.get());
         Ok(Some(Self { kind, owner, epoch: Epoch::new(raw.epoch.get()) }))
     }
-}
-
-fn ledger_count(raw: U32) -> Result<u32, DecodeError> {
-    let fits = usize::try_from(raw.get()).is_ok_and(|count| count <= LEDGER_RECORDS_MAX);
-    if fits { Ok(raw.get()) } else { Err(DecodeError::Invalid("length of a ledger")) }
 }
 
 fn snapshot_number(raw: U64) -> Result<SnapshotNumber, DecodeError> {

@@ -47,11 +47,18 @@ pub(crate) struct Written {
     pub(crate) table: RootRef,
     pub(crate) records: Vec<LedgerRecord>,
     pub(crate) head: Digest,
+    /// Number of the last record, if none is left of them.
+    pub(crate) lost_up_to: u64,
 }
 
 impl Default for Written {
     fn default() -> Self {
-        Self { table: RootRef::empty(1), records: Vec::new(), head: Digest::default() }
+        Self {
+            table: RootRef::empty(1),
+            records: Vec::new(),
+            head: Digest::default(),
+            lost_up_to: 0,
+        }
     }
 }
 
@@ -69,7 +76,7 @@ pub(crate) struct Event {
 
 impl Written {
     pub(crate) fn sequence(&self) -> u64 {
-        self.records.last().map_or(0, |last| last.sequence)
+        self.records.last().map_or(self.lost_up_to, |last| last.sequence)
     }
 
     /// Holds that nothing has ended, by snapshot.
@@ -100,8 +107,8 @@ impl Written {
         first.chain = first.chained_to(self.head);
         self.head = first.chain;
         self.records = vec![first];
-        // A store holds no more; who has forged one that does gets a ledger that can be read.
-        held.into_values().take(HOLDS_MAX).for_each(|record| self.append(record));
+        // A store holds less; who has forged one that does not gets a ledger that can be read.
+        held.into_values().take(LEDGER_RECORDS_MAX - 2).for_each(|record| self.append(record));
     }
 
     /// Whether so many more records fit.
@@ -116,9 +123,13 @@ impl Ledger {
         Self { written: Rc::new(written), published, ..Self::default() }
     }
 
-    /// One whose records cannot be read: it goes on behind the chain that they had, with what the
-    /// snapshots say that is held.
-    pub(crate) fn lost(head: Digest, times: (u64, u64), held: Vec<Rc<Snapshot>>) -> Self {
+    /// One whose records cannot be read: it goes on behind the chain that they had and the number of the
+    /// last one, with what the snapshots say that is held.
+    pub(crate) fn lost(
+        (head, sequence): (Digest, u64),
+        times: (u64, u64),
+        held: Vec<Rc<Snapshot>>,
+    ) -> Self {
         let lost = Event {
             kind: LedgerKind::Lost,
             number: SnapshotNumber::new(0),
@@ -134,26 +145,35 @@ impl Ledger {
             snapshot: Some(snapshot),
         });
         let events = std::iter::once(lost).chain(again).collect();
-        let written = Written { head, ..Written::default() };
-        Self { written: Rc::new(written), events, afresh: true, published: (head, 0) }
+        let written = Written { head, lost_up_to: sequence, ..Written::default() };
+        Self { written: Rc::new(written), events, afresh: true, published: (head, sequence) }
     }
 }
 
+/// What can be read of a ledger.
+pub(crate) enum Records {
+    /// All of it.
+    Whole(Vec<LedgerRecord>),
+    /// Not all: it is damaged. The number of its last record, or a lower one if no record is left that
+    /// tells it.
+    Lost(u64),
+}
+
 impl Engine {
-    /// The ledger of a VDI; `None` if it is damaged.
-    pub(crate) async fn read_ledger(
-        &self,
-        record: &VdiRecord,
-    ) -> Result<Option<Vec<LedgerRecord>>, Error> {
-        let count_max = usize::try_from(record.ledger_count).unwrap_or(usize::MAX);
+    /// The records of the ledger of a VDI.
+    pub(crate) async fn read_ledger(&self, record: &VdiRecord) -> Result<Records, Error> {
+        let count = u64::from(record.ledger_count);
+        let count_max = usize::try_from(count).unwrap_or(usize::MAX).min(LEDGER_RECORDS_MAX);
         let mut records = Vec::new();
-        let scanned = table::scan(&self.nodes, &record.ledger, |_, record: LedgerRecord| {
+        let mut last = count.min(as_u64(LEDGER_RECORDS_MAX));
+        let scanned = table::scan(&self.nodes, &record.ledger, |index, record: LedgerRecord| {
+            last = last.max(record.sequence + as_u64(count_max).saturating_sub(index + 1));
             records.push(record);
             // More than it says that there are would be damage as well.
             records.len() <= count_max
         });
         match scanned.await.map_err(Error::from) {
-            Ok(_) => Ok(Some(records)),
+            Ok(_) => Ok(Records::Whole(records)),
             Err(error) if is_damage(&error) => {
                 let registry = self.registry.borrow();
                 let disk = registry.name(record.id);
@@ -162,28 +182,26 @@ impl Engine {
                     "its ledger is lost: what is held stays until it is released"
                 );
                 self.checkpoints.damaged.note(Table::Ledger(record.id));
-                Ok(None)
+                Ok(Records::Lost(last))
             }
             Err(error) => Err(error),
         }
     }
 
     /// Takes what was read of the ledger of a VDI that has just been loaded.
-    pub(crate) fn adopt_ledger(
-        &self,
-        vdi: &Vdi,
-        record: &VdiRecord,
-        records: Option<Vec<LedgerRecord>>,
-    ) {
+    pub(crate) fn adopt_ledger(&self, vdi: &Vdi, record: &VdiRecord, records: Records) {
         let snapshots = vdi.snapshots.borrow();
         let held = || snapshots.iter().filter(|snapshot| snapshot.hold.get().is_some());
         vdi.held.borrow_mut().extend(held().map(|snapshot| snapshot.number));
         let (head, count) = (record.ledger_head, record.ledger_count);
-        let Some(records) = records else {
-            let times = (self.runtime.wall_ns(), self.store_ns());
-            let held = held().map(Rc::clone).collect();
-            *vdi.ledger.borrow_mut() = Ledger::lost(head, times, held);
-            return;
+        let records = match records {
+            Records::Whole(records) => records,
+            Records::Lost(sequence) => {
+                let times = (self.runtime.wall_ns(), self.store_ns());
+                let held = held().map(Rc::clone).collect();
+                *vdi.ledger.borrow_mut() = Ledger::lost((head, sequence), times, held);
+                return;
+            }
         };
         let origin = Digest::origin(self.checksums.uuid(), vdi.id);
         let why = broken(&records, head, count, origin);
@@ -206,7 +224,7 @@ impl Engine {
                 }
             }
         }
-        let written = Written { table: record.ledger, records, head };
+        let written = Written { table: record.ledger, records, head, ..Written::default() };
         *vdi.ledger.borrow_mut() = Ledger::read(written);
     }
 }
@@ -215,7 +233,8 @@ impl Ledger {
     /// Where it ends, as the last published checkpoint has it.
     pub(crate) fn entry(&self) -> Option<LedgerEntry> {
         let (Digest(head), sequence) = self.published;
-        (sequence > 0).then_some(LedgerEntry { head, sequence })
+        let pending = as_u64(self.events.len());
+        (sequence > 0 || pending > 0).then_some(LedgerEntry { head, sequence, pending })
     }
 }
 
@@ -325,6 +344,33 @@ mod tests {
         assert!(why(&swapped).is_some());
         let other = Digest::origin(StoreUuid([1; 16]), VdiId::new(3));
         assert!(broken(&ledger().records, ledger().head, 4, other).is_some());
+    }
+
+    /// A head that was printed after a checkpoint had failed was that from before the hold, and nothing
+    /// said so.
+    #[test]
+    fn an_end_without_what_is_not_written_yet_says_so() {
+        let number = SnapshotNumber::new(4);
+        let (kind, times, until, snapshot) = (LedgerKind::Released, (9, 9), None, None);
+        let event = Event { kind, number, times, until, snapshot };
+        let mut read = Ledger::read(ledger());
+        assert_eq!(read.entry().map(|end| (end.sequence, end.pending)), Some((4, 0)));
+        read.events.push(event.clone());
+        assert_eq!(read.entry().map(|end| (end.sequence, end.pending)), Some((4, 1)));
+        let first = Ledger { events: vec![event], ..Ledger::default() };
+        assert_eq!(first.entry().map(|end| (end.sequence, end.pending)), Some((0, 1)));
+        assert_eq!(Ledger::default().entry(), None);
+    }
+
+    /// A fold forgot what holds beyond the thousandth: there are more if damage or forgery says so.
+    #[test]
+    fn a_fold_forgets_no_hold_that_fits() {
+        let count = LEDGER_RECORDS_MAX - 2;
+        let mut many = Written { head: origin(), ..Written::default() };
+        (1..=count as u64).for_each(|number| many.append(record(LedgerKind::Held, number)));
+        many.fold(LedgerKind::Folded, (9, 9));
+        assert_eq!((why(&many), many.holds().len()), (None, count));
+        assert!(many.has_room(1));
     }
 
     #[test]

@@ -134,6 +134,8 @@ pub struct LedgerEntry {
     pub head: [u8; 32],
     /// Number of the last record.
     pub sequence: u64,
+    /// Holds that began or ended and are not in it yet: the next checkpoint writes them.
+    pub pending: u64,
 }
 
 /// That a snapshot is held.

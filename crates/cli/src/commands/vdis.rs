@@ -177,7 +177,13 @@ fn history(vdi: &Vdi) -> String {
 
 /// Where a ledger ends: what people note.
 pub(super) fn ledger_end(ledger: &Ledger) -> String {
-    format!("{}:{}", ledger.record, ledger.head)
+    let end = format!("{}:{}", ledger.record, ledger.head);
+    match ledger.pending {
+        0 => end,
+        pending => {
+            format!("{end}, without the last {pending}, which no checkpoint has written yet")
+        }
+    }
 }
 
 fn describe_snapshot(snapshot: &Snapshot, space: &Space) -> String {

@@ -23,8 +23,8 @@ impl Merge {
         if vdi.ledger_events.is_empty() && !afresh {
             return Ok(None);
         }
-        let Written { table, ref records, head } = *before;
-        let mut ledger = Written { table, records: records.clone(), head };
+        let Written { table, ref records, head, lost_up_to } = *before;
+        let mut ledger = Written { table, records: records.clone(), head, lost_up_to };
         let mut stored = if afresh { 0 } else { records.len() };
         if records.is_empty() && head == Digest::default() {
             ledger.head = Digest::origin(self.engine.checksums.uuid(), vdi.vdi.id);

@@ -403,13 +403,34 @@ fn a_damaged_ledger_costs_dates_and_no_hold() {
         assert!(report.is_clean(), "{report:?}");
         let warned: Vec<_> = report.warnings.iter().map(|it| it.kind).collect();
         assert_eq!(warned, if in_use { vec![] } else { vec![FindingKind::Ledger] });
-        reopened(&ram, |_, store, _| async move {
+        reopened(&ram, move |_, store, _| async move {
             assert_eq!(held(&store).await, [1, 2]);
             store.release_hold("web01", "1").await.unwrap();
             removed(&store, "web01@1").await;
+            // Records that were lost are not given their numbers again: what was noted of one was not of
+            // another.
+            let sequence = store.info("web01").await.unwrap().ledger.unwrap().sequence;
+            assert_eq!(sequence, if in_use { 3 } else { 2 + 3 + 1 });
             store.close().await.unwrap();
         });
         assert!(checked(&ram, OPTIONS).is_clean());
+    }
+}
+
+/// The number of records of a ledger that nobody could have written made the record of the disk one that
+/// made no sense, and the disk was lost.
+#[test]
+fn a_forged_number_of_records_costs_no_disk() {
+    for forged in [0, 1, 5000, u32::MAX] {
+        let ram = store_with_holds(true);
+        forge(&ram, |_, vdi| vdi.ledger_count = forged);
+        assert!(found(&ram).0.contains(&FindingKind::Ledger), "{forged}");
+        reopened(&ram, |_, store, _| async move {
+            assert_eq!(held(&store).await, [1, 2]);
+            refused(&store, "web01").await;
+            assert_eq!(read(&disk(&store, "web01").await, 0, 4096).await, [4; 4096]);
+            store.close().await.unwrap();
+        });
     }
 }
 
