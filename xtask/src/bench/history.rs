@@ -1,5 +1,6 @@
 //! Disks with many snapshots, and clones of clones: whether a long past makes them slow.
 
+use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -208,15 +209,23 @@ impl<'a> Past<'a> {
         server.start()?;
         let mut control = Control::connect(&server.control_socket())?;
         let mut random = Random::new(1);
-        let mut times = Vec::new();
+        let (mut times, mut flushes) = (Vec::new(), Vec::new());
+        // What none that is durable when it is answered can be faster than.
+        let block = data(1, BLOCK_BYTES);
+        let file = std::fs::File::create(self.bench.data.join("flushed"))?;
         for _ in 0..self.bench.scale.commands.min(self.handles.len()) {
             let index = usize::try_from(random.below(self.handles.len() as u64))?;
             let handle = self.handles.swap_remove(index);
             let start = clock::now();
             control.remove_snapshot(&handle)?;
             times.push(milliseconds(start.elapsed()));
+            let start = clock::now();
+            file.write_all_at(&block, 0)?;
+            file.sync_data()?;
+            flushes.push(milliseconds(start.elapsed()));
         }
         server.stop()?;
+        std::fs::remove_file(self.bench.data.join("flushed"))?;
         Ok(Line {
             measure,
             unit: Unit::Milliseconds,
@@ -225,7 +234,10 @@ impl<'a> Past<'a> {
                 times.len(),
                 quantile(&times, 0.99)
             ),
-            columns: vec![Column::of("ours", times)],
+            columns: vec![
+                Column::of("ours", times),
+                Column::of("bare file: a block and fdatasync instead", flushes),
+            ],
             goals: vec![Goal::AtMost { limit: 1.0 }],
         })
     }

@@ -5,7 +5,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use crate::console;
-use crate::fio::{self, Figures, Target};
+use crate::control::Control;
+use crate::fio::{self, Target};
 use crate::nbd;
 use crate::server::{EXPORT, Kind, Options, Server};
 
@@ -43,7 +44,7 @@ impl Entrant {
     ///
     /// # Errors
     /// If the server or fio fails.
-    pub(crate) fn turn(&mut self, bench: &Bench, access: &Access) -> Result<Figures> {
+    pub(crate) fn turn(&mut self, bench: &Bench, access: &Access) -> Result<Turn> {
         if access.is_write {
             for file in self.server.files() {
                 let bytes = file.metadata()?.len();
@@ -61,10 +62,39 @@ impl Entrant {
         if !access.is_write {
             read_once(bench, &target, disk_bytes)?;
         }
+        let before = self.counted()?;
         let figures = Client::Fio(target).run(access, disk_bytes, bench)?;
+        let after = self.counted()?;
         self.server.stop()?;
-        Ok(figures)
+        Ok(Turn { iops: figures.iops, blocks_each: blocks_each(before, after) })
     }
+
+    /// Bytes that a running server of ours has read from its device so far, and reads that it was asked
+    /// for.
+    fn counted(&self) -> Result<Option<(u64, u64)>> {
+        if !matches!(self.server.kind(), Kind::Parallax(_)) {
+            return Ok(None);
+        }
+        let reads = Control::connect(&self.server.control_socket())?.stat("reads")?;
+        let io = std::fs::read_to_string(format!("/proc/{}/io", self.server.process_id()?))?;
+        let line = io.lines().find_map(|line| line.strip_prefix("read_bytes: "));
+        Ok(Some((line.context("find read_bytes")?.parse()?, reads)))
+    }
+}
+
+/// What a turn showed.
+pub(crate) struct Turn {
+    /// Operations a second.
+    iops: f64,
+    /// Blocks that were read from the device for each read, if it was one of ours under reads and the
+    /// device is not memory.
+    blocks_each: Option<f64>,
+}
+
+fn blocks_each(before: Option<(u64, u64)>, after: Option<(u64, u64)>) -> Option<f64> {
+    let ((bytes_before, reads_before), (bytes, reads)) = (before?, after?);
+    let (bytes, reads) = (bytes - bytes_before, reads - reads_before);
+    (bytes > 0 && reads > 0).then(|| bytes as f64 / 4096.0 / reads as f64)
 }
 
 fn read_once(bench: &Bench, target: &Target, bytes: u64) -> Result<()> {
@@ -72,7 +102,8 @@ fn read_once(bench: &Bench, target: &Target, bytes: u64) -> Result<()> {
     fio::measure(job, FILL_LIMIT).context("read it once").map(drop)
 }
 
-/// Operations a second of each, turn by turn.
+/// Operations a second of each, turn by turn: in their order and in the reverse one by turns, as who
+/// follows whom makes a difference. Says what each read from its device, which noise does not change.
 ///
 /// # Errors
 /// If a server or fio fails.
@@ -85,14 +116,27 @@ pub(crate) fn measure(
     let mut columns: Vec<Column> = entrants.iter().map(|one| Column::new(&one.label)).collect();
     for round in 1..=bench.scale.rounds {
         let mut said = Vec::new();
-        for (entrant, column) in entrants.iter_mut().zip(&mut columns) {
-            let iops = entrant.turn(bench, access)?.iops;
-            column.values.push(iops);
-            said.push(format!("{} {}", entrant.label, Unit::Iops.show(iops)));
+        for index in order(round, entrants.len()) {
+            let (Some(entrant), Some(column)) = (entrants.get_mut(index), columns.get_mut(index))
+            else {
+                continue;
+            };
+            let turn = entrant.turn(bench, access)?;
+            column.values.push(turn.iops);
+            let each =
+                turn.blocks_each.map(|each| format!(", {each:.2} blocks from the device each"));
+            let shown = Unit::Iops.show(turn.iops);
+            said.push(format!("{} {shown}{}", entrant.label, each.unwrap_or_default()));
         }
         console::say(&format!("{what}, round {round}:\n  {}", said.join("\n  ")));
     }
     Ok(columns)
+}
+
+/// In which order so many take their turns in a round.
+fn order(round: usize, count: usize) -> impl Iterator<Item = usize> {
+    let reverse = round.is_multiple_of(2);
+    (0..count).map(move |index| if reverse { count - 1 - index } else { index })
 }
 
 /// A running server of ours, with files of this name.
@@ -187,4 +231,22 @@ fn ask_at(
         under_way += 1;
     }
     (0..under_way).try_for_each(|_| answered(client))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_is_first_in_every_round() {
+        let rounds = [1, 2, 3].map(|round| order(round, 3).collect::<Vec<_>>());
+        assert_eq!(rounds, [[0, 1, 2], [2, 1, 0], [0, 1, 2]]);
+    }
+
+    #[test]
+    fn blocks_are_counted_for_each_read() {
+        assert_eq!(blocks_each(Some((4096, 1)), Some((4096 * 9, 5))), Some(2.0));
+        assert_eq!(blocks_each(Some((0, 1)), Some((0, 5))), None, "a device in memory");
+        assert_eq!(blocks_each(None, None), None, "a peer");
+    }
 }
