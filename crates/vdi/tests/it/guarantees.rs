@@ -5,7 +5,10 @@ use base::ErrorKind;
 use parallax_vdi::{OpenOptions, Store, Target};
 
 use crate::ram::{Ram, run};
-use crate::{STORE_BLOCKS, disk, format_options, open, open_options, read, write};
+use crate::{
+    STORE_BLOCKS, disk, format_options, open, open_options, open_with_cache, read, with_store,
+    write,
+};
 
 /// G6: a file lock shows nothing of another machine, so its heartbeat is watched.
 #[test]
@@ -100,4 +103,48 @@ fn a_read_costs_the_same_at_any_depth() {
     };
     let (shallow, deep) = (read_cold("d0"), read_cold("d200"));
     assert!(shallow > 0 && deep <= shallow, "{shallow} blocks at depth 0, {deep} at 200");
+}
+
+/// G9: what a read and the deletion of a snapshot ask of the device and of the cache is the same,
+/// however many snapshots a VDI has: one block is read, one is written and flushed.
+#[test]
+fn a_read_and_a_deletion_cost_the_same_beside_any_number_of_snapshots() {
+    const BLOCKS: u64 = 600;
+    let cost = |snapshots: u64| {
+        let (ram, ()) = with_store(move |_, store| async move {
+            store.create("a", BLOCKS << 12).await.unwrap();
+            let head = disk(&store, "a").await;
+            for block in 0..BLOCKS {
+                write(&head, block << 12, &[1; 4096]).await;
+            }
+            for number in 1..=snapshots {
+                write(&head, (number % BLOCKS) << 12, &[2; 4096]).await;
+                store.snapshot("a", None).await.unwrap();
+                if number % 100 == 0 {
+                    store.checkpoint().await.unwrap();
+                }
+            }
+            store.close().await.unwrap();
+        });
+        run(2, move |runtime| async move {
+            let (store, _) = open_with_cache(&ram, &runtime, 8 << 20).await;
+            let head = disk(&store, "a").await;
+            let read_all = async || {
+                for block in 0..BLOCKS {
+                    read(&head, block << 12, 4096).await;
+                }
+            };
+            read_all().await;
+            let (hits, read) = (store.stats().cache_hits, ram.blocks_read());
+            read_all().await;
+            let read = ram.blocks_read() - read;
+            let hits = store.stats().cache_hits - hits;
+            let operations = ram.operations();
+            store.remove(&Target::parse(&format!("a@{}", snapshots / 2))).await.unwrap();
+            (read, hits, ram.operations() - operations)
+        })
+    };
+    let (few, many) = (cost(2), cost(1000));
+    assert_eq!(few, many, "blocks read, nodes asked for, and operations of a deletion");
+    assert_eq!((few.0, few.1, few.2), (BLOCKS, 2 * BLOCKS, 2));
 }
