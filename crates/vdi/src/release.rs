@@ -39,6 +39,11 @@ impl Releases {
         ReleasedUpTo(self.begun.get())
     }
 
+    /// Whether some have come that have not left.
+    pub(crate) fn are_under_way(&self) -> bool {
+        self.ended.get() < self.begun.get()
+    }
+
     /// Wakes everybody who waits, so that they see that there is nothing to wait for any more.
     pub(crate) fn wake_all(&self) {
         self.changed.notify();

@@ -518,19 +518,24 @@ impl Engine {
         attempt: impl AsyncFn() -> Result<Option<T>, Error>,
     ) -> Result<Option<T>, Error> {
         loop {
-            {
-                let _one = self.thinning.acquire(1).await;
-                // Who was thinning before may have made the room.
-                if let Some(given) = attempt().await? {
-                    return Ok(Some(given));
-                }
-                if gives_up() || !self.thin_moments().await || !self.cycle_for_space().await {
-                    return Ok(None);
-                }
-            }
-            // Others need not wait for this one's readers.
+            // What was given up before is worth waiting for before more goes. Others need not wait for
+            // this one's readers.
             self.released(self.releases.up_to_now(), &gives_up).await;
             self.allocator.reclaim_empty_extents();
+            self.go_on()?;
+            let _one = self.thinning.acquire(1).await;
+            if let Some(given) = attempt().await? {
+                return Ok(Some(given));
+            }
+            if gives_up() {
+                return Ok(None);
+            }
+            if self.releases.are_under_way() {
+                continue;
+            }
+            if !self.thin_moments().await || !self.cycle_for_space().await {
+                return Ok(None);
+            }
         }
     }
 

@@ -11,7 +11,7 @@ use base::{Buffer, Epoch, HostId, Pba, SnapshotNumber, StoreUuid};
 use device::Operation;
 use disk::{Disk, Request};
 use ondisk::{Checksums, Heartbeat};
-use parallax_vdi::{FormatOptions, Store, Target};
+use parallax_vdi::{FormatOptions, Retention, Store, Target};
 use runtime::Runtime;
 
 use crate::gate::{Gate, ends, start_writers, with_gated_store};
@@ -442,6 +442,59 @@ fn writes_that_wait_for_space_behind_a_stuck_read_stop_nobody_else() {
         assert!(ended.await, "what makes space again");
         assert_eq!(failed.get(), 40);
         gate.release();
+    });
+}
+
+/// Whoever waited for space behind somebody who had given up the older half of all moments gave up half
+/// of the rest at once, and the next one again: what the first had given up was not free yet, as reads
+/// held it up. At last none was left, and writes were refused with much of the store about to be free.
+#[test]
+fn moments_go_only_when_those_that_went_before_were_not_enough() {
+    with_gated_store(|runtime, gate, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        store.retain("web01", Retention::parse("24h").unwrap()).await.unwrap();
+        let web01 = disk(&store, "web01").await;
+        let kept = async || {
+            let all = store.snapshots("web01", SnapshotNumber::new(0), usize::MAX).await.unwrap();
+            all.len()
+        };
+        // Until some had to go, and the store is as full again.
+        let (mut most, mut least_free) = (0, u64::MAX);
+        for part in 0.. {
+            assert!(part < 400, "it does not run full");
+            let (free, count) = (store.stats().free_bytes, kept().await);
+            if count < most && free <= least_free + (1 << 20) {
+                break;
+            }
+            if count >= most {
+                (most, least_free) = (count, free);
+            }
+            web01.submit(write_of((part % 16) << 20, 1 << 20)).await.unwrap();
+            web01.submit(Request::Flush).await.unwrap();
+            runtime.sleep(Duration::from_millis(20)).await;
+        }
+        let before = kept().await;
+        let over = Rc::new(Cell::new(false));
+        let (ended, reading, read_too) = (Rc::clone(&over), runtime.clone(), Rc::clone(&web01));
+        drop(runtime.spawn(async move {
+            while !ended.get() {
+                gate.hold(|operation| matches!(operation, Operation::Read { .. }));
+                let read = read_too.submit(Request::Read { offset: 0, length: 4096 });
+                drop(reading.spawn(read));
+                reading.sleep(Duration::from_millis(700)).await;
+                gate.release();
+            }
+        }));
+        // A quarter of the store.
+        let writers: Vec<_> = (0..64)
+            .map(|part| runtime.spawn(web01.submit(write_of(part << 18, 1 << 18))))
+            .collect();
+        for writer in writers {
+            writer.await.unwrap();
+        }
+        over.set(true);
+        let left = kept().await;
+        assert!(left < before && left >= before / 2, "{left} of {before} moments are left");
     });
 }
 
