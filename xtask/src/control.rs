@@ -106,6 +106,15 @@ impl Control {
         self.ask("PATCH", &format!("/v1/vdis/{name}"), Some(&body)).map(drop)
     }
 
+    /// Gives a VDI a history, as `set` takes it.
+    ///
+    /// # Errors
+    /// As the daemon says.
+    pub(crate) fn set_history(&mut self, name: &str, history: &str) -> Result<()> {
+        let body = json!({ "history": history });
+        self.ask("PATCH", &format!("/v1/vdis/{name}"), Some(&body)).map(drop)
+    }
+
     /// Deletes a VDI with its snapshots.
     ///
     /// # Errors

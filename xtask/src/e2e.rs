@@ -4,6 +4,7 @@
 //! they run against qemu-storage-daemon instead, as far as it can do what they ask: a harness
 //! that finds faults in a server that is known to be good is itself at fault.
 
+mod churn;
 mod clones;
 mod crash;
 mod debian;
@@ -44,13 +45,14 @@ struct Scenario {
     run: fn(&mut Bed) -> Result<()>,
 }
 
-const SCENARIOS: [Scenario; 22] = [
+const SCENARIOS: [Scenario; 23] = [
     Scenario { name: "quickstart", quick: true, guests: false, run: quickstart::run },
     Scenario { name: "tools", quick: true, guests: false, run: tools::run },
     Scenario { name: "fio", quick: true, guests: false, run: fio_matrix::run },
     Scenario { name: "crash", quick: true, guests: false, run: crash::run },
     Scenario { name: "full", quick: true, guests: false, run: full::run },
     Scenario { name: "full-storms", quick: true, guests: false, run: crash::full },
+    Scenario { name: "churn", quick: true, guests: false, run: churn::run },
     Scenario { name: "mount", quick: true, guests: false, run: mounted::run },
     Scenario { name: "guest-ext4", quick: false, guests: true, run: filesystems::ext4 },
     Scenario { name: "guest-xfs", quick: false, guests: true, run: filesystems::xfs },

@@ -43,6 +43,8 @@ pub(crate) struct Options {
     pub(crate) disk_bytes: u64,
     /// Size of our store.
     pub(crate) store_bytes: u64,
+    /// Size of its extents, if not the usual one.
+    pub(crate) extent_bytes: Option<u64>,
     /// Whether our store takes its space from the file system at once.
     pub(crate) preallocate: bool,
     /// Bytes of our node cache.
@@ -60,6 +62,7 @@ impl Options {
         Self {
             disk_bytes,
             store_bytes,
+            extent_bytes: None,
             preallocate: false,
             cache_bytes: 256 << 20,
             vhost_user: false,
@@ -131,7 +134,11 @@ impl Server {
             Kind::Parallax(binary) => {
                 let run = Run::new(binary).arg("format").arg(&self.file).arg("--size");
                 let run = run.arg(self.options.store_bytes.to_string()).arg("--preallocate");
-                run.arg(if self.options.preallocate { "full" } else { "off" }).read()?;
+                let run = run.arg(if self.options.preallocate { "full" } else { "off" });
+                match self.options.extent_bytes {
+                    Some(bytes) => run.arg("--extent-size").arg(bytes.to_string()).read()?,
+                    None => run.read()?,
+                };
             }
         }
         Ok(())

@@ -176,6 +176,7 @@ impl<'a> Stage<'a> {
             disk_bytes,
             // Room for the disk, for what a snapshot keeps of it and for the blocks under way.
             store_bytes: disk_bytes * 4,
+            extent_bytes: None,
             preallocate: self.state != State::Fresh,
             cache_bytes: 256 << 20,
             vhost_user: self.setting.frontend == Frontend::VhostUser,
