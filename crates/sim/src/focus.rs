@@ -137,6 +137,7 @@ impl Plan {
         self.weights.requests.push((60, RequestKind::Read));
         self.weights.requests.push((60, RequestKind::Write));
         self.weights.management.push((20, ManagementKind::Scrub));
+        self.weights.management.push((20, ManagementKind::CheckOnline));
         self.live(2, 300, random, |_| (Ending::Kill, Strike::Never));
     }
 

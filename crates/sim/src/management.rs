@@ -49,6 +49,7 @@ pub async fn make(session: Rc<Session>, kind: ManagementKind, mut random: Random
         ManagementKind::Checkpoint => checkpoint(&session).await,
         ManagementKind::CollectGarbage => collect_garbage(&session).await,
         ManagementKind::Scrub => scrub::scrub(&session, random).await,
+        ManagementKind::CheckOnline => scrub::check(&session, random).await,
         ManagementKind::List => list(&session).await,
         ManagementKind::Describe => describe(&session, random).await,
         ManagementKind::Diff => compare::diff(&session, random).await,

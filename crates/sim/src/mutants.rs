@@ -331,6 +331,12 @@ pub const ALL: &[Mutant] = &[
         focus: Some(Focus::SlowReads),
     },
     Mutant {
+        name: "check_holds_nothing_back",
+        rule: "19",
+        breaks: "has the check of a store in use walk trees whose blocks are freed and written again",
+        focus: Some(Focus::SlowReads),
+    },
+    Mutant {
         name: "thinning_takes_held",
         rule: "39",
         breaks: "lets a history's rules delete moments that are held",

@@ -45,6 +45,8 @@ pub const DECLARED: &[(&str, &str)] = &[
     ("scrub: finished", "a pass read everything while clients worked"),
     ("scrub: found damage", "a pass found what was planted"),
     ("scrub: compared", "what a pass found was compared with what the offline check finds"),
+    ("check: online", "the check of a store in use came to its end while clients worked"),
+    ("check: gave way", "the same ended, as somebody needed space"),
     ("diff: compared", "a diff of two snapshots was compared with the model"),
     ("diff: in parts", "a diff was asked for in several parts"),
     ("diff: of moments", "a diff of snapshots, moments or not, was compared with what they hold"),

@@ -1,13 +1,14 @@
-//! Scrub among the other operations, and what it must find and must not.
+//! Scrub and the check of a store in use among the other operations, and what they must find and must not.
 
 use std::collections::BTreeSet;
 use std::rc::Rc;
 
+use base::ErrorKind;
 use vdi::check::{CheckReport, FindingKind};
 use vdi::{DamageKind, ScrubEnd, ScrubReport};
 
 use crate::random::Random;
-use crate::session::Session;
+use crate::session::{Reach, Session};
 
 /// Runs a pass while clients go on, slowly or not.
 pub async fn scrub(session: &Session, random: &mut Random) {
@@ -40,6 +41,35 @@ pub async fn quietly(session: Rc<Session>) -> Option<BTreeSet<u64>> {
         .iter()
         .flat_map(|damage| (0..damage.block_count).map(|index| damage.at.plus(index).get()));
     is_complete.then(|| blocks.collect())
+}
+
+/// Checks the store while clients go on.
+pub async fn check(session: &Session, random: &mut Random) {
+    let rate = random.between(1 << 20, 256 << 20);
+    match session.store.check(random.chance(300), Some(rate), |_| {}).await {
+        Ok(report) => {
+            judge_check(session, &report);
+            session.world.probe("check: online");
+        }
+        // Somebody needed space, or stopped the pass that was to read the data.
+        Err(error) if error.kind() == ErrorKind::Busy => session.world.probe("check: gave way"),
+        Err(error) => session.excuse("check", error.kind(), &error, Reach::Metadata),
+    }
+}
+
+/// A store to which nothing was done is sound, whatever its clients do.
+fn judge_check(session: &Session, report: &CheckReport) {
+    let world = &session.world;
+    world.trace.note(|| format!("check    {:?} {:?}", report.counts, report.errors));
+    let is_hit = world.device.with_atlas(|atlas| atlas.damaged > 0 || atlas.cache_losses > 0);
+    if is_hit || session.before().errors_since(world) {
+        return;
+    }
+    // Copies rot at crashes.
+    let is_copy = |kind| matches!(kind, FindingKind::Superblock | FindingKind::HostSlot);
+    if let Some(finding) = report.errors.iter().find(|finding| !is_copy(finding.kind)) {
+        world.fail(format!("the check of a store in use calls this damage: {finding:?}"));
+    }
 }
 
 /// Every block that is called damaged is.
