@@ -682,8 +682,8 @@ pub(crate) struct Serve {
     pub(crate) buffered: bool,
     /// Read and verify all that is stored again so long after the last time; `off` for never
     ///
-    /// See `parallax scrub`. A scrub that the end of the daemon cut short begins anew ten minutes after the next
-    /// start; if nothing is known of an earlier one, as after a boot, the first begins after a day.
+    /// See `parallax scrub`. The time is that for which the store is served. A scrub that the end of the daemon
+    /// cut short begins anew ten minutes after the next start, and twice as long after each further time; if nothing is known of an earlier one, as after a boot, the first begins after a day.
     #[arg(long, value_name = "PERIOD", default_value = "30d", value_parser = period())]
     pub(crate) scrub_every: Duration,
     /// How much scrub reads in a second; 0 for no limit

@@ -3,9 +3,13 @@
 //! When the last pass ended, and whether one was under way, is in a file beside the control socket, so that
 //! the next daemon of the store knows:
 //! - a pass ended: the next begins [`Scrub::every`] after that, whoever had it begun;
-//! - one was cut short by the end of the daemon: it begins anew [`AFTER_CUT`] after the store was opened;
+//! - one was cut short by the end of the daemon or of the store: it begins anew [`AFTER_CUT`] after the
+//!   store was opened, and twice as long after each further time in a row: what ended the store may be a
+//!   place that the device does not come back from;
 //! - nothing is known, as after a boot that emptied /run: the first begins after [`AFTER_OPEN`], or after
 //!   `every` if that is less.
+//!
+//! Times are store time, which passes while the store is open and does not leap (design rule 38).
 
 use std::cell::{Cell, RefCell};
 use std::path::{Path, PathBuf};
@@ -25,6 +29,9 @@ const LOOK_PERIOD: Duration = Duration::from_secs(30);
 /// When a pass begins anew that was cut short.
 const AFTER_CUT: Duration = Duration::from_secs(600);
 
+/// How often that doubles at most: to seven days.
+const DOUBLINGS_MAX: u32 = 10;
+
 /// When the first pass begins if nothing is known of an earlier one.
 const AFTER_OPEN: Duration = Duration::from_secs(24 * 3600);
 
@@ -35,9 +42,20 @@ const AFTER_FAILURE: Duration = Duration::from_secs(3600);
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Memory {
     store: PathBuf,
-    /// When the last pass ended that read everything, in seconds since 1970.
-    ended_seconds: Option<u64>,
+    /// When the last pass ended that read everything, in seconds of store time.
+    ended_store_seconds: Option<u64>,
     under_way: bool,
+    /// How many passes in a row were cut short or could not go on.
+    #[serde(default)]
+    cuts: u32,
+}
+
+impl Memory {
+    /// What the next daemon of the store, or this one when it has opened it again, makes of it.
+    fn opened(&self) -> Self {
+        let cuts = self.cuts.saturating_add(self.under_way.into());
+        Self { under_way: false, cuts, ..self.clone() }
+    }
 }
 
 /// When scrub runs.
@@ -45,7 +63,9 @@ pub(crate) struct ScrubSchedule {
     scrub: Scrub,
     file: PathBuf,
     memory: RefCell<Memory>,
-    /// When the next pass begins, in seconds since 1970.
+    store: Store,
+    runtime: Runtime,
+    /// When the next pass begins, in seconds of store time.
     next_seconds: Cell<Option<u64>>,
 }
 
@@ -66,53 +86,63 @@ impl ScrubSchedule {
         let known = serde_json::from_slice::<Memory>(&text).ok();
         let memory = known.filter(|memory| memory.store == path).unwrap_or_default();
         let memory = Memory { store: path, ..memory };
-        let next = first(&memory, scrub.every, seconds(runtime));
+        let opened = memory.opened();
+        let next = first(&opened, scrub.every, store_seconds(store));
         let schedule = Rc::new(Self {
             scrub,
             file,
             memory: RefCell::new(memory),
+            store: store.clone(),
+            runtime: runtime.clone(),
             next_seconds: Cell::new(next),
         });
-        let (looking, runtime_too, store) = (Rc::clone(&schedule), runtime.clone(), store.clone());
-        drop(runtime.spawn(async move { looking.look(&runtime_too, &store).await }));
+        schedule.remember(|memory| *memory = opened);
+        let looking = Rc::clone(&schedule);
+        drop(runtime.spawn(async move { looking.look().await }));
         schedule
     }
 
-    /// When the next pass begins; `None` if none does.
+    /// When the next pass begins, as the wall clock is now; `None` if none does.
     pub(crate) fn next(&self) -> Option<Timestamp> {
-        let seconds = i64::try_from(self.next_seconds.get()?).ok()?;
-        Timestamp::from_second(seconds).ok()
+        let left = self.next_seconds.get()?.saturating_sub(store_seconds(&self.store));
+        let seconds = (self.runtime.wall_ns() / 1_000_000_000).saturating_add(left);
+        Timestamp::from_second(i64::try_from(seconds).ok()?).ok()
     }
 
-    async fn look(&self, runtime: &Runtime, store: &Store) {
+    async fn look(&self) {
         let mut seen = 0;
         loop {
-            runtime.sleep(LOOK_PERIOD).await;
-            let status = store.scrub_status();
-            let now = seconds(runtime);
+            self.runtime.sleep(LOOK_PERIOD).await;
+            let status = self.store.scrub_status();
+            let now = store_seconds(&self.store);
             if status.running {
                 self.remember(|memory| memory.under_way = true);
                 continue;
             }
             if let Some(last) = status.last.filter(|last| last.pass > seen) {
                 seen = last.pass;
-                let ended = last.ended_ns / 1_000_000_000;
+                let has_failed = matches!(last.end, ScrubEnd::Failed(_));
                 self.remember(|memory| {
                     // What failed goes with the store, if that has: the next one begins it anew.
-                    memory.under_way = matches!(last.end, ScrubEnd::Failed(_));
+                    memory.under_way = has_failed;
+                    if !has_failed {
+                        memory.cuts = 0;
+                    }
                     if last.end == ScrubEnd::Finished {
-                        memory.ended_seconds = Some(ended);
+                        memory.ended_store_seconds = Some(now);
                     }
                 });
-                let rest = match last.end {
-                    ScrubEnd::Finished | ScrubEnd::Stopped => self.scrub.every,
-                    ScrubEnd::Failed(_) => self.scrub.every.min(AFTER_FAILURE),
+                let rest = match has_failed {
+                    false => self.scrub.every,
+                    true => self.scrub.every.min(AFTER_FAILURE),
                 };
                 let next = now.saturating_add(rest.as_secs());
                 self.next_seconds.set((!self.scrub.every.is_zero()).then_some(next));
             }
             if self.next_seconds.get().is_some_and(|next| next <= now) {
-                store.begin_scrub(None);
+                // Before it may meet what the store does not outlive.
+                self.remember(|memory| memory.under_way = true);
+                self.store.begin_scrub(None);
             }
         }
     }
@@ -132,24 +162,22 @@ impl ScrubSchedule {
     }
 }
 
-/// When the first pass of a daemon begins, in seconds since 1970.
+/// When the first pass of a daemon begins, in seconds of store time.
 fn first(memory: &Memory, every: Duration, now: u64) -> Option<u64> {
     if every.is_zero() {
         return None;
     }
-    // Never longer from now than the period, whatever the clock said then.
-    let due = match memory.ended_seconds {
+    let after = |rest: Duration| now.saturating_add(every.min(rest).as_secs());
+    Some(match memory.ended_store_seconds {
+        _ if memory.cuts > 0 => after(AFTER_CUT * (1 << (memory.cuts - 1).min(DOUBLINGS_MAX))),
+        // Another store may have been there then: never longer from now than the period.
         Some(ended) => ended.min(now).saturating_add(every.as_secs()),
-        None => now.saturating_add(every.min(AFTER_OPEN).as_secs()),
-    };
-    Some(match memory.under_way {
-        true => due.min(now.saturating_add(every.min(AFTER_CUT).as_secs())),
-        false => due,
+        None => after(AFTER_OPEN),
     })
 }
 
-fn seconds(runtime: &Runtime) -> u64 {
-    runtime.wall_ns() / 1_000_000_000
+fn store_seconds(store: &Store) -> u64 {
+    store.store_time().as_secs()
 }
 
 #[cfg(test)]
@@ -160,20 +188,40 @@ mod tests {
     fn the_first_pass_follows_what_is_known_of_the_last() {
         const DAY: u64 = 24 * 3600;
         let now = 1_000 * DAY;
-        let check = |ended_seconds, under_way, days: u64, expected: Option<u64>| {
-            let memory = Memory { store: "/s".into(), ended_seconds, under_way };
+        let check = |ended_store_seconds, cuts, days: u64, expected: Option<u64>| {
+            let memory = Memory { store: "/s".into(), ended_store_seconds, under_way: false, cuts };
             assert_eq!(
                 first(&memory, Duration::from_secs(days * DAY), now),
                 expected,
                 "{memory:?}"
             );
         };
-        check(None, false, 30, Some(now + DAY));
-        check(None, true, 30, Some(now + 600));
-        check(Some(now - 10 * DAY), false, 30, Some(now + 20 * DAY));
-        check(Some(now - 10 * DAY), true, 30, Some(now + 600));
-        check(Some(now - 40 * DAY), false, 30, Some(now - 10 * DAY));
-        check(Some(now + 999 * DAY), false, 30, Some(now + 30 * DAY));
-        check(Some(now - 40 * DAY), true, 0, None);
+        check(None, 0, 30, Some(now + DAY));
+        check(None, 1, 30, Some(now + 600));
+        check(Some(now - 10 * DAY), 0, 30, Some(now + 20 * DAY));
+        check(Some(now - 10 * DAY), 1, 30, Some(now + 600));
+        check(Some(now - 40 * DAY), 0, 30, Some(now - 10 * DAY));
+        check(Some(now + 999 * DAY), 0, 30, Some(now + 30 * DAY));
+        check(Some(now - 40 * DAY), 1, 0, None);
+        // A place that the store does not outlive: it began anew at once, for the last pass that ended
+        // was a period ago.
+        check(Some(now - 40 * DAY), 1, 30, Some(now + 600));
+        check(Some(now - 40 * DAY), 2, 30, Some(now + 1200));
+        check(Some(now - 40 * DAY), 5, 30, Some(now + 9600));
+        check(Some(now - 40 * DAY), u32::MAX, 30, Some(now + 614_400));
+        check(Some(now - 40 * DAY), u32::MAX, 1, Some(now + DAY));
+    }
+
+    /// A place at which the device timed out ended the store each time, and was read again as soon.
+    #[test]
+    fn each_pass_that_is_cut_short_is_counted_until_one_ends() {
+        let begun = |memory: &Memory| Memory { under_way: true, ..memory.clone() };
+        let mut memory = Memory::default();
+        for cuts in 1..4 {
+            memory = begun(&memory).opened();
+            assert_eq!((memory.cuts, memory.under_way), (cuts, false));
+            // What ends before the next one begins was not that.
+            assert_eq!(memory.opened(), memory);
+        }
     }
 }

@@ -21,6 +21,7 @@
 //! tomorrow.
 
 mod owners;
+mod pace;
 mod pass;
 
 use std::cell::{Cell, RefCell};
@@ -224,6 +225,13 @@ impl Scrubber {
         look(self.watch.borrow_mut().get_or_insert_default())
     }
 
+    /// Whether damage there would be listed: there is room, or it may belong to the last place.
+    fn lists(&self, at: Pba) -> bool {
+        let found = self.found.borrow();
+        let is_next = |last: &Damage| last.at.plus(last.block_count) == at;
+        found.damages.len() < DAMAGES_MAX || found.damages.last().is_some_and(is_next)
+    }
+
     /// Notes damage, next to what was noted before if that has the same owners.
     fn note(&self, damage: Damage) {
         let mut found = self.found.borrow_mut();
@@ -278,6 +286,22 @@ impl Engine {
             engine.end_scrub(pass, began_ns, outcome);
         }));
         pass
+    }
+
+    /// As [`Self::begin_scrub`], but a pass that begins after this call: one that is under way has read some
+    /// of the store before, and leaves out what was written since it began. It is waited for, no slower than
+    /// the next one will be.
+    pub(crate) async fn begin_scrub_anew(self: &Rc<Self>, rate_bytes: Option<u64>) -> u64 {
+        let scrubber = &self.scrubber;
+        if scrubber.is_running() {
+            let (now, wanted) =
+                (scrubber.rate_bytes.get(), rate_bytes.unwrap_or(scrubber.rate_usual.get()));
+            if now != 0 && (wanted == 0 || wanted > now) {
+                scrubber.rate_bytes.set(wanted);
+            }
+            self.scrubbed(scrubber.pass.get()).await;
+        }
+        self.begin_scrub(rate_bytes)
     }
 
     fn end_scrub(&self, pass: u64, began_ns: u64, outcome: Result<(), crate::Error>) {

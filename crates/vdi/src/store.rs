@@ -1,6 +1,7 @@
 //! A store: the VDIs of one host on one device.
 
 use std::rc::Rc;
+use std::time::Duration;
 
 use base::{BLOCK_SIZE_U64, ErrorKind, Lsn, SnapshotNumber, VdiId};
 use device::{Device, DeviceError};
@@ -506,6 +507,12 @@ impl Store {
         self.0.stop_scrub()
     }
 
+    /// How long the store has been open, in all its life: it does not leap as a clock does (design rule 38).
+    #[must_use]
+    pub fn store_time(&self) -> Duration {
+        Duration::from_nanos(self.0.store_ns())
+    }
+
     /// How scrub stands.
     #[must_use]
     pub fn scrub_status(&self) -> ScrubStatus {
@@ -514,7 +521,7 @@ impl Store {
 
     /// Checks the store while it is in use: what one checkpoint published is held to what
     /// [`crate::check`] holds a store to, but for the log and the older slot. With `read_data`, scrub
-    /// reads the data then, at its rate or at `rate_bytes`. Guests go on; what becomes free while metadata
+    /// reads the data then, at its rate or at `rate_bytes`, in a pass that begins after that of somebody else. Guests go on; what becomes free while metadata
     /// is walked is held back until that has ended. Changes nothing.
     ///
     /// # Errors

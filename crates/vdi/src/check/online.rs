@@ -56,7 +56,8 @@ impl Engine {
     ) -> Result<(), Error> {
         let total = self.scrub_status().total_blocks;
         progress(CheckProgress { stage: CheckStage::Data, done: 0, total });
-        let pass = self.scrubbed(self.begin_scrub(rate_bytes)).await;
+        let pass = self.begin_scrub_anew(rate_bytes).await;
+        let pass = self.scrubbed(pass).await;
         match pass.end {
             ScrubEnd::Finished => {}
             ScrubEnd::Stopped => {

@@ -30,6 +30,14 @@ pub(super) enum Subject {
     History(History),
 }
 
+/// How many of those who name a block are wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Search {
+    All,
+    /// Any of them: that there is one.
+    First,
+}
+
 /// Who names a block.
 #[derive(Debug, Default)]
 pub(super) struct Owners {
@@ -47,17 +55,23 @@ impl Owners {
 }
 
 impl Engine {
-    /// All VDIs and snapshots that name a block.
+    /// The VDIs and snapshots that name a block. At the rate of the pass, as if each that is looked into
+    /// cost a block: there may be very many, and much that is damaged.
     ///
     /// # Errors
-    /// If the device fails.
-    pub(super) async fn owners(&self, subject: Subject, pba: Pba) -> Result<Owners, Error> {
+    /// If the device fails, or the pass is to end.
+    pub(super) async fn owners(
+        &self,
+        subject: Subject,
+        pba: Pba,
+        search: Search,
+    ) -> Result<Owners, Error> {
         let mut owners = Owners::default();
         let mut last = VdiId::new(0);
         let next = |last| self.registry.borrow().directory.after(last).next();
         while let Some(id) = next(last) {
             last = id;
-            self.go_on()?;
+            self.keep_scrub_rate(1).await?;
             // What is damaged itself, or deleted meanwhile, names nothing that can be read.
             let vdi = match self.vdi(id).await {
                 Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Corrupt) => {
@@ -65,24 +79,34 @@ impl Engine {
                 }
                 vdi => vdi?,
             };
-            if let Some(owner) = self.owner(&vdi, subject, pba).await? {
+            if let Some(owner) = self.owner(&vdi, subject, pba, search).await? {
                 owners.add(owner);
+                if search == Search::First {
+                    break;
+                }
             }
-            self.runtime.yield_now().await;
         }
         Ok(owners)
     }
 
-    async fn owner(&self, vdi: &Vdi, subject: Subject, pba: Pba) -> Result<Option<Owner>, Error> {
+    async fn owner(
+        &self,
+        vdi: &Vdi,
+        subject: Subject,
+        pba: Pba,
+        search: Search,
+    ) -> Result<Option<Owner>, Error> {
         let head = self.head_names(vdi, subject, pba).await?;
         // One is held at a time: moments that somebody holds cannot go when the store is full.
         let all: Vec<SnapshotNumber> =
             vdi.snapshots.borrow().iter().map(|snapshot| snapshot.number).collect();
         let (mut snapshots, mut snapshots_omitted) = (Vec::new(), 0);
         for (index, number) in all.into_iter().enumerate() {
+            if search == Search::First && (head || !snapshots.is_empty()) {
+                break;
+            }
             if index % SNAPSHOTS_PER_TURN == SNAPSHOTS_PER_TURN - 1 {
-                self.runtime.yield_now().await;
-                self.go_on()?;
+                self.keep_scrub_rate(as_u64(SNAPSHOTS_PER_TURN)).await?;
             }
             let snapshot = vdi.snapshots.borrow().get(number).map(Rc::clone);
             let Some(snapshot) = snapshot else { continue };

@@ -2,15 +2,13 @@
 
 use std::ops::Range;
 use std::rc::Rc;
-use std::time::Duration;
 
 use base::{BLOCK_SIZE_U64, ErrorKind, Pba, SnapshotNumber, VdiId};
 use blockstore::tree;
 use device::{Cause, DeviceError};
 use ondisk::{Entry, EntryState, History, Node, RootRef, SlotState, VersionRecord};
-use runtime::Time;
 
-use super::owners::{Owners, Subject, history_title};
+use super::owners::{Owners, Search, Subject, history_title};
 use super::{Damage, DamageKind, Scrubber, Watch};
 use crate::Error;
 use crate::damage::Table;
@@ -33,9 +31,6 @@ const BLOCKS_PER_PAUSE: usize = 256;
 /// Runs of data that are read at a time: guests have the rest of the device's queue.
 const READS_AT_ONCE: usize = 2;
 
-/// Longest sleep before it is looked whether the pass is to end or to change its pace.
-const SLEEP_MAX: Duration = Duration::from_secs(1);
-
 /// Rounds through all VDIs. Two are enough unless trees move from one VDI to another meanwhile.
 const ROUNDS_MAX: usize = 16;
 
@@ -56,7 +51,6 @@ pub(super) async fn run(engine: &Rc<Engine>) -> Result<(), Error> {
         unread: Vec::new(),
         pages: None,
         fresh: 0,
-        next_read_at: engine.runtime.now(),
     };
     pass.note_due().await?;
     for _ in 0..ROUNDS_MAX {
@@ -89,8 +83,6 @@ struct Pass {
     pages: Option<Vec<(u64, Entry)>>,
     /// Blocks that this round has read first, or could not find.
     fresh: u64,
-    /// When the next block may be read.
-    next_read_at: Time,
 }
 
 /// What reading a node gave.
@@ -116,7 +108,7 @@ impl Pass {
             self.watch(|watch| watch.due.insert_page(index, &words));
             from = index + 1;
             self.engine.runtime.yield_now().await;
-            self.go_on()?;
+            self.engine.scrub_goes_on()?;
         }
         let total = self.watch(|watch| watch.due.len());
         self.scrubber().total_blocks.set(total);
@@ -152,7 +144,7 @@ impl Pass {
                 }
             }
             // Where nothing is new, nothing is read.
-            self.go_on()?;
+            self.engine.scrub_goes_on()?;
             self.engine.runtime.yield_now().await;
         }
         Ok(())
@@ -167,38 +159,21 @@ impl Pass {
         self.engine.registry.borrow().directory.after(last).next()
     }
 
-    /// # Errors
-    /// If the pass is to end.
-    fn go_on(&self) -> Result<(), Error> {
-        self.engine.go_on()?;
-        match self.scrubber().stop.get() {
-            true => Err(Error::refused(ErrorKind::Fenced, "scrub was stopped")),
-            false => Ok(()),
-        }
-    }
-
     /// Notes that so many blocks were read, and waits until more may be.
     async fn pause(&mut self, blocks: usize) -> Result<(), Error> {
         let scrubber = &self.engine.scrubber;
         scrubber.read_blocks.set(scrubber.read_blocks.get() + as_u64(blocks));
         self.engine.stats.borrow_mut().scrubbed_bytes += as_u64(blocks) * BLOCK_SIZE_U64;
-        let runtime = self.engine.runtime.clone();
-        runtime.yield_now().await;
-        // In nanoseconds; a rate that changes counts from the next blocks on.
-        let bytes = u128::from(as_u64(blocks) * BLOCK_SIZE_U64);
-        let rate = scrubber.rate_bytes.get();
-        let takes = (bytes * 1_000_000_000).checked_div(u128::from(rate)).unwrap_or(0);
-        let takes = Duration::from_nanos(u64::try_from(takes).unwrap_or(u64::MAX));
-        self.next_read_at = self.next_read_at.max(runtime.now()).after(takes);
-        loop {
-            self.go_on()?;
-            let left = self.next_read_at.since(runtime.now());
-            let is_unlimited = self.scrubber().rate_bytes.get() == 0;
-            if left.is_zero() || is_unlimited {
-                return Ok(());
-            }
-            runtime.sleep(left.min(SLEEP_MAX)).await;
-        }
+        self.engine.keep_scrub_rate(as_u64(blocks)).await
+    }
+
+    /// Who names a damaged block: all of them if that is listed, else whether anybody does.
+    async fn owners(&self, subject: Subject, pba: Pba) -> Result<Owners, Error> {
+        let search = match self.scrubber().lists(pba) {
+            true => Search::All,
+            false => Search::First,
+        };
+        self.engine.owners(subject, pba, search).await
     }
 
     async fn walk(&mut self, tree: Tree, roots: &[RootRef]) -> Result<(), Error> {
@@ -330,7 +305,7 @@ impl Pass {
         if !is_due(self) {
             return Ok(());
         }
-        let owners = self.engine.owners(Subject::Data(block.lba), block.pba).await?;
+        let owners = self.owners(Subject::Data(block.lba), block.pba).await?;
         // Asked last: who names it, does so while it holds what it held when it was read.
         if !is_due(self) {
             return Ok(());
@@ -353,7 +328,7 @@ impl Pass {
         match self.tree {
             Tree::Head(_) | Tree::Snapshots => {
                 let subject = Subject::Node(named.level, named.start);
-                let owners = self.engine.owners(subject, pba).await?;
+                let owners = self.owners(subject, pba).await?;
                 let offset = named.start.saturating_mul(BLOCK_SIZE_U64);
                 let length = tree::span(named.level + 1).saturating_mul(BLOCK_SIZE_U64);
                 let bytes = offset..offset.saturating_add(length);
@@ -378,7 +353,7 @@ impl Pass {
     ) -> Result<(), Error> {
         let (owners, kind) = match self.tree {
             Tree::History(history) => {
-                let owners = self.engine.owners(Subject::History(history), pba).await?;
+                let owners = self.owners(Subject::History(history), pba).await?;
                 let title = history_title(&owners);
                 (owners, DamageKind::Table(title))
             }

@@ -91,6 +91,25 @@ fn planted_damage_is_named() {
     });
 }
 
+/// It took a pass that was under way for its own, which had read most of the store before.
+#[test]
+fn what_a_pass_under_way_has_read_is_read_again() {
+    let ram = small_store(true);
+    run(4, |runtime| async move {
+        let (store, _) = open(&ram, &runtime).await;
+        let pass = store.begin_scrub(Some(1 << 20));
+        let left = || store.scrub_status().total_blocks - store.scrub_status().done_blocks;
+        while store.scrub_status().total_blocks == 0 || left() > 20 {
+            runtime.sleep(std::time::Duration::from_millis(10)).await;
+        }
+        ram.rot(ram.filled_with(6).unwrap());
+        let report = check(&store).await;
+        assert_eq!(kinds(&report), [FindingKind::Data]);
+        let passes = (store.scrub_status().pass, store.scrubbed(pass).await.pass);
+        assert_eq!(passes, (pass + 1, pass + 1), "one that it began itself");
+    });
+}
+
 #[test]
 fn what_does_not_agree_is_named() {
     let ram = small_store(true);

@@ -283,6 +283,76 @@ fn damage_is_found_while_everything_changes() {
     }
 }
 
+/// All snapshots and disks were looked into at full speed for each damaged block, also for those that are
+/// only counted.
+#[test]
+fn who_names_damage_is_looked_for_at_the_rate() {
+    const CLONES: u64 = 40;
+    const BLOCKS: u64 = 2400;
+    let ram = Ram::default();
+    let device = ram.clone();
+    run(2, move |runtime| async move {
+        Store::format(&device.device(STORE_BLOCKS), &runtime, &crate::format_options())
+            .await
+            .unwrap();
+        let (store, _) = open(&device, &runtime).await;
+        store.create("web01", BLOCKS << 12).await.unwrap();
+        let head = disk(&store, "web01").await;
+        write(&head, 0, &[99; 4096]).await;
+        for index in 1..BLOCKS {
+            write(&head, index << 12, &[1; 4096]).await;
+        }
+        store.snapshot("web01", Some("s")).await.unwrap();
+        for number in 0..CLONES {
+            let source = Target::parse("web01@s");
+            store.clone_vdi(&source, &format!("clone{number}")).await.unwrap();
+        }
+        store.checkpoint().await.unwrap();
+        let timed = async || {
+            let before = runtime.now();
+            let report = store.scrubbed(store.begin_scrub(Some(16 << 20))).await;
+            assert_eq!(report.end, ScrubEnd::Finished, "{report:?}");
+            (report, runtime.now().since(before))
+        };
+        let (sound, took) = timed().await;
+        assert_eq!(sound.damages, []);
+        // Each by itself, as every second one is damaged.
+        let first = device.filled_with(99).unwrap();
+        for index in (0..BLOCKS).step_by(2) {
+            device.rot(first.plus(index));
+        }
+        let (report, took_longer) = timed().await;
+        let listed = report.damages.len() as u64;
+        assert_eq!(
+            (report.damaged_blocks, report.damages_omitted),
+            (BLOCKS / 2, BLOCKS / 2 - listed)
+        );
+        assert!(listed == 1000 && report.damages[0].owners_omitted > 20, "{listed}");
+        // The clones are looked into for those that are listed, and for the others one disk.
+        let looks = listed * (CLONES + 1) + report.damages_omitted;
+        let due = Duration::from_secs(1) * u32::try_from(looks).unwrap() / (16 << 20 >> 12);
+        let took_for_owners = took_longer - took;
+        let (least, most) = (due * 95 / 100, due * 105 / 100);
+        assert!((least..most).contains(&took_for_owners), "{took_for_owners:?}, {due:?} are due");
+    });
+}
+
+/// A pause that began at a low rate was kept to its end.
+#[test]
+fn a_raised_rate_shortens_the_pause_under_way() {
+    let ram = small_store(true);
+    run(2, move |runtime| async move {
+        let (store, _) = open(&ram, &runtime).await;
+        let pass = store.begin_scrub(Some(1));
+        runtime.sleep(Duration::from_secs(20)).await;
+        let before = runtime.now();
+        store.begin_scrub(Some(64 << 20));
+        assert_eq!(store.scrubbed(pass).await.end, ScrubEnd::Finished);
+        let took = runtime.now().since(before);
+        assert!(took < Duration::from_secs(3), "{took:?}");
+    });
+}
+
 #[test]
 fn the_rate_is_kept_and_a_pass_can_be_watched_hurried_and_stopped() {
     let ram = small_store(true);
