@@ -19,6 +19,7 @@ mod plan;
 mod plot;
 mod report;
 mod scale;
+mod send;
 mod snapshots;
 mod subject;
 mod throughput;

@@ -31,10 +31,11 @@ pub(crate) struct Shown {
     pub(crate) times: Vec<f64>,
 }
 
-/// A mounted file system with one file on it; unmounted when dropped.
-struct Mounted {
-    /// The device, as long as it would not go with the mount.
-    device: Option<String>,
+/// A mounted file system; unmounted when dropped.
+pub(super) struct Mounted {
+    /// The device, and whether it would not go with the mount.
+    device: String,
+    stays: bool,
     directory: PathBuf,
 }
 
@@ -44,13 +45,7 @@ struct Mounted {
 /// # Errors
 /// If fio fails, or a copy does.
 pub(crate) fn measure(bench: &Bench, access: &Access, interval: Duration) -> Result<Option<Shown>> {
-    let mounted = match Mounted::new(bench) {
-        Ok(mounted) => mounted,
-        Err(error) => {
-            console::say(&format!("btrfs is left out: {error:#}"));
-            return Ok(None);
-        }
-    };
+    let Some(mounted) = Mounted::or_message(bench) else { return Ok(None) };
     let path = mounted.directory.join("disk");
     let disk_bytes = bench.scale.disk_bytes;
     write_once(bench, &path, disk_bytes)?;
@@ -66,7 +61,7 @@ pub(crate) fn measure(bench: &Bench, access: &Access, interval: Duration) -> Res
 }
 
 /// Writes a file from end to end: as a device it then has all its space, as those of the others have.
-fn write_once(bench: &Bench, path: &Path, bytes: u64) -> Result<()> {
+pub(super) fn write_once(bench: &Bench, path: &Path, bytes: u64) -> Result<()> {
     let fill = format!("{} --end_fsync=1", Access::sequential_write(8).fio());
     let job = fio::job(&Target::File(path.to_owned()), bytes, &fill, &bench.scratch);
     fio::measure(job, FILL_LIMIT).context("write the file once").map(drop)
@@ -81,6 +76,30 @@ fn copy_file(from: &Path, to: &Path) -> Result<()> {
 }
 
 impl Mounted {
+    /// Where files go.
+    pub(super) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Bytes that were read of its device so far (Documentation/block/stat.rst).
+    ///
+    /// # Errors
+    /// If the kernel does not tell.
+    pub(super) fn device_bytes_read(&self) -> Result<u64> {
+        let name = self.device.trim_start_matches("/dev/");
+        let stat = std::fs::read_to_string(format!("/sys/block/{name}/stat"))?;
+        let sectors: Option<u64> =
+            stat.split_whitespace().nth(2).and_then(|sectors| sectors.parse().ok());
+        Ok(sectors.context("read what a device has read")? * 512)
+    }
+
+    /// `None`, with a message, where this machine cannot mount one.
+    pub(super) fn or_message(bench: &Bench) -> Option<Self> {
+        Self::new(bench)
+            .inspect_err(|error| console::say(&format!("btrfs is left out: {error:#}")))
+            .ok()
+    }
+
     fn new(bench: &Bench) -> Result<Self> {
         let data = bench.data.join("btrfs");
         std::fs::create_dir_all(&data)?;
@@ -95,14 +114,14 @@ impl Mounted {
         std::fs::create_dir_all(&directory)?;
         let attach = Run::new("losetup").words("--find --show --direct-io=on").arg(&image);
         let device = attach.read()?.trim().to_owned();
-        let mut mounted = Self { device: Some(device.clone()), directory };
+        let mut mounted = Self { device: device.clone(), stays: true, directory };
         Run::new("mkfs.btrfs").words("-q -f --nodiscard").arg(&device).read()?;
         // As stores that are made with all their space: none of it is given back.
         let mount = Run::new("mount").words("-t btrfs -o nodiscard");
         mount.arg(&device).arg(&mounted.directory).read()?;
         // It goes by itself with the mount, whatever becomes of us.
         Run::new("losetup").arg("-d").arg(&device).read()?;
-        mounted.device = None;
+        mounted.stays = false;
         Ok(mounted)
     }
 }
@@ -111,8 +130,8 @@ impl Drop for Mounted {
     fn drop(&mut self) {
         // It may be that it was not mounted.
         let _ = Run::new("umount").arg(&self.directory).output();
-        if let Some(device) = &self.device {
-            let _ = Run::new("losetup").arg("-d").arg(device).output();
+        if self.stays {
+            let _ = Run::new("losetup").arg("-d").arg(&self.device).output();
         }
     }
 }

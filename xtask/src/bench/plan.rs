@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::access::Access;
 use super::report::{Measured, Unit};
-use super::{Bench, garbage, history, idle, latency, scale, snapshots, throughput};
+use super::{Bench, garbage, history, idle, latency, scale, send, snapshots, throughput};
 
 /// How a server is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -151,6 +151,7 @@ pub(crate) enum Row {
     ManySnapshots,
     CloneDepth,
     Gc,
+    Send,
 }
 
 const fn at_least(at_least: f64, times: &'static str) -> Goal {
@@ -340,7 +341,7 @@ const FUSE: [Load; 2] = [
 
 impl Row {
     /// In the order of the table.
-    pub(crate) const ALL: [Self; 21] = [
+    pub(crate) const ALL: [Self; 22] = [
         Self::RandomWrite,
         Self::RandomRead,
         Self::DepthOne,
@@ -362,6 +363,7 @@ impl Row {
         Self::ManySnapshots,
         Self::CloneDepth,
         Self::Gc,
+        Self::Send,
     ];
 
     /// What `--rows` calls it.
@@ -388,6 +390,7 @@ impl Row {
             Self::ManySnapshots => "many-snapshots",
             Self::CloneDepth => "clone-depth",
             Self::Gc => "gc",
+            Self::Send => "send",
         }
     }
 
@@ -441,6 +444,7 @@ impl Row {
             Self::ManySnapshots => return history::many_snapshots(bench),
             Self::CloneDepth => history::clone_depth(bench),
             Self::Gc => garbage::collect(bench),
+            Self::Send => send::measure(bench),
         }?;
         Ok(lines.into())
     }

@@ -36,6 +36,8 @@ pub(crate) enum Unit {
     Mebibytes,
     /// Percent of one processor's time.
     PercentOfCore,
+    /// A quotient of two things of one kind.
+    Ratio,
 }
 
 impl Unit {
@@ -48,6 +50,7 @@ impl Unit {
             Self::Milliseconds => format!("{value:.0} ms"),
             Self::Mebibytes => format!("{value:.1} MiB"),
             Self::PercentOfCore => format!("{value:.2} %"),
+            Self::Ratio => format!("{value:.2}"),
         }
     }
 }
