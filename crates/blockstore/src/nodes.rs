@@ -270,7 +270,14 @@ impl NodeStore {
         let Some((_, first)) = run.first() else { return Vec::new() };
         let buffers = self.0.runtime.buffers();
         let read = self.0.device.read(first.pba(), run.len(), buffers.take(run.len())).await;
-        let Ok(read) = read else { return Vec::new() };
+        let read = match read {
+            Ok(read) => read,
+            Err(error) => {
+                // The next read may well succeed, on a device that has come back without its cache.
+                self.0.scheduler.suspect(error);
+                return Vec::new();
+            }
+        };
         let verify = |((_, entry), block): (&(usize, Entry), &Block)| {
             let hash = self.0.checksums.block(&block.0);
             if !entry.matches(hash) || self.is_given_up(entry.pba()) {

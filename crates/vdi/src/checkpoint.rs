@@ -53,7 +53,7 @@ pub(crate) struct Checkpoints {
     last_cut: RefCell<Option<LogSegment>>,
     last_at: Cell<Time>,
     /// Since when guests have waited while checkpoints failed.
-    failing_since: Cell<Option<Time>>,
+    pub(crate) failing_since: Cell<Option<Time>>,
     /// Retired blocks that the table knows.
     bad_known: Cell<usize>,
     pub(crate) damaged: DamagedTables,

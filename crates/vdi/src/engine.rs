@@ -196,6 +196,8 @@ impl Engine {
         if self.read_only {
             return Ok(());
         }
+        // What is being discarded belongs to whoever opens the store next.
+        let _trimming = self.trimmer.one.acquire(1).await;
         let outcome = self.checkpoint(ondisk::SlotState::Clean).await;
         self.ended.set(true);
         outcome

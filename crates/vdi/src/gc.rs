@@ -388,7 +388,8 @@ impl Engine {
         let report = match outcome {
             Ok(report) => report,
             Err(error) => {
-                collector.suspect(1);
+                // What it was to collect is still there.
+                collector.dropped(self.runtime.now());
                 return Err(error);
             }
         };
@@ -491,6 +492,11 @@ impl Engine {
             from = cut.section.end();
             report.passes += 1;
             self.pass(cut, already.take().unwrap_or_default(), &mut report).await?;
+            if self.collector.is_needed() && report.freed_blocks > 0 {
+                // Who waits for space waits for no other sections. They come with the next cycle.
+                self.collector.dropped(self.runtime.now());
+                break;
+            }
         }
         Ok(report)
     }
@@ -552,13 +558,18 @@ impl Engine {
         drop(held_back);
     }
 
+    /// Whether somebody waits for space, or for a checkpoint that finds none.
+    pub(crate) fn space_is_needed(&self) -> bool {
+        self.collector.is_needed() || self.checkpoints.failing_since.get().is_some()
+    }
+
     /// As [`Self::go_on`], for who holds back what others may wait for.
     ///
     /// # Errors
     /// Also if somebody needs space.
     pub(crate) fn go_on_checking(&self) -> Result<(), Error> {
         self.go_on()?;
-        match self.collector.is_needed() {
+        match self.space_is_needed() {
             false => Ok(()),
             true => Err(Error::refused(
                 ErrorKind::Busy,

@@ -17,9 +17,22 @@ use runtime::JoinHandle;
 /// Words in a page of bits.
 pub(crate) const PAGE_WORDS: usize = BLOCK_SIZE / 8;
 
-/// Nodes that are read at a time: all that a node names, 1 MiB of memory. What was written together is
-/// adjacent, and is read so. As many more are read ahead while these are looked at.
-pub(crate) const NODES_AT_ONCE: usize = FANOUT;
+/// How far a walk goes at a time.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Stride {
+    /// Nodes that are read. What was written together is adjacent, and is read so.
+    nodes: usize,
+    /// Whether as many are read ahead while these are looked at.
+    reads_ahead: bool,
+}
+
+impl Stride {
+    /// All that a node names: 1 MiB, and as much ahead.
+    pub(crate) const ALONE: Self = Self { nodes: FANOUT, reads_ahead: true };
+
+    /// No request waits behind many.
+    pub(crate) const BESIDE_GUESTS: Self = Self { nodes: 16, reads_ahead: false };
+}
 
 /// Blocks, one bit each, in pages like those of the allocation bitmap.
 #[derive(Clone, Default)]
@@ -248,18 +261,19 @@ impl Walk {
         }
     }
 
-    /// Reads some nodes and shows what they name; false if none is left. Up to `count` more are read
-    /// meanwhile.
+    /// Reads some nodes and shows what they name; false if none is left.
     pub(crate) async fn step(
         &mut self,
         nodes: &NodeStore,
-        count: usize,
+        stride: Stride,
         marker: &mut impl Marker,
     ) -> bool {
-        let Some(reading) = self.ahead.take().or_else(|| self.read(nodes, count)) else {
+        let Some(reading) = self.ahead.take().or_else(|| self.read(nodes, stride.nodes)) else {
             return false;
         };
-        self.ahead = self.read(nodes, count);
+        if stride.reads_ahead {
+            self.ahead = self.read(nodes, stride.nodes);
+        }
         for (parent, loaded) in reading.named.iter().zip(reading.loads.await) {
             match loaded {
                 Ok(node) => self.show(parent, &node, marker),
@@ -267,6 +281,13 @@ impl Walk {
             }
         }
         true
+    }
+
+    /// Ends a walk before its end: nothing is read any more.
+    pub(crate) async fn stop(mut self) {
+        if let Some(reading) = self.ahead.take() {
+            reading.loads.await;
+        }
     }
 
     /// Begins to read some nodes; `None` if none is left.

@@ -47,7 +47,7 @@ pub(crate) enum Scope {
 pub(crate) struct Trimmer {
     /// Blocks that were freed, and whose space was not given back: a bit each.
     freed: RefCell<BlockSet>,
-    one: Semaphore,
+    pub(crate) one: Semaphore,
     is_off: Cell<bool>,
 }
 
@@ -135,6 +135,10 @@ impl Engine {
         let mut trimmed = 0;
         for run in self.trimmable(part, scope, true) {
             for piece in pieces(run, LENT_BLOCKS_MAX) {
+                // Who opens the store next may write what is free here.
+                if self.go_on().is_err() {
+                    return trimmed;
+                }
                 if self.allocator.lend(piece) {
                     let early = base::mutant::active("trim_returns_blocks_early");
                     if early {
@@ -159,7 +163,9 @@ impl Engine {
         }
         let mut trimmed = 0;
         for run in runs {
-            trimmed += self.discard(run).await;
+            if self.go_on().is_ok() {
+                trimmed += self.discard(run).await;
+            }
         }
         self.allocator.return_extent(extent);
         trimmed

@@ -21,7 +21,7 @@ use crate::Error;
 use crate::claim::{self, Place};
 use crate::engine::{Engine, as_u64};
 use crate::history::{Seen, seen_by};
-use crate::mark::{BlockSet, Marker, NODES_AT_ONCE, Named, PAGE_WORDS, Walk, words_of};
+use crate::mark::{BlockSet, Marker, Named, PAGE_WORDS, Stride, Walk, words_of};
 use crate::pace::Pace;
 use crate::verify::{self, DataBlock, Fault};
 
@@ -109,6 +109,8 @@ struct Examiner<'a> {
     walked: HashMap<u64, (RootRef, RootRef, RootRef)>,
     /// Whose store it is, if it is in use.
     engine: Option<&'a Engine>,
+    /// What it leaves to those who use it.
+    pace: Option<Pace<'a>>,
 }
 
 /// Reads everything and judges it.
@@ -227,6 +229,7 @@ impl<'a> Examiner<'a> {
             stage: CheckStage::Log,
             walked: HashMap::new(),
             engine,
+            pace: engine.map(Pace::new),
         }
     }
 
@@ -354,10 +357,9 @@ impl<'a> Examiner<'a> {
             }
             walk.add(number, root, &mut self.audit);
         }
-        let mut pace = self.engine.map(Pace::new);
         loop {
-            let count = pace.as_ref().map_or(NODES_AT_ONCE, Pace::nodes);
-            if !walk.step(&self.nodes, count, &mut self.audit).await {
+            let stride = self.pace.as_ref().map_or(Stride::ALONE, Pace::stride);
+            if !walk.step(&self.nodes, stride, &mut self.audit).await {
                 break;
             }
             if self.audit.unverified.len() >= GATHER_BLOCKS {
@@ -365,9 +367,9 @@ impl<'a> Examiner<'a> {
             }
             self.report_progress();
             if self.engine.is_some_and(|engine| engine.go_on_checking().is_err()) {
-                return;
+                return walk.stop().await;
             }
-            match &mut pace {
+            match &mut self.pace {
                 Some(pace) => pace.rest().await,
                 None => self.runtime.yield_now().await,
             }

@@ -153,8 +153,15 @@ impl Mark<'_> {
         for root in roots {
             walk.add(0, root, &mut self.found);
         }
+        let walked = self.step_through(&mut walk).await;
+        // No node is being read any more when what is held back is let go.
+        walk.stop().await;
+        walked
+    }
+
+    async fn step_through(&mut self, walk: &mut Walk) -> Result<(), Error> {
         let nodes = self.nodes().clone();
-        while walk.step(&nodes, self.pace.nodes(), &mut self.found).await {
+        while walk.step(&nodes, self.pace.stride(), &mut self.found).await {
             if let Some(error) = self.found.failure.take() {
                 return Err(error.into());
             }
@@ -187,6 +194,7 @@ impl Mark<'_> {
         if let Err(error) = self.engine.checkpoint(SlotState::Running).await {
             tracing::debug!(%error, "what was marked could not be stored");
         }
+        self.pace.begin();
     }
 
     /// Walks a table; its pages, with their numbers.

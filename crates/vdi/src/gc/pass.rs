@@ -6,7 +6,7 @@
 //!
 //! - Each pass walks all trees, and enters each node once: bits of nodes are kept for the whole store.
 //!   They are few, for they lie in extents of metadata. Of data it keeps the bits of its section.
-//! - What a pass sweeps is free before the next one begins.
+//! - What a pass sweeps is released before the next one ends, unless a reader that began before holds it.
 //! - A section is made of pages that have a live block: a store that is mostly free has few passes.
 //! - How far a pass has come is not stored (docs/decisions/0017-passes.md).
 
@@ -115,7 +115,9 @@ impl Engine {
         }
         let first = self.allocator.live_page_index(start / BITMAP_PAGE_BLOCKS)?;
         let nodes = SETS_OF_METADATA * self.allocator.metadata_page_count() * BLOCK_SIZE_U64;
-        let bytes = self.collector.memory_bytes_max.saturating_sub(nodes) / SETS_OF_A_SECTION;
+        // If the bits of nodes take all of it, more is better than passes without end.
+        let memory = self.collector.memory_bytes_max;
+        let bytes = memory.saturating_sub(nodes).max(memory / 4) / SETS_OF_A_SECTION;
         let page_count = bytes / BLOCK_SIZE_U64;
         if page_count == 0 {
             let start = start.max(first * BITMAP_PAGE_BLOCKS);

@@ -499,3 +499,34 @@ fn a_collection_leaves_most_of_the_device_to_guests() {
     assert!(beside > alone * 3, "{alone:?} alone, {beside:?} beside a guest");
     assert!(beside_rare < alone * 2, "{alone:?} alone, {beside_rare:?} beside a guest that rests");
 }
+
+/// A read of several nodes at once did not tell that it was the way to the device that failed: what nobody
+/// had flushed may be gone, and the next flush was answered as if it were not (design rule 57).
+#[test]
+fn a_way_that_fails_during_a_collection_stops_the_store() {
+    const ENOLINK: i32 = 67;
+    let (ram, ()) = with_store(|_, store| async move {
+        drop(wide_disk(&store, "web01").await);
+        store.close().await.unwrap();
+    });
+    let mut met = 0;
+    for number in (1..200).step_by(3) {
+        let ram = ram.copy();
+        let stopped = run(2, move |runtime| async move {
+            let (store, _) = open_with_cache(&ram, &runtime, 0).await;
+            let head = disk(&store, "web01").await;
+            write(&head, 0, &[2; 4096]).await;
+            let before = ram.operations();
+            ram.fail(before + number, ENOLINK);
+            let _ = store.collect_garbage().await;
+            if ram.operations() < before + number {
+                return None;
+            }
+            Some(head.submit(Request::Flush).await.is_err())
+        });
+        let Some(stopped) = stopped else { break };
+        assert!(stopped, "operation {number} failed, and a flush was answered");
+        met += 1;
+    }
+    assert!(met > 10, "only {met} operations failed");
+}
