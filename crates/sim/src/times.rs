@@ -275,9 +275,12 @@ pub async fn open(session: &Session, name: &str, entry: &SnapshotEntry) -> Optio
     Some(Opened { target, block_count, blocks, _disk: disk })
 }
 
-/// Whether a time was refused for a clock that has leapt.
+/// Whether a time was refused for a clock that has leapt: meanwhile, or after the newest was taken, if that is
+/// not listed yet.
 fn is_about_the_clock(world: &World, error_ns: i64, error: &vdi::Error) -> bool {
-    error.kind() == ErrorKind::Invalid && error_ns != world.clock.wall_error_ns()
+    let has_leapt = error_ns != world.clock.wall_error_ns();
+    let was_ahead = world.clock.was_ahead(world.clock.wall_ns());
+    error.kind() == ErrorKind::Invalid && (has_leapt || was_ahead)
 }
 
 /// Something that was asked for did not happen.
