@@ -388,6 +388,24 @@ pub struct Gc {
     /// Bytes of memory that it took for what it knew of blocks.
     #[serde(default)]
     pub memory_bytes: u64,
+    /// What the store held when it began; `None` if it went on with one that a restart had cut short.
+    #[serde(default)]
+    pub space: Option<GcSpace>,
+}
+
+/// What a store held when a garbage collection began. No byte is counted twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GcSpace {
+    /// Bytes that disks need as they are, with tree nodes; snapshots may use them, too.
+    pub disks_bytes: u64,
+    /// Bytes that snapshots and moments alone need: they would come back if all of these were deleted.
+    pub snapshots_bytes: u64,
+    /// Bytes that other tables of the store need.
+    pub tables_bytes: u64,
+    /// Bytes that nothing needed.
+    pub garbage_bytes: u64,
+    /// When that was.
+    pub counted: Timestamp,
 }
 
 /// What the garbage collection is doing.

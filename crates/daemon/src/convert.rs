@@ -145,6 +145,17 @@ pub(crate) fn gc(report: vdi::GcReport) -> api::Gc {
         trimmed_bytes: report.trimmed_blocks.saturating_mul(base::BLOCK_SIZE_U64),
         passes: report.passes,
         memory_bytes: report.memory_bytes,
+        space: report.space.map(gc_space),
+    }
+}
+
+fn gc_space(space: vdi::GcSpace) -> api::GcSpace {
+    api::GcSpace {
+        disks_bytes: space.heads_blocks.saturating_mul(base::BLOCK_SIZE_U64),
+        snapshots_bytes: space.snapshots_blocks.saturating_mul(base::BLOCK_SIZE_U64),
+        tables_bytes: space.tables_blocks.saturating_mul(base::BLOCK_SIZE_U64),
+        garbage_bytes: space.garbage_blocks.saturating_mul(base::BLOCK_SIZE_U64),
+        counted: time(space.wall_ns),
     }
 }
 

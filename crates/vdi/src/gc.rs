@@ -4,7 +4,8 @@
 //! One cycle, while guests go on:
 //! 1. *Cut*: a checkpoint publishes what was deleted. Between two merges, the roots `R` and the
 //!    live plane `C` of one checkpoint are taken: `C` are the candidates.
-//! 2. *Mark*: everything that `R` reaches is marked, each shared subtree once. Blocks that
+//! 2. *Mark*: everything that `R` reaches is marked, each shared subtree once: from all heads first, so that what
+//!    snapshots alone hold is known (docs/decisions/0018-space.md). Blocks that
 //!    checkpoints release meanwhile are held back, so that no node is rewritten under the walk.
 //! 3. *Sweep*: `C` without the marked blocks goes to the next checkpoints as replaced blocks, and
 //!    is released as those are: when both slots are past it (design rules 17, 18).
@@ -97,6 +98,42 @@ pub struct GcReport {
     pub passes: u64,
     /// Bytes of memory that its sets of blocks took at most.
     pub memory_bytes: u64,
+    /// Whose the blocks were. `None` if it went on with what an earlier run of the store had marked: whose that
+    /// is, is not known.
+    pub space: Option<GcSpace>,
+}
+
+/// Whose the blocks were that were live when a cycle began, each counted once. What changed while it ran is in them
+/// in part.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GcSpace {
+    /// Blocks that newest states of VDIs reach: data and nodes, also if snapshots reach them too.
+    pub heads_blocks: u64,
+    /// Blocks that snapshots and moments alone hold: trees, histories and tables of snapshots. They would
+    /// come back if all of these were deleted.
+    pub snapshots_blocks: u64,
+    /// Blocks of other tables that the cycle walks. Bitmaps and the log are not among them.
+    pub tables_blocks: u64,
+    /// Blocks that nothing reached.
+    pub garbage_blocks: u64,
+    /// Wall time when the cycle began.
+    pub wall_ns: u64,
+}
+
+/// How many blocks a mark reached.
+#[derive(Clone, Copy, Debug, Default)]
+struct Reached {
+    heads: u64,
+    snapshots: u64,
+    tables: u64,
+    /// Those that an earlier run of the store had marked.
+    before: u64,
+}
+
+impl Reached {
+    fn total(&self) -> u64 {
+        self.heads + self.snapshots + self.tables + self.before
+    }
 }
 
 /// What the garbage collection is doing.
@@ -486,7 +523,9 @@ impl Engine {
             already = None;
             self.end_mark().await;
         }
-        let mut report = GcReport::default();
+        let space = GcSpace { wall_ns: self.runtime.wall_ns(), ..GcSpace::default() };
+        let space = already.is_none().then_some(space);
+        let mut report = GcReport { space, ..GcReport::default() };
         let mut from = Pba::default();
         while let Some(cut) = self.cut(from).await {
             from = cut.section.end();
@@ -523,14 +562,21 @@ impl Engine {
         self.go_on()?;
         self.end_mark().await;
         let marked = marked?;
-        report.reached_blocks += marked.reached;
+        report.reached_blocks += marked.reached.total();
         let candidates = if base::mutant::active("gc_frees_newly_live") {
             self.live_in(&section).await
         } else {
             candidates
         };
         self.collector.enter(GcPhase::Sweeping);
-        report.freed_blocks += self.sweep(candidates, &marked.blocks).await?;
+        let freed = self.sweep(candidates, &marked.blocks).await?;
+        report.freed_blocks += freed;
+        if let Some(space) = &mut report.space {
+            space.heads_blocks += marked.reached.heads;
+            space.snapshots_blocks += marked.reached.snapshots;
+            space.tables_blocks += marked.reached.tables;
+            space.garbage_blocks += freed;
+        }
         Ok(())
     }
 

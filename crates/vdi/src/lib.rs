@@ -58,7 +58,7 @@ mod writes;
 
 pub use blockstore::allocator::Reuse;
 pub use error::Error;
-pub use gc::{GcPhase, GcReport, GcStatus};
+pub use gc::{GcPhase, GcReport, GcSpace, GcStatus};
 pub use retention::Retention;
 pub use scrub::{Damage, DamageKind, Owner, ScrubEnd, ScrubReport, ScrubStatus};
 pub use store::Store;

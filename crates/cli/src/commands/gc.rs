@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use api::{Error, Gc, GcPhase, GcStatus};
+use api::{Error, Gc, GcPhase, GcSpace, GcStatus};
 use indicatif::ProgressBar;
 
 use super::{Context, progress};
-use crate::output::bytes;
+use crate::output::{self, bytes};
 
 /// How often the daemon is asked how far it is.
 const LOOK_PERIOD: Duration = Duration::from_millis(200);
@@ -45,13 +45,22 @@ pub(super) async fn status(context: &Context) -> Result<(), Error> {
 }
 
 fn said(gc: &Gc) -> String {
-    let Gc { reached_bytes, freed_bytes, trimmed_bytes, passes, memory_bytes } = *gc;
+    let Gc { reached_bytes, freed_bytes, trimmed_bytes, passes, memory_bytes, space } = *gc;
     let mut text = format!("freed {}; {} are in use", bytes(freed_bytes), bytes(reached_bytes));
     if trimmed_bytes > 0 {
         text.push_str(&format!("; gave {} back to what lies below", bytes(trimmed_bytes)));
     }
     if passes > 1 {
         text.push_str(&format!("; {passes} passes, {} of memory", bytes(memory_bytes)));
+    }
+    if let Some(space) = space {
+        let GcSpace { disks_bytes, snapshots_bytes, tables_bytes, garbage_bytes, counted } = space;
+        let (disks, snapshots) = (bytes(disks_bytes), bytes(snapshots_bytes));
+        let (tables, garbage) = (bytes(tables_bytes), bytes(garbage_bytes));
+        text.push_str(&format!(
+            "\nof {}: disks {disks}, snapshots alone {snapshots}, tables {tables}, garbage {garbage}",
+            output::time(counted)
+        ));
     }
     text
 }

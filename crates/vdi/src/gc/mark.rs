@@ -8,7 +8,7 @@ use ondisk::{Entry, History, Node, RootRef, Roots, SlotState, VdiRecord, Version
 use runtime::Time;
 
 use super::pass::Section;
-use super::{GcStatus, nodes_of_marks};
+use super::{GcStatus, Reached, nodes_of_marks};
 use crate::Error;
 use crate::damage::Table;
 use crate::engine::{Engine, as_u64};
@@ -47,7 +47,16 @@ impl Engine {
                 mark.page(table, page).await?;
             }
         }
-        for page in mark.pages(Table::Vdis, &roots.vdis).await? {
+        let vdis = mark.pages(Table::Vdis, &roots.vdis).await?;
+        // All heads before any snapshot: what is marked behind them snapshots alone hold.
+        for &page in &vdis {
+            for record in reach::records::<VdiRecord>(&mut mark, Table::Vdis, page).await? {
+                mark.trees(record.id, &[(None, record.root)]).await?;
+            }
+            self.go_on()?;
+            self.runtime.yield_now().await;
+        }
+        for page in vdis {
             for record in reach::records::<VdiRecord>(&mut mark, Table::Vdis, page).await? {
                 reach::vdi(&record, &mut mark).await?;
             }
@@ -70,8 +79,8 @@ impl Engine {
 pub(super) struct Marked {
     /// Blocks of the section, and nodes.
     pub(super) blocks: BlockSet,
-    /// How many lie in the section.
-    pub(super) reached: u64,
+    /// How many lie in the section, and whose they are.
+    pub(super) reached: Reached,
     /// Bytes of memory that it took.
     pub(super) bytes: u64,
 }
@@ -85,6 +94,14 @@ struct Mark<'a> {
     stored_at: Time,
 }
 
+/// Whom what is walked belongs to.
+#[derive(Clone, Copy)]
+enum Owner {
+    Heads,
+    Snapshots,
+    Tables,
+}
+
 struct Found {
     nodes: NodeStore,
     section: Section,
@@ -92,8 +109,9 @@ struct Found {
     marked: BlockSet,
     /// Blocks of tables: each cycle reads all of them.
     tables: BlockSet,
-    /// How many of both lie in the section.
-    reached: u64,
+    /// How many of both lie in the section: each with the owner under whom it was met first.
+    reached: Reached,
+    owner: Owner,
     /// What leaves of a table name, by the number of the page.
     pages: Option<Vec<(u64, Entry)>>,
     /// Damaged blocks that were not known to be.
@@ -106,7 +124,8 @@ impl Found {
         Self {
             nodes: nodes.clone(),
             section: section.clone(),
-            reached: already.len(),
+            reached: Reached { before: already.len(), ..Reached::default() },
+            owner: Owner::Tables,
             marked: already,
             tables: BlockSet::default(),
             pages: None,
@@ -121,14 +140,25 @@ impl Found {
             Some(_) => self.tables.insert(pba),
             None => self.marked.insert(pba),
         };
-        self.reached += u64::from(fresh && self.section.contains(pba));
+        if fresh && self.section.contains(pba) {
+            self.count();
+        }
         fresh
+    }
+
+    fn count(&mut self) {
+        match self.owner {
+            Owner::Heads => self.reached.heads += 1,
+            Owner::Snapshots => self.reached.snapshots += 1,
+            Owner::Tables => self.reached.tables += 1,
+        }
     }
 
     /// Notes a data block.
     fn data(&mut self, pba: Pba) {
-        let is_new = self.section.contains(pba) && self.marked.insert(pba);
-        self.reached += u64::from(is_new);
+        if self.section.contains(pba) && self.marked.insert(pba) {
+            self.count();
+        }
     }
 
     /// Notes that a block could not be read.
@@ -167,7 +197,7 @@ impl Mark<'_> {
             }
             self.engine.go_on()?;
             let collector = &self.engine.collector;
-            let marked_blocks = self.found.reached;
+            let marked_blocks = self.found.reached.total();
             collector.status.set(GcStatus { marked_blocks, ..collector.status.get() });
             self.pace.rest().await;
         }
@@ -252,6 +282,7 @@ impl Visitor for Mark<'_> {
         if is_of_snapshots && base::mutant::active("gc_misses_snapshot_roots") {
             return Ok(());
         }
+        self.found.owner = if is_of_snapshots { Owner::Snapshots } else { Owner::Heads };
         let roots: Vec<RootRef> = trees.iter().map(|(_, root)| *root).collect();
         self.walk(&roots).await?;
         self.give_up();
@@ -260,6 +291,10 @@ impl Visitor for Mark<'_> {
     }
 
     async fn pages(&mut self, table: Table, root: &RootRef) -> Result<Vec<(u64, Entry)>, Error> {
+        self.found.owner = match table {
+            Table::Snapshots(_) => Owner::Snapshots,
+            _ => Owner::Tables,
+        };
         let pages = self.table_pages(root).await;
         self.note_damage(table);
         pages
@@ -288,6 +323,7 @@ impl Visitor for Mark<'_> {
             let message = "a history stands in two places of the tables";
             return Err(Error::refused(ErrorKind::Corrupt, message));
         }
+        self.found.owner = Owner::Snapshots;
         let pages = self.table_pages(&history.versions).await?;
         let mut versions = Vec::new();
         for pages in pages.chunks(PAGES_AT_ONCE) {

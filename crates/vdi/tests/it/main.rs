@@ -12,6 +12,7 @@ mod damage;
 mod faults;
 mod gate;
 mod gc;
+mod gc_space;
 mod golden;
 mod guarantees;
 mod history;
