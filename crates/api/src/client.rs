@@ -119,12 +119,12 @@ impl Client {
         self.ask(Method::POST, "/v1/check", Some(&request)).await
     }
 
-    /// How far the check is that is under way.
+    /// How far the check is that was begun with this token.
     ///
     /// # Errors
     /// If the daemon cannot answer.
-    pub async fn check_status(&self) -> Result<CheckStatus, Error> {
-        self.ask(Method::GET, "/v1/check", NOTHING).await
+    pub async fn check_status(&self, token: u64) -> Result<CheckStatus, Error> {
+        self.ask(Method::GET, &format!("/v1/check?token={token}"), NOTHING).await
     }
 
     /// Every VDI, in order of name.

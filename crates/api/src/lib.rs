@@ -31,7 +31,7 @@
 //! | `/v1/scrub` | GET | | [`ScrubStatus`] |
 //! | `/v1/scrub` | POST | [`BeginScrub`] | [`ScrubStatus`], of the pass that was begun or is under way |
 //! | `/v1/scrub` | DELETE | | [`ScrubStatus`], of the pass that is ended |
-//! | `/v1/check` | GET | | [`CheckStatus`] |
+//! | `/v1/check?token=1` | GET | | [`CheckStatus`] |
 //! | `/v1/check` | POST | [`BeginCheck`] | [`CheckReport`], when it has ended |
 //! | `/v1/attachments` | GET | | list of [`Attachment`] |
 //! | `/v1/attachments` | POST | [`Attach`] | [`Attachment`] |

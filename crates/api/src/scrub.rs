@@ -22,12 +22,15 @@ pub struct BeginCheck {
     /// As [`BeginScrub::rate_bytes`].
     #[serde(default)]
     pub rate_bytes: Option<u64>,
+    /// A number of the client's own, by which it asks how far this check is.
+    #[serde(default)]
+    pub token: u64,
 }
 
 /// How far a check of a store that is served is.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CheckStatus {
-    /// What it is at, in a word or two; empty if none is under way.
+    /// What it is at, in a word or two; empty if none of this token is under way.
     pub stage: String,
     /// So much of it is done; 0 where nothing is counted.
     pub done: u64,

@@ -7,7 +7,8 @@
 
 mod listen;
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::thread;
@@ -43,8 +44,8 @@ pub(crate) struct Served {
     pub(crate) attachments: Rc<Attachments>,
     pub(crate) devices: Rc<Devices>,
     pub(crate) mounts: Rc<Mounts>,
-    /// How far the check is that is under way.
-    pub(crate) checking: Rc<Cell<Option<vdi::check::CheckProgress>>>,
+    /// How far the checks are that are under way, by their tokens.
+    pub(crate) checking: Rc<RefCell<BTreeMap<u64, vdi::check::CheckProgress>>>,
     scrub: Rc<ScrubSchedule>,
     servers: Rc<listen::Servers>,
     stop: RefCell<Option<OneshotSender<()>>>,

@@ -15,10 +15,12 @@ const LOOK_PERIOD: Duration = Duration::from_millis(200);
 /// Has the daemon check what it serves.
 pub(super) async fn online(context: &Context, check: &Check) -> Result<(), Error> {
     let bar = progress::bar("check", 0);
-    let request = BeginCheck { read_data: !check.quick, rate_bytes: None };
+    // Its own number is what tells it from others that check at the same time.
+    let token = std::process::id().into();
+    let request = BeginCheck { read_data: !check.quick, rate_bytes: None, token };
     let report = tokio::select! {
         report = context.client.check(request) => report,
-        never = watch(context, &bar) => match never {},
+        never = watch(context, token, &bar) => match never {},
     };
     bar.finish_and_clear();
     let report = report?;
@@ -32,11 +34,11 @@ pub(super) async fn online(context: &Context, check: &Check) -> Result<(), Error
     Err(Error::new(Kind::Damaged, format!("the store has {}; {hint}", count(errors, "error"))))
 }
 
-async fn watch(context: &Context, bar: &ProgressBar) -> std::convert::Infallible {
+async fn watch(context: &Context, token: u64, bar: &ProgressBar) -> std::convert::Infallible {
     loop {
         tokio::time::sleep(LOOK_PERIOD).await;
         // Whoever checks says what is wrong.
-        let Ok(at) = context.client.check_status().await else { continue };
+        let Ok(at) = context.client.check_status(token).await else { continue };
         bar.set_message(format!("check {}", at.stage));
         let (done, total) = match (at.stage.as_str(), context.client.scrub_status().await) {
             ("data", Ok(scrub)) => (scrub.done_bytes, scrub.total_bytes),

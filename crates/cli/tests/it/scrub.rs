@@ -5,6 +5,7 @@ use std::os::unix::fs::FileExt;
 
 use serde_json::{Value, json};
 
+use crate::http::request;
 use crate::place::Place;
 
 /// A served store with a disk, a snapshot of it, and data that the snapshot alone has.
@@ -106,6 +107,34 @@ fn a_scrub_that_runs_is_watched_hurried_and_stopped() {
     let stopped = place.ok(&["scrub", "--stop"]);
     assert!(stopped.starts_with("stopped: read "), "{stopped}");
     assert_eq!(slow.wait().unwrap().code(), Some(3), "it was stopped by somebody else");
+    served.stop();
+}
+
+/// Two checks at a time showed one state, and the end of one was that of both.
+#[test]
+fn each_check_tells_how_far_it_is_itself() {
+    let (place, served) = served();
+    let stage = |token: u64| {
+        let (status, at) = request(&place, "GET", &format!("/v1/check?token={token}"), "");
+        assert_eq!(status, 200, "{at}");
+        at["stage"].as_str().unwrap().to_owned()
+    };
+    std::thread::scope(|scope| {
+        let slow = scope.spawn(|| {
+            let body = r#"{"read_data":true,"rate_bytes":4096,"token":1}"#;
+            request(&place, "POST", "/v1/check", body)
+        });
+        while stage(1) != "data" {
+            crate::place::pause();
+        }
+        assert_eq!(stage(2), "", "it was not begun");
+        let (status, report) = request(&place, "POST", "/v1/check", r#"{"token":2}"#);
+        assert_eq!((status, &report["clean"]), (200, &json!(true)), "{report}");
+        assert_eq!((stage(1), stage(2)), ("data".to_owned(), String::new()));
+        place.ok(&["scrub", "--stop"]);
+        assert_eq!(slow.join().unwrap().0, 409);
+        assert_eq!(stage(1), "");
+    });
     served.stop();
 }
 

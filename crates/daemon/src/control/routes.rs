@@ -127,8 +127,17 @@ async fn stop_scrub(State(current): State<Current>) -> Answer<ScrubStatus> {
     Ok(Json(current.call(answer).await?))
 }
 
-async fn check_status(State(current): State<Current>) -> Answer<CheckStatus> {
-    let answer = async |served: &Served| Ok(served.checking.get());
+#[derive(Deserialize)]
+struct WhichCheck {
+    #[serde(default)]
+    token: u64,
+}
+
+async fn check_status(
+    State(current): State<Current>,
+    Parameters(WhichCheck { token }): Parameters<WhichCheck>,
+) -> Answer<CheckStatus> {
+    let answer = async move |served: &Served| Ok(served.checking.borrow().get(&token).copied());
     Ok(Json(convert::check_status(current.call(answer).await?)))
 }
 
@@ -137,10 +146,10 @@ async fn check(
     Body(request): Body<BeginCheck>,
 ) -> Answer<CheckReport> {
     let answer = async move |served: &Served| {
-        let shown = Rc::clone(&served.checking);
-        let tell = move |at| shown.set(Some(at));
+        let (shown, token) = (Rc::clone(&served.checking), request.token);
+        let tell = move |at| _ = shown.borrow_mut().insert(token, at);
         let report = served.store.check(request.read_data, request.rate_bytes, tell).await;
-        served.checking.set(None);
+        served.checking.borrow_mut().remove(&token);
         report
     };
     Ok(Json(convert::check_report(current.call(answer).await?)))
