@@ -226,19 +226,23 @@ impl Node {
     #[must_use]
     pub fn entry(&self, slot: usize) -> Entry {
         assert!(slot < FANOUT);
-        let start = slot * ENTRY_BYTES;
-        let mut entry = [0; ENTRY_BYTES];
-        let stored = self.0.bytes().get(start..start + ENTRY_BYTES).unwrap_or_default();
-        for (to, from) in entry.iter_mut().zip(stored) {
-            *to = *from;
-        }
-        Entry(entry)
+        self.stored().get(slot).map_or(Entry::UNMAPPED, |bytes| Entry(*bytes))
     }
 
     /// All entries.
     #[must_use]
     pub fn entries(&self) -> [Entry; FANOUT] {
         std::array::from_fn(|slot| self.entry(slot))
+    }
+
+    /// The entries that are not unmapped, with their slots.
+    pub fn used_entries(&self) -> impl Iterator<Item = (u64, Entry)> {
+        let entries = self.stored().iter().map(|bytes| Entry(*bytes));
+        (0..).zip(entries).filter(|(_, entry)| entry.state() != EntryState::Unmapped)
+    }
+
+    fn stored(&self) -> &[[u8; ENTRY_BYTES]] {
+        self.block().0.as_chunks().0
     }
 
     /// Its bytes.

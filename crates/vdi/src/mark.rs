@@ -315,7 +315,7 @@ impl Walk {
     /// Shows what a node names.
     pub(crate) fn show(&mut self, parent: &Named, node: &Node, marker: &mut impl Marker) {
         let width = tree::span(parent.level);
-        for (slot, entry) in (0u64..).zip(node.entries()) {
+        for (slot, entry) in node.used_entries() {
             let child = Named {
                 tree: parent.tree,
                 entry,
