@@ -1,6 +1,6 @@
 //! Writes that moments keep one by one. In the order of their LSNs they must be what the model saw: a block
 //! changes where a write of it is listed and nowhere else, the last one leaves what the moment holds, and
-//! none that was acknowledged before another was asked for comes behind it.
+//! none that was acknowledged before another was asked for comes behind it. What was just opened can be read.
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -157,6 +157,11 @@ impl Opener<'_> {
     /// A block as it was when a write had been made.
     async fn at(&self, lsn: Lsn, lba: u64) -> Option<Vec<u8>> {
         let disk = self.open(&format!("lsn:{lsn}")).await?;
+        if disk.severed() {
+            self.session
+                .world
+                .fail(format!("{}@lsn:{lsn} is severed when it is opened", self.name));
+        }
         self.block(&disk, lba).await
     }
 

@@ -54,7 +54,8 @@ impl Engine {
         let body = RecordBody::Create { block_count, wall_ns, name: name.to_owned() };
         let appended =
             self.log.append_admitted(room, &Record { vdi: id, claim: FIRST_CLAIM, body });
-        self.apply_create(id, block_count, wall_ns, name, None, Base::Root(RootRef::empty(1)));
+        let base = Base::Root(RootRef::empty(1));
+        self.apply_create((id, appended.0), block_count, wall_ns, name, None, base);
         drop(one);
         self.settle(appended).await?;
         Ok(id)
@@ -468,7 +469,7 @@ impl Engine {
 
     pub(crate) fn apply_create(
         &self,
-        id: VdiId,
+        (id, lsn): (VdiId, Lsn),
         block_count: u64,
         wall_ns: u64,
         name: &str,
@@ -479,7 +480,7 @@ impl Engine {
         // A root of its own has nothing that is shared; a point's labels are known when it is
         // merged.
         let branch = self.new_branch(base, BirthLabel::new(1), BirthLabel::new(0));
-        branch.writes.set(self.default_retention.borrow().keeps_writes(), Lsn::new(1));
+        branch.writes.set(self.default_retention.borrow().keeps_writes(), lsn.plus(1));
         let vdi = Rc::new(Vdi {
             id,
             claim: FIRST_CLAIM,
@@ -538,21 +539,20 @@ impl Engine {
         };
         let number = snapshot.map_or(SnapshotNumber::new(0), |snapshot| snapshot.number);
         let parent = Some((source.id, number));
-        let vdi = self.apply_create(id, block_count, wall_ns, name, parent, base);
+        let vdi = self.apply_create((id, lsn), block_count, wall_ns, name, parent, base);
         vdi.born.set(lsn);
-        vdi.branch.borrow().writes.break_at(lsn.plus(1));
     }
 
     /// A clone of what is lost: there is a name, and nothing else.
     pub(crate) fn apply_lost_clone(
         &self,
-        id: VdiId,
+        (id, lsn): (VdiId, Lsn),
         (parent, parent_snapshot): (VdiId, SnapshotNumber),
         wall_ns: u64,
         name: &str,
     ) {
         let parent = Some((parent, parent_snapshot));
-        self.apply_create(id, 1, wall_ns, name, parent, Base::Root(RootRef::empty(1)));
+        self.apply_create((id, lsn), 1, wall_ns, name, parent, Base::Root(RootRef::empty(1)));
     }
 
     /// A snapshot of `vdi` as a base for others.

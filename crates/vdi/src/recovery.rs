@@ -354,7 +354,8 @@ impl Engine {
             }
             RecordBody::Create { block_count, wall_ns, name } => {
                 let base = Base::Root(RootRef::empty(1));
-                self.apply_create(record.vdi, *block_count, *wall_ns, name, None, base);
+                let id = (record.vdi, lsn);
+                self.apply_create(id, *block_count, *wall_ns, name, None, base);
                 return Ok(());
             }
             RecordBody::Clone { source, snapshot, wall_ns, name } => {
@@ -369,7 +370,7 @@ impl Engine {
                         self.apply_clone(record.vdi, source, snapshot, lsn, *wall_ns, name);
                     }
                     _ => {
-                        self.apply_lost_clone(record.vdi, from, *wall_ns, name);
+                        self.apply_lost_clone((record.vdi, lsn), from, *wall_ns, name);
                         self.lose(record.vdi);
                     }
                 }

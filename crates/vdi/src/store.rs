@@ -425,7 +425,7 @@ impl Store {
         let engine = Rc::clone(&self.0);
         if let Some(lsn) = engine.write_of(target).await? {
             let AtWrite { vdi, moment, point } = engine.at_write(&target.vdi, lsn).await?;
-            return Ok(Rc::new(SnapshotHandle::new(engine, vdi, moment, Some(point))));
+            return Ok(Rc::new(SnapshotHandle::new(engine, vdi, moment, point)));
         }
         let (vdi, snapshot) = self.0.find_durable(target).await?;
         Ok(match snapshot {

@@ -18,8 +18,8 @@
 //! - When their time has come, a moment forgets its writes. That is no log record: the next checkpoint
 //!   stores it so, and garbage collection, which goes by what is stored, frees what nobody sees then.
 //!   After a crash it keeps them again, and nothing of them was freed.
-//! - A write is named by its LSN when it is durable. One above the durable point may be written again by
-//!   recovery, under another.
+//! - A write is named by its LSN when a slot was published whose cut lies behind its moment. What lies above
+//!   that may be written again by recovery, under another: it knows of flushes only what log blocks tell.
 //! - A moment that gets a tree of its own (it is cloned, held or compared) keeps no writes but its own
 //!   position. So does one behind a discard of more than single blocks, of which no history tells: one is taken
 //!   before and one behind, and so it is with a change of size.
@@ -137,12 +137,13 @@ impl KeptWrites {
     }
 }
 
-/// A write of a VDI, as it was when it had been made.
+/// A VDI as it was when a write had been made.
 pub(crate) struct AtWrite {
     pub(crate) vdi: Rc<Vdi>,
     /// The moment that keeps it.
     pub(crate) moment: Rc<Snapshot>,
-    pub(crate) point: Rc<Point>,
+    /// The position behind it in the moment's history; `None`: it is the moment.
+    pub(crate) point: Option<Rc<Point>>,
 }
 
 /// `lsn:107`.
@@ -218,26 +219,32 @@ impl Engine {
         }
         let one_too_far = base::mutant::active("write_is_one_record_too_far");
         let position = lsn.plus(1 + u64::from(one_too_far));
-        for was_tried in [false, true] {
-            let moment = keeper(&vdi, lsn, position);
-            let contents = moment.as_ref().map(|moment| moment.point.contents.get());
-            match (moment, contents) {
-                (Some(moment), Some(contents @ (Contents::Past(_) | Contents::Tree(_)))) => {
-                    self.log.durable(moment.position).await.map_err(blockstore::Error::from)?;
-                    let label = moment.point.label.get();
-                    let position = position.min(moment.position);
-                    let point = Point::met(position, contents, label, moment.block_count);
-                    return Ok(AtWrite { vdi, moment, point });
-                }
-                // One takes a moment, and makes a history of what is in memory.
-                _ if !was_tried => self.checkpoint(SlotState::Running).await?,
-                _ => {}
-            }
+        let find = || keeper(&vdi, lsn, position).filter(|moment| !is_pending(moment));
+        if find().is_none() {
+            // One takes a moment, and makes a history of what is in memory.
+            self.checkpoint(SlotState::Running).await?;
+        }
+        let cut = self.published_cut().await?;
+        if let Some(moment) = find().filter(|moment| moment.position <= cut) {
+            let point = (position < moment.position).then(|| {
+                let (contents, label) = (moment.point.contents.get(), moment.point.label.get());
+                Point::met(position, contents, label, moment.block_count)
+            });
+            return Ok(AtWrite { vdi, moment, point });
         }
         let message = format!(
             "no moment of {name} keeps lsn:{lsn}; `parallax log {name}` shows what is kept"
         );
         Err(Error::refused(ErrorKind::NotFound, message))
+    }
+
+    /// Up to where records keep their numbers, whatever happens. Waits for a checkpoint that readers see
+    /// already and that is not published.
+    async fn published_cut(&self) -> Result<Lsn, Error> {
+        match self.read_only {
+            true => Ok(self.log.last_lsn()),
+            false => Ok(self.published_slot().await?.cut),
+        }
     }
 
     /// The writes that a moment keeps, in the order in which they were made; at most `max` behind `after`.
@@ -253,10 +260,10 @@ impl Engine {
     ) -> Result<Vec<VdiWrite>, Error> {
         let vdi = self.find(name).await?;
         let moment = self.find_moment(&vdi, name, wanted)?;
-        if matches!(moment.point.contents.get(), Contents::Pending) {
+        if is_pending(&moment) {
             self.checkpoint(SlotState::Running).await?;
         }
-        self.log.durable(moment.position).await.map_err(blockstore::Error::from)?;
+        self.published_cut().await?;
         let Some(from) = moment.point.writes_from.get() else {
             let message = format!(
                 "{} keeps no writes: they are kept by `parallax set {name} 'history=every write for \
@@ -283,14 +290,19 @@ impl Engine {
     }
 }
 
-/// The moment that keeps a write, or is of the position behind it.
+/// The moment that keeps a write, or the snapshot of the position behind it.
 fn keeper(vdi: &Vdi, lsn: Lsn, position: Lsn) -> Option<Rc<Snapshot>> {
     let snapshots = vdi.snapshots.borrow();
     let keeps = |it: &&Rc<Snapshot>| {
         let from = it.point.writes_from.get();
         it.position == lsn
             || it.position == position
-            || (from.is_some_and(|from| from <= position) && lsn < it.position)
+            || (from.is_some_and(|from| from <= position) && position < it.position)
     };
     snapshots.iter().find(keeps).map(Rc::clone)
+}
+
+/// Whether no checkpoint has met it.
+fn is_pending(moment: &Snapshot) -> bool {
+    matches!(moment.point.contents.get(), Contents::Pending)
 }

@@ -1,5 +1,6 @@
 //! Each write of a disk can be opened, of which every write is kept.
 
+use std::cell::Cell;
 use std::time::Duration;
 
 use base::{ErrorKind, Lsn, SnapshotNumber};
@@ -8,6 +9,8 @@ use parallax_vdi::{Retention, Store, Target, VdiWrite};
 use std::rc::Rc;
 
 use crate::check::assert_sound;
+use crate::gate::with_gated_store;
+use crate::stuck::writes_slot;
 use crate::{disk, read, reopened, with_store, write};
 
 const RULES: &str = "every write for 10m, 1s for 1h";
@@ -217,4 +220,98 @@ fn many_writes_and_large_discards() {
         store.close().await.unwrap();
     });
     assert_sound(&ram, 0);
+}
+
+/// `lsn:N` of the position of a snapshot is that snapshot, which keeps no writes: each request to the handle
+/// failed, as if the history had been taken from under it.
+#[test]
+fn a_write_before_a_snapshot_is_read() {
+    with_store(|_, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        keep(&store, "every write for 10m").await;
+        let head = disk(&store, "web01").await;
+        write(&head, 0, &[1; 4096]).await;
+        store.snapshot("web01", None).await.unwrap();
+        write(&head, 0, &[2; 4096]).await;
+        store.checkpoint().await.unwrap();
+        let all = writes(&store).await;
+        let (first, second) = (all[0].lsn, all[1].lsn);
+        assert!(first.plus(1) < second, "the snapshot lies between");
+        for lsn in (first.get()..second.get()).map(Lsn::new) {
+            let then = at(&store, lsn).await.unwrap();
+            assert!(!then.severed(), "lsn:{lsn}");
+            assert_eq!(read(&then, 0, 4096).await, [1; 4096], "lsn:{lsn}");
+        }
+        assert_eq!(read(&at(&store, second).await.unwrap(), 0, 4096).await, [2; 4096]);
+    });
+}
+
+/// A write is named by its LSN when a crash cannot give it another: recovery goes by the published slot and by
+/// what log blocks tell of flushes, and not by what a flush has made durable since.
+#[test]
+fn a_write_has_a_name_when_its_moment_is_published() {
+    with_gated_store(|runtime, gate, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        keep(&store, "every write for 10m").await;
+        let head = disk(&store, "web01").await;
+        for byte in 1..=3u8 {
+            write(&head, 0, &[byte; 4096]).await;
+        }
+        store.checkpoint().await.unwrap();
+        let last = writes(&store).await[2].lsn;
+        write(&head, 0, &[4; 4096]).await;
+        write(&head, 0, &[5; 4096]).await;
+        gate.hold(writes_slot);
+        let publishing = store.clone();
+        let published = runtime.spawn(async move { publishing.checkpoint().await.unwrap() });
+        runtime.sleep(Duration::from_millis(100)).await;
+        assert_eq!(gate.held(), 1);
+        let opening = store.clone();
+        let opened = Rc::new(Cell::new(false));
+        let is_open = Rc::clone(&opened);
+        // The moment of the checkpoint before lies between.
+        let lsn = last.plus(2);
+        let open = runtime.spawn(async move {
+            let then = at(&opening, lsn).await.unwrap();
+            is_open.set(true);
+            read(&then, 0, 4096).await
+        });
+        let listing = store.clone();
+        let listed = Rc::new(Cell::new(false));
+        let is_listed = Rc::clone(&listed);
+        let list = runtime.spawn(async move {
+            let all = writes(&listing).await;
+            is_listed.set(true);
+            all
+        });
+        runtime.sleep(Duration::from_secs(1)).await;
+        assert!(!opened.get(), "a crash now gives it another number");
+        assert!(!listed.get(), "a crash now gives them other numbers");
+        gate.hold(|_| false);
+        gate.release();
+        published.await;
+        assert_eq!(open.await, [4; 4096]);
+        assert_eq!(list.await[3].lsn, lsn);
+    });
+}
+
+/// What a disk was before it was created is not told.
+#[test]
+fn no_write_lies_before_the_disk() {
+    with_store(|_, store| async move {
+        store.retain_by_default(Retention::parse("every write for 10m").unwrap()).await.unwrap();
+        store.create("db01", 1 << 30).await.unwrap();
+        write(&disk(&store, "db01").await, 0, &[1; 4096]).await;
+        store.create("web01", 1 << 30).await.unwrap();
+        write(&disk(&store, "web01").await, 0, &[1; 4096]).await;
+        store.checkpoint().await.unwrap();
+        let first = writes(&store).await[0].lsn;
+        assert_eq!(read(&at(&store, first).await.unwrap(), 0, 4096).await, [1; 4096]);
+        // In front of the first write stands the record that created it.
+        assert!(at(&store, Lsn::new(first.get() - 1)).await.is_ok());
+        for lsn in (1..first.get() - 1).map(Lsn::new) {
+            let error = at(&store, lsn).await.err().expect("there was no such disk");
+            assert_eq!(error.kind(), ErrorKind::NotFound, "lsn:{lsn}: {error}");
+        }
+    });
 }
