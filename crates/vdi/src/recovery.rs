@@ -44,6 +44,7 @@ use crate::scrub::Scrubber;
 use crate::trim::Trimmer;
 use crate::types::{OpenOptions, OpenReport};
 use crate::vdi::Vdi;
+use crate::write::pieces;
 use crate::{Error, check};
 
 use verify::Dropped;
@@ -425,7 +426,11 @@ impl Engine {
                 let range = (lba.get(), end);
                 let level_max = Self::level_max(vdi.block_count.get());
                 vdi.note_changed(*count);
-                branch.writes.note(lsn, 1);
+                let (piece_count, is_large) = pieces(range.0, range.1, level_max);
+                branch.writes.note(lsn, piece_count);
+                if is_large {
+                    branch.writes.break_at(lsn.plus(1));
+                }
                 self.install_range(&branch, &generation, lsn, range, *state, level_max);
             }
             RecordBody::Snapshot { number, wall_ns, store_ns, label, origin } => {

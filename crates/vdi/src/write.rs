@@ -240,14 +240,41 @@ impl Engine {
     ) -> Result<(Run, Admission), Error> {
         loop {
             let room = self.room().await?;
+            let part = self.room_to_part(vdi).await?;
             if let Some(run) = self.take_data(vdi, count).await? {
+                if vdi.branch.borrow().writes.is_behind_range() {
+                    let Some(part) = part else {
+                        self.allocator.free_now(run);
+                        continue;
+                    };
+                    self.append_moment_aside(part, vdi);
+                }
                 return Ok((run, room));
             }
-            drop(room);
+            drop((room, part));
             // When there are some, they are taken as above.
             let run = self.allocate_data(vdi, count).await?;
             self.allocator.free_now(run);
         }
+    }
+
+    /// Room for a moment that parts a change from a large range before it; `None` if there is no such range.
+    async fn room_to_part(&self, vdi: &Vdi) -> Result<Option<Admission>, Error> {
+        let is_behind = vdi.branch.borrow().writes.is_behind_range();
+        Ok(match is_behind {
+            true => Some(self.room().await?),
+            false => None,
+        })
+    }
+
+    /// Appends the record of a moment, for which nobody waits.
+    fn append_moment_aside(self: &Rc<Self>, room: Admission, vdi: &Vdi) {
+        let appended = self.append_moment(room, vdi);
+        let engine = Rc::clone(self);
+        drop(self.runtime.spawn(async move {
+            // A store that has stopped says so to everybody.
+            let _ = engine.complete_record(appended).await;
+        }));
     }
 
     /// The branch and generation that a record which was appended just now belongs to, of so many blocks.
@@ -391,24 +418,35 @@ impl Engine {
         refuse_severed(vdi, incarnation)?;
         self.reserve_for_guest(vdi).await?;
         let level_max = Self::level_max(vdi.block_count.get());
-        let is_large = subtrees(first, first + count, level_max).any(|(level, _)| level > 0);
-        // No history tells of it: the writes on both sides are kept by moments that end and begin with it.
-        let keeps_writes = is_large && vdi.branch.borrow().writes.is_on();
-        let around = match keeps_writes {
-            true => Some((self.room().await?, self.room().await?)),
+        let (piece_count, is_large) = pieces(first, first + count, level_max);
+        let room = self.room().await?;
+        let keeps_writes = vdi.branch.borrow().writes.is_on();
+        let room_before = match keeps_writes {
+            true => Some(self.room().await?),
             false => None,
         };
-        let room = self.room().await?;
-        let (room_before, room_behind) = around.unzip();
-        let before = room_before.map(|room| self.append_moment(room, vdi));
+        let branch = Rc::clone(&vdi.branch.borrow());
+        let now = self.runtime.now();
+        // No history tells of a large one: the writes on both sides are kept by moments that end before it
+        // and begin behind it.
+        let parts = is_large && branch.writes.is_on() && branch.writes.parts(now);
+        let is_parted = match is_large {
+            true => parts && branch.writes.has_unkept(),
+            false => branch.writes.is_behind_range(),
+        };
+        if let Some(room) = room_before.filter(|_| is_parted) {
+            self.append_moment_aside(room, vdi);
+        }
         let body = RecordBody::Range { lba: Lba::new(first), count, state };
         let (lsn, logged) = self.append(room, vdi, body);
-        let pending = self.pending(vdi, lsn, 1);
-        let behind = room_behind.map(|room| self.append_moment(room, vdi));
-        for moment in before.into_iter().chain(behind) {
-            let engine = Rc::clone(self);
-            drop(self.runtime.spawn(async move { engine.complete_record(moment).await }));
+        let pending = self.pending(vdi, lsn, piece_count);
+        if is_large {
+            branch.writes.break_at(lsn.plus(1));
         }
+        if parts {
+            branch.writes.part(now);
+        }
+        self.keep_many_writes(vdi);
         wait(logged, Pba::new(0)).await?;
         self.install_range(
             &pending.branch,
@@ -441,6 +479,12 @@ impl Engine {
             self.install(branch, generation, &Change { level, start, lsn, entry });
         }
     }
+}
+
+/// How many changes of an overlay a range is, and whether one of them is of more than a block.
+pub(crate) fn pieces(first: u64, end: u64, level_max: u8) -> (u64, bool) {
+    let count = |(count, is_large), (level, _)| (count + 1, is_large || level > 0);
+    subtrees(first, end, level_max).fold((0, false), count)
 }
 
 /// A request that waited behind a deletion, a rollback or a shrink must not change what came after.

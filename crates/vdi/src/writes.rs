@@ -22,14 +22,17 @@
 //!   that may be written again by recovery, under another: it knows of flushes only what log blocks tell.
 //! - A moment that gets a tree of its own (it is cloned, held or compared) keeps no writes but its own
 //!   position. So does one behind a discard of more than single blocks, of which no history tells: one is taken
-//!   before and one behind, and so it is with a change of size.
+//!   before it, and one before what is changed next, and so it is with a change of size. Where such discards
+//!   and writes follow each other closely, the writes from the last moment to the next cannot be opened.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
+use std::time::Duration;
 
 use base::{BLOCK_SIZE_U64, ErrorKind, Lsn};
 use ondisk::{SlotState, VersionRecord};
+use runtime::Time;
 
 use crate::Error;
 use crate::branch::{Contents, Point};
@@ -45,6 +48,10 @@ pub(crate) const WRITE_PREFIX: &str = "lsn:";
 /// Blocks after which a moment is taken, so that few enough for a history lie between two.
 const BLOCKS_MAX: u64 = 8192;
 
+/// Shortest time between two large ranges that get moments around them, unless nothing was changed between
+/// them: else one guest's discards would push older moments out.
+const PARTED_MIN: Duration = Duration::from_millis(100);
+
 /// What a branch keeps of its writes.
 #[derive(Debug, Default)]
 pub(crate) struct KeptWrites {
@@ -59,6 +66,10 @@ pub(crate) struct KeptWrites {
     block_count: Cell<u64>,
     /// The branch's tree is that of this position.
     in_tree: Cell<Lsn>,
+    /// A large range stands behind the last moment, and the next change is to have one before it.
+    behind_range: Cell<bool>,
+    /// When a large range was parted from what was before it.
+    parted_at: Cell<Option<Time>>,
 }
 
 impl KeptWrites {
@@ -98,6 +109,24 @@ impl KeptWrites {
         self.since.set(self.since.get().max(at));
     }
 
+    /// Whether a large range that comes now is to have moments around it.
+    pub(crate) fn parts(&self, now: Time) -> bool {
+        let has_rested = |at| now.since(at) >= PARTED_MIN;
+        self.behind_range.get() || self.parted_at.get().is_none_or(has_rested)
+    }
+
+    /// Notes that a large range has, or will have before the next change.
+    pub(crate) fn part(&self, now: Time) {
+        if !self.behind_range.replace(true) {
+            self.parted_at.set(Some(now));
+        }
+    }
+
+    /// Whether a moment is to be taken before the next change, so that it is in a history.
+    pub(crate) fn is_behind_range(&self) -> bool {
+        self.is_on() && self.behind_range.get()
+    }
+
     /// Whether somebody may want to open a write between two changes of a block.
     pub(crate) fn separate(&self, older: Lsn, newer: Lsn) -> bool {
         newer >= self.from.get() && older < self.to.get()
@@ -110,7 +139,7 @@ impl KeptWrites {
     }
 
     /// Whether there are writes that no moment keeps yet.
-    fn has_unkept(&self) -> bool {
+    pub(crate) fn has_unkept(&self) -> bool {
         self.is_on() && self.newest.get() >= self.since.get() && self.newest.get() > Lsn::default()
     }
 
@@ -125,6 +154,7 @@ impl KeptWrites {
         let from = (self.is_on() && since <= position).then_some(since);
         self.since.set(position);
         self.block_count.set(0);
+        self.behind_range.set(false);
         from
     }
 

@@ -217,6 +217,10 @@ impl Merge {
                     continue;
                 }
             }
+            if kept.is_some() && changes.iter().all(|change| change.level == 0) {
+                let count = changes.len();
+                tracing::warn!(count, "too many writes between two moments: they cannot be opened");
+            }
             let changes = newest_only(changes, &mut self.dead);
             let span = std::mem::take(&mut span);
             if index == last && !is_head {

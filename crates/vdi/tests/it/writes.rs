@@ -295,6 +295,63 @@ fn a_write_has_a_name_when_its_moment_is_published() {
     });
 }
 
+/// Large discards one after another took two moments each, until the oldest moments went for them.
+#[test]
+fn discards_in_a_row_take_few_moments() {
+    let (ram, ()) = with_store(|runtime, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        keep(&store, "every write for 10m").await;
+        let head = disk(&store, "web01").await;
+        write(&head, 0, &[1; 4096]).await;
+        let discard = |offset| Request::Discard { offset, length: 256 << 20, fua: false };
+        for _ in 0..100 {
+            head.submit(discard(256 << 20)).await.unwrap();
+        }
+        write(&head, 0, &[2; 4096]).await;
+        store.checkpoint().await.unwrap();
+        assert_each(&store, &[1, 2]).await;
+        let count = moments(&store).await.len();
+        assert!(count <= 4, "{count}");
+        // With writes between them, those in one interval are not told from each other.
+        for byte in 0..100u8 {
+            write(&head, 0, &[byte; 4096]).await;
+            head.submit(discard(512 << 20)).await.unwrap();
+        }
+        store.checkpoint().await.unwrap();
+        let count = moments(&store).await.len();
+        assert!(count <= 12, "{count}");
+        runtime.sleep(Duration::from_secs(2)).await;
+        let before = writes(&store).await.len();
+        write(&head, 0, &[101; 4096]).await;
+        head.submit(discard(0)).await.unwrap();
+        write(&head, 4096, &[102; 4096]).await;
+        store.checkpoint().await.unwrap();
+        assert_eq!(writes(&store).await.len(), before + 2);
+        store.close().await.unwrap();
+    });
+    assert_sound(&ram, 0);
+}
+
+/// A discard that is no subtree is as many versions as blocks. Many of them are more than a history has room
+/// for, and the writes between them stay.
+#[test]
+fn many_small_discards_cost_no_write() {
+    let (ram, ()) = with_store(|_, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        keep(&store, "every write for 10m").await;
+        let head = disk(&store, "web01").await;
+        for byte in 1..=140u8 {
+            write(&head, 0, &[byte; 4096]).await;
+            let discard = Request::Discard { offset: 4096, length: 510 * 4096, fua: false };
+            head.submit(discard).await.unwrap();
+        }
+        store.checkpoint().await.unwrap();
+        assert_each(&store, &(1..=140).collect::<Vec<u8>>()).await;
+        store.close().await.unwrap();
+    });
+    assert_sound(&ram, 0);
+}
+
 /// What a disk was before it was created is not told.
 #[test]
 fn no_write_lies_before_the_disk() {
