@@ -17,7 +17,7 @@ use crate::scrub::{BeginCheck, BeginScrub, CheckStatus, ScrubStatus};
 use crate::types::{
     Attach, Attachment, ChangeStore, ChangeVdi, CompleteReceive, CreateVdi, DaemonStatus, Diff,
     DiffPage, Gc, GcStatus, Hold, IntervalPage, Mounted, Removed, Rollback, Snapshot, SnapshotPage,
-    Space, Stats, StoreSettings, TakeSnapshot, Upgrade, Upgrading, Vdi, VdiPage,
+    Space, Stats, StoreSettings, TakeSnapshot, Upgrade, Upgrading, Vdi, VdiPage, WritePage,
 };
 use crate::{Error, Kind, percent_encode};
 
@@ -314,6 +314,25 @@ impl Client {
         let before = before.map(|before| format!("&before={before}"));
         let (every, before) = (every.unwrap_or_default(), before.unwrap_or_default());
         let path = format!("{}/intervals?max={max}{every}{before}", vdi_path(name));
+        self.ask(Method::GET, &path, NOTHING).await
+    }
+
+    /// The `max` latest writes of a VDI that can be opened, up to a moment if one is named, of those with
+    /// log records below `before`.
+    ///
+    /// # Errors
+    /// `NotFound`; `Invalid` if the moment that was named keeps none.
+    pub async fn writes(
+        &self,
+        name: &str,
+        up_to: Option<&str>,
+        max: usize,
+        before: Option<u64>,
+    ) -> Result<WritePage, Error> {
+        let up_to = up_to.map(|moment| format!("&up_to={}", percent_encode(moment)));
+        let before = before.map(|before| format!("&before={before}"));
+        let (up_to, before) = (up_to.unwrap_or_default(), before.unwrap_or_default());
+        let path = format!("{}/writes?max={max}{up_to}{before}", vdi_path(name));
         self.ask(Method::GET, &path, NOTHING).await
     }
 

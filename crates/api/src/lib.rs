@@ -16,6 +16,7 @@
 //! | `/v1/vdis/{name}/rollback` | POST | [`Rollback`] | [`Vdi`] |
 //! | `/v1/vdis/{name}/complete` | POST | [`CompleteReceive`] | [`Snapshot`] |
 //! | `/v1/vdis/{name}/intervals?every=&max=&before=` | GET | | [`IntervalPage`] |
+//! | `/v1/vdis/{name}/writes?up_to=&before=&max=` | GET | | [`WritePage`] |
 //! | `/v1/vdis/{name}/snapshots?after=&max=` | GET | | [`SnapshotPage`] |
 //! | `/v1/vdis/{name}/snapshots` | POST | [`TakeSnapshot`] | [`Snapshot`] |
 //! | `/v1/vdis/{name}/snapshots/{snapshot}` | GET | | [`Snapshot`] |
@@ -63,6 +64,6 @@ pub use types::{
     DaemonStatus, Diff, DiffExtent, DiffPage, FrontendMetrics, Gc, GcPhase, GcSpace, GcStatus,
     Held, Hold, Interval, IntervalPage, Ledger, Mounted, NbdEndpoint, OpenReport, PAGE_MAX, Parent,
     Removed, Rollback, Snapshot, SnapshotPage, Space, Stats, StoreSettings, TakeSnapshot, Upgrade,
-    Upgrading, Vdi, VdiPage,
+    Upgrading, Vdi, VdiPage, Write, WritePage,
 };
 pub use url::{percent_decode, percent_encode};

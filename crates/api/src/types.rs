@@ -272,6 +272,32 @@ pub struct IntervalPage {
     pub next: Option<u64>,
 }
 
+/// A write of a VDI that can be opened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Write {
+    /// The VDI after it, as a handle: `web01@lsn:107`.
+    pub handle: String,
+    /// Number of its log record.
+    pub lsn: u64,
+    /// First byte of the blocks that it changed.
+    pub offset: u64,
+    /// Their length in bytes.
+    pub length: u64,
+    /// Handle of the first moment that was kept after it.
+    pub moment: String,
+    /// When that was.
+    pub time: Timestamp,
+}
+
+/// Writes of a VDI in the order in which they were made, the latest of them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WritePage {
+    /// At most [`PAGE_MAX`].
+    pub writes: Vec<Write>,
+    /// What to pass as `before` for the next page, of those that were made before; `None` on the last one.
+    pub next: Option<u64>,
+}
+
 /// Makes a VDI's contents those of one of its snapshots.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

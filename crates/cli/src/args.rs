@@ -147,12 +147,19 @@ pub(crate) enum Command {
     ///
     /// A row for each interval in which something was written: how much, what stands for the end of
     /// it, and which snapshots were taken. To see more of an hour, give a shorter interval.
+    ///
+    /// With --writes a row for each write instead, if the disk's history begins with `every write`: the
+    /// handle of the disk as it was after it, for everything that reads, and what it changed.
     Log {
         #[command(flatten)]
         name: Name,
         /// Length of an interval, such as 1s, 15m or '1 day'; without it, one that fits a screen
         #[arg(long, value_name = "INTERVAL", value_parser = NonEmptyStringValueParser::new())]
         every: Option<String>,
+        /// Show the writes that can be opened, the last one up to a moment (its number, a label or a
+        /// time); without one, up to now
+        #[arg(long, value_name = "MOMENT", conflicts_with = "every")]
+        writes: Option<Option<String>>,
         /// How many rows to show at most, the latest
         #[arg(long, value_name = "COUNT", default_value_t = 40)]
         rows: usize,

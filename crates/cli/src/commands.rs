@@ -24,6 +24,7 @@ mod transfer;
 mod tree;
 mod upgrade;
 mod vdis;
+mod writes;
 
 use api::{Client, Error, Snapshot};
 
@@ -78,7 +79,10 @@ async fn ask(context: Context, command: Command) -> Result<(), Error> {
             // The command line has one or the other.
             _ => Ok(()),
         },
-        Command::Log { name, every, rows } => {
+        Command::Log { name, writes: Some(up_to), rows, .. } => {
+            writes::run(&context, &name.name, up_to.as_deref(), rows).await
+        }
+        Command::Log { name, every, rows, .. } => {
             log::run(&context, &name.name, every.as_deref(), rows).await
         }
         Command::Clone { source, new } => {
@@ -162,6 +166,9 @@ fn block_on<T>(future: impl Future<Output = T>) -> Result<T, Error> {
     Ok(runtime.block_on(future))
 }
 
+/// What the name of a write begins with, in the place of a snapshot's.
+const WRITE_PREFIX: &str = "lsn:";
+
 impl Context {
     /// The same disk or snapshot, by its number where it was by a time: whoever asks twice would get
     /// another one.
@@ -188,7 +195,8 @@ impl Context {
     }
 
     async fn pinned_snapshot(&self, name: &str, snapshot: String) -> Result<String, Error> {
-        if !snapshot.contains(':') && !snapshot.ends_with("ago") {
+        let is_time = snapshot.contains(':') || snapshot.ends_with("ago");
+        if !is_time || snapshot.starts_with(WRITE_PREFIX) {
             return Ok(snapshot);
         }
         let found = self.client.snapshot_status(name, &snapshot).await?;

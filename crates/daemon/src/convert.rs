@@ -1,6 +1,6 @@
 //! From the engine's types to those that travel.
 
-use base::SnapshotNumber;
+use base::{Lsn, SnapshotNumber};
 use jiff::Timestamp;
 
 pub(crate) fn vdi(entry: vdi::VdiEntry) -> api::Vdi {
@@ -60,6 +60,19 @@ pub(crate) fn intervals(vdi_name: &str, told: vdi::VdiIntervals) -> api::Interva
         earlier: told.earlier,
         next: told.next.map(SnapshotNumber::get),
     }
+}
+
+pub(crate) fn writes(vdi_name: &str, told: vdi::VdiWrites) -> api::WritePage {
+    let write = |vdi::KeptWrite { write, moment, wall_ns }: vdi::KeptWrite| api::Write {
+        handle: format!("{vdi_name}@lsn:{}", write.lsn),
+        lsn: write.lsn.get(),
+        offset: write.offset,
+        length: write.length,
+        moment: format!("{vdi_name}@{moment}"),
+        time: time(wall_ns),
+    };
+    let writes = told.writes.into_iter().map(write).collect();
+    api::WritePage { writes, next: told.next.map(Lsn::get) }
 }
 
 pub(crate) fn space(space: vdi::VdiSpace) -> api::Space {

@@ -32,6 +32,7 @@ mod handle;
 mod history;
 mod holds;
 mod intervals;
+mod latest_writes;
 mod ledger;
 mod loaded;
 mod manage;
@@ -63,7 +64,7 @@ pub use retention::Retention;
 pub use scrub::{Damage, DamageKind, Owner, ScrubEnd, ScrubReport, ScrubStatus};
 pub use store::Store;
 pub use types::{
-    DiffExtent, FormatOptions, HoldEntry, LedgerEntry, OpenOptions, OpenReport, Received,
-    SnapshotEntry, Stats, Target, VdiDiff, VdiEntry, VdiInterval, VdiIntervals, VdiSpace, VdiWrite,
-    WantedIntervals,
+    DiffExtent, FormatOptions, HoldEntry, KeptWrite, LedgerEntry, OpenOptions, OpenReport,
+    Received, SnapshotEntry, Stats, Target, VdiDiff, VdiEntry, VdiInterval, VdiIntervals, VdiSpace,
+    VdiWrite, VdiWrites, WantedIntervals, WantedWrites,
 };

@@ -21,7 +21,7 @@ use crate::{GcReport, GcStatus, ScrubReport, ScrubStatus, background, recovery};
 use crate::Error;
 use crate::types::{
     FormatOptions, HoldEntry, OpenOptions, OpenReport, Received, SnapshotEntry, Stats, Target,
-    VdiDiff, VdiEntry, VdiIntervals, VdiSpace, VdiWrite, WantedIntervals,
+    VdiDiff, VdiEntry, VdiIntervals, VdiSpace, VdiWrite, VdiWrites, WantedIntervals, WantedWrites,
 };
 
 /// An open store. Clones share it. What changes it is finished once it has begun, also if the future
@@ -413,6 +413,20 @@ impl Store {
     ) -> Result<Vec<VdiWrite>, Error> {
         let (engine, name, moment) = (Rc::clone(&self.0), name.to_owned(), moment.to_owned());
         self.finish(async move { engine.writes(&name, &moment, after, max).await }).await
+    }
+
+    /// Lists the latest writes of a VDI that can be opened, from moment to moment, as [`Self::writes`] lists
+    /// those of one.
+    ///
+    /// # Errors
+    /// `NotFound`; `Invalid` if the moment that was named keeps none.
+    pub async fn latest_writes(
+        &self,
+        name: &str,
+        wanted: &WantedWrites,
+    ) -> Result<VdiWrites, Error> {
+        let (engine, name, wanted) = (Rc::clone(&self.0), name.to_owned(), wanted.clone());
+        self.finish(async move { engine.latest_writes(&name, &wanted).await }).await
     }
 
     /// Opens a VDI for reading and writing, or a snapshot or what it was after a write for reading. Waits until a snapshot or a

@@ -218,6 +218,37 @@ pub struct VdiWrite {
     pub length: u64,
 }
 
+/// A write, and the moment that keeps it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeptWrite {
+    /// The write.
+    pub write: VdiWrite,
+    /// Number of the moment: the first one that was taken after the write.
+    pub moment: String,
+    /// When that was, in nanoseconds since 1970.
+    pub wall_ns: u64,
+}
+
+/// Which writes are to be listed: the latest.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct WantedWrites {
+    /// Up to this moment, by number, label or time; else up to now.
+    pub up_to: Option<String>,
+    /// Only with LSNs below this one.
+    pub before: Option<Lsn>,
+    /// How many at most.
+    pub max: usize,
+}
+
+/// Writes that can be opened, in the order in which they were made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VdiWrites {
+    /// At most a thousand.
+    pub writes: Vec<KeptWrite>,
+    /// What to pass as `before` for those that were made before; `None` if there are none.
+    pub next: Option<Lsn>,
+}
+
 /// A disk into which a snapshot was received, and what is to become of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Received {

@@ -11,9 +11,9 @@ use api::{CreateVdi, Error, Kind, percent_encode};
 use jiff::Timestamp;
 use serde_json::json;
 
-use super::Context;
 use super::background::Interrupts;
 use super::qemu_img;
+use super::{Context, WRITE_PREFIX};
 use crate::output::{self, bytes};
 
 /// Parallel copies that qemu-img runs; more gained nothing when tried.
@@ -130,8 +130,10 @@ pub(super) async fn export(
     let mut interrupts = Interrupts::catch()?;
     let (snapshot, temporary) = match source.snapshot {
         Some(snapshot) => {
-            // qemu-img would say the same less clearly.
-            context.client.snapshot_status(&source.name, &snapshot).await?;
+            // qemu-img would say the same less clearly. Of a write only who opens it can tell.
+            if !snapshot.starts_with(WRITE_PREFIX) {
+                context.client.snapshot_status(&source.name, &snapshot).await?;
+            }
             (snapshot, false)
         }
         None => (hold(context, &source.name).await?, true),

@@ -109,6 +109,9 @@ fn commands_print_what_is_described() {
     check("snapshot with space", &["info", "a@s"]);
     check("list of snapshot", &["snapshots", "a"]);
     check("list of interval", &["log", "a"]);
+    place.ok(&["create", "w", "--size", "1M", "--history", "every write for 10m, 24h"]);
+    place.write("w", 1, 0, 4096);
+    check("list of write", &["log", "w", "--writes"]);
     check("disk with space", &["info", "a"]);
     check("held snapshot", &["release", "a@s"]);
     check("held snapshot", &["release", "a@3"]);

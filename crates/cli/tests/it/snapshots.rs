@@ -1,6 +1,6 @@
 //! snapshot, snapshots, rollback, diff, tree.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::place::{Place, wait};
 
@@ -92,6 +92,61 @@ fn a_disk_with_a_history_goes_back_in_time() {
     assert!(refused.contains("`24h` or `1 day`"), "{refused}");
     place.fails(2, &["clone", "a@1 day ago", "c"]);
     assert!(place.ok(&["set", "a", "history=off"]).starts_with("history of a: off; "));
+}
+
+/// Nobody could list the writes that can be opened, so nobody could open one.
+#[test]
+fn the_write_before_the_bad_one_is_found_and_opened() {
+    let place = Place::with_store("1G");
+    let _served = place.serve(&[]);
+    place.ok(&["create", "a", "--size", "64M"]);
+    let said = place.ok(&["log", "a", "--writes"]);
+    assert!(said.contains("parallax set a history='every write for"), "{said}");
+    place.ok(&["set", "a", "history=every write for 10m, 24h"]);
+    // Three writes between two flushes; the third one is the bad one.
+    let write = |byte, offset| format!("write -P {byte} {offset} 8k");
+    let (good, other, bad) = (write(1, "1M"), write(2, "2M"), write(3, "1M"));
+    let options = ["-f", "raw", "-c", &good, "-c", &other, "-c", &bad, "-c", "flush"];
+    place.tool("qemu-io", &[&options[..], &[&place.url("a")]].concat());
+    wait(1500);
+    place.write("a", 4, 3 << 20, 4096);
+    wait(1500);
+    let list = place.json(&["log", "a", "--writes"]);
+    let list = list.as_array().unwrap();
+    let ranges = |list: &[Value]| -> Vec<(u64, u64)> {
+        let range = |write: &Value| (write["offset"].as_u64(), write["length"].as_u64());
+        let ranges = list.iter().map(range);
+        ranges.map(|(offset, length)| (offset.unwrap(), length.unwrap())).collect()
+    };
+    const MIB: u64 = 1 << 20;
+    assert_eq!(ranges(list), [(MIB, 8192), (2 * MIB, 8192), (MIB, 8192), (3 * MIB, 4096)]);
+    let handles: Vec<&str> = list.iter().map(|write| write["handle"].as_str().unwrap()).collect();
+    assert!(handles.iter().all(|handle| handle.starts_with("a@lsn:")), "{handles:?}");
+    let export = |handle: &str| handle.replace('@', "%40").replace(':', "%3A");
+    let (before, after) = (export(handles[1]), export(handles[2]));
+    assert!(place.holds(&before, 1, MIB, 8192) && place.holds(&before, 2, 2 * MIB, 8192));
+    assert!(place.holds(&after, 3, MIB, 8192));
+    place.ok(&["export", handles[1], "before.raw"]);
+    let exported = std::fs::read(place.path("before.raw")).unwrap();
+    assert!(exported[1 << 20..][..8192].iter().all(|&byte| byte == 1));
+    let refused = place.fails(6, &["export", "a@lsn:999999", "none.raw"]);
+    assert!(refused.contains("a@lsn:999999"), "{refused}");
+
+    // Up to a moment, as a table, and some of them.
+    let moment = list[2]["moment"].as_str().unwrap();
+    for up_to in [moment, moment.strip_prefix("a@").unwrap()] {
+        let some = place.json(&["log", "a", "--writes", up_to]);
+        assert_eq!(some.as_array().unwrap()[..], list[..3], "{up_to}");
+    }
+    let table = place.ok(&["log", "a", "--writes", "--rows", "2"]);
+    assert!(!table.contains(&format!("{} ", handles[1])) && table.contains(handles[2]), "{table}");
+    assert!(table.ends_with("(earlier rows are not shown: --rows COUNT)"), "{table}");
+    place.ok(&["set", "a", "history=off"]);
+    place.ok(&["snapshot", "a", "--label", "none"]);
+    let refused = place.fails(1, &["log", "a", "--writes", "none"]);
+    assert!(refused.contains("a@none keeps no writes"), "{refused}");
+    place.fails(2, &["log", "a", "--writes", "nothing"]);
+    place.fails(1, &["log", "a", "--writes", "--every", "1s"]);
 }
 
 #[test]

@@ -8,15 +8,15 @@ use api::{
     CompleteReceive, CreateVdi, DIFF_EXTENTS_MAX, DaemonStatus, DiffPage, Error, FrontendMetrics,
     Gc, GcStatus, Hold, IntervalPage, Kind, Mounted, PAGE_MAX, Removed, Rollback, ScrubStatus,
     Snapshot, SnapshotPage, Space, Stats, StoreSettings, TakeSnapshot, Upgrade, Upgrading, Vdi,
-    VdiPage,
+    VdiPage, WritePage,
 };
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::routing::{delete, get, post};
 use axum::{Json, Router};
-use base::{ErrorKind, SnapshotNumber, SnapshotUuid};
+use base::{ErrorKind, Lsn, SnapshotNumber, SnapshotUuid};
 use serde::Deserialize;
-use vdi::{GcReport, Received, Retention, Store, Target, WantedIntervals};
+use vdi::{GcReport, Received, Retention, Store, Target, WantedIntervals, WantedWrites};
 
 use super::extract::{Body, Failure, Parameters, Segments};
 use crate::convert;
@@ -50,6 +50,7 @@ pub(super) fn router(current: Current) -> Router {
         .route("/vdis/{name}/rollback", post(rollback))
         .route("/vdis/{name}/complete", post(complete))
         .route("/vdis/{name}/intervals", get(intervals))
+        .route("/vdis/{name}/writes", get(writes))
         .route("/vdis/{name}/snapshots", get(snapshots).post(take_snapshot))
         .route("/vdis/{name}/snapshots/{snapshot}", get(snapshot).delete(remove_snapshot))
         .route("/vdis/{name}/snapshots/{snapshot}/space", get(snapshot_space))
@@ -431,6 +432,26 @@ async fn intervals(
     let vdi = name.clone();
     let answer = async move |served: &Served| served.store.intervals(&vdi, &wanted).await;
     Ok(Json(convert::intervals(&name, current.call(answer).await?)))
+}
+
+#[derive(Deserialize)]
+struct PageOfWrites {
+    up_to: Option<String>,
+    before: Option<u64>,
+    max: Option<usize>,
+}
+
+async fn writes(
+    State(current): State<Current>,
+    Segments(name): Segments<String>,
+    Parameters(page): Parameters<PageOfWrites>,
+) -> Answer<WritePage> {
+    let PageOfWrites { up_to, before, max } = page;
+    let max = max.unwrap_or(PAGE_MAX).clamp(1, PAGE_MAX);
+    let wanted = WantedWrites { up_to, before: before.map(Lsn::new), max };
+    let vdi = name.clone();
+    let answer = async move |served: &Served| served.store.latest_writes(&vdi, &wanted).await;
+    Ok(Json(convert::writes(&name, current.call(answer).await?)))
 }
 
 async fn take_snapshot(
