@@ -118,6 +118,14 @@ struct FrozenVdi {
     ledger_events: Vec<Event>,
 }
 
+/// The end of a ledger that a checkpoint writes.
+struct LedgerEnd {
+    vdi: Rc<Vdi>,
+    /// Head of the chain, and number of its record.
+    head: (Digest, u64),
+    event_count: usize,
+}
+
 /// A checkpoint whose nodes are on the device.
 struct Prepared {
     cut: Lsn,
@@ -131,8 +139,8 @@ struct Prepared {
     versions_written: u64,
     /// Snapshots that got a history and no tree.
     histories: u64,
-    /// Heads of ledgers, and numbers of their records.
-    ledger_heads: Vec<(Rc<Vdi>, (Digest, u64))>,
+    /// Where the ledgers of these VDIs end.
+    ledger_ends: Vec<LedgerEnd>,
 }
 
 impl Engine {
@@ -291,7 +299,9 @@ impl Engine {
         registry.dirty.extend(frozen.deleted);
         for vdi in frozen.vdis {
             registry.dirty.insert(vdi.vdi.id);
-            vdi.vdi.ledger.borrow_mut().events.splice(0..0, vdi.ledger_events);
+            let mut ledger = vdi.vdi.ledger.borrow_mut();
+            ledger.frozen_count -= vdi.ledger_events.len();
+            ledger.events.splice(0..0, vdi.ledger_events);
             let mut dirty = vdi.vdi.snapshots_dirty.borrow_mut();
             for (number, snapshot) in vdi.snapshots {
                 let number = base::SnapshotNumber::new(number);
@@ -326,13 +336,12 @@ impl Engine {
         for (vdi, table) in done.snapshot_tables {
             vdi.snapshot_table.set(table);
         }
-        let mut ledger_heads = Vec::with_capacity(done.ledgers.len());
         for (vdi, written) in done.ledgers {
-            ledger_heads.push((Rc::clone(&vdi), (written.head, written.sequence())));
             let mut ledger = vdi.ledger.borrow_mut();
             ledger.written = Rc::new(written);
             ledger.afresh = false;
         }
+        let ledger_ends = frozen.vdis.iter().filter_map(ledger_end).collect();
         self.roots.set(done.roots);
         self.checkpoints.damaged.written(&frozen.rewritten);
         // The blocks of what is written afresh are left too.
@@ -363,7 +372,7 @@ impl Engine {
             nodes_written: merge.nodes_written,
             versions_written: merge.versions_written,
             histories,
-            ledger_heads,
+            ledger_ends,
         }
     }
 
@@ -422,8 +431,10 @@ impl Engine {
         let tail =
             if base::mutant::active("tail_follows_newer_slot") { segment.start } else { tail };
         self.log.published(sequence, prepared.cut, tail);
-        for (vdi, head) in prepared.ledger_heads {
-            vdi.ledger.borrow_mut().published = head;
+        for LedgerEnd { vdi, head, event_count } in prepared.ledger_ends {
+            let mut ledger = vdi.ledger.borrow_mut();
+            ledger.published = head;
+            ledger.frozen_count -= event_count;
         }
         *self.segments.borrow_mut() = vec![segment];
         let free = if base::mutant::active("release_at_own_publication") {
@@ -455,13 +466,24 @@ impl Engine {
     }
 }
 
+/// Where the ledger of a VDI ends when its checkpoint is published; `None` if nothing changes.
+fn ledger_end(frozen: &FrozenVdi) -> Option<LedgerEnd> {
+    let ledger = frozen.vdi.ledger.borrow();
+    let head = (ledger.written.head, ledger.written.sequence());
+    let event_count = frozen.ledger_events.len();
+    let changes = event_count > 0 || head != ledger.published;
+    changes.then(|| LedgerEnd { vdi: Rc::clone(&frozen.vdi), head, event_count })
+}
+
 fn freeze_vdi(vdi: &Rc<Vdi>) -> FrozenVdi {
     let snapshots = vdi.snapshots.borrow();
     let dirty = std::mem::take(&mut *vdi.snapshots_dirty.borrow_mut());
     let forgets = base::mutant::active("checkpoint_forgets_holds");
     let is_held = |snapshot: &Snapshot| snapshot.hold.get().is_some() && !forgets;
-    let mut ledger_events = std::mem::take(&mut vdi.ledger.borrow_mut().events);
+    let mut ledger = vdi.ledger.borrow_mut();
+    let mut ledger_events = std::mem::take(&mut ledger.events);
     ledger_events.retain(|_| !forgets);
+    ledger.frozen_count += ledger_events.len();
     FrozenVdi {
         vdi: Rc::clone(vdi),
         branch: Rc::clone(&vdi.branch.borrow()),

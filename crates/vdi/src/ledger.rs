@@ -33,8 +33,10 @@ const _: () = assert!(2 * HOLDS_MAX < LEDGER_RECORDS_MAX);
 pub(crate) struct Ledger {
     /// As the last checkpoint wrote it.
     pub(crate) written: Rc<Written>,
-    /// What happened since.
+    /// What happened since the last checkpoint was cut.
     pub(crate) events: Vec<Event>,
+    /// How much more checkpoints have taken that are not published yet.
+    pub(crate) frozen_count: usize,
     /// Whether the next checkpoint writes all of it.
     pub(crate) afresh: bool,
     /// Head of the chain, and number of its record, that the last published checkpoint has.
@@ -146,7 +148,8 @@ impl Ledger {
         });
         let events = std::iter::once(lost).chain(again).collect();
         let written = Written { head, lost_up_to: sequence, ..Written::default() };
-        Self { written: Rc::new(written), events, afresh: true, published: (head, sequence) }
+        let published = (head, sequence);
+        Self { written: Rc::new(written), events, afresh: true, published, ..Self::default() }
     }
 }
 
@@ -233,7 +236,7 @@ impl Ledger {
     /// Where it ends, as the last published checkpoint has it.
     pub(crate) fn entry(&self) -> Option<LedgerEntry> {
         let (Digest(head), sequence) = self.published;
-        let pending = as_u64(self.events.len());
+        let pending = as_u64(self.events.len() + self.frozen_count);
         (sequence > 0 || pending > 0).then_some(LedgerEntry { head, sequence, pending })
     }
 }

@@ -4,16 +4,21 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use base::{Block, ErrorKind, SnapshotNumber};
+use device::Operation;
 use disk::{Disk, Request};
 use ondisk::{LedgerKind, LedgerRecord, RootRef, SnapshotRecord, TableRecord, VdiRecord};
 use parallax_vdi::check::{CheckOptions, FindingKind};
 use parallax_vdi::{Received, Retention, SnapshotEntry, Store, Target};
 
 use crate::check::{Anatomy, OPTIONS, assert_sound, checked, kinds};
+use crate::gate::with_gated_store;
 use crate::ram::{Ram, WALL_START_NS, run, run_at};
 use crate::{STORE_BLOCKS, disk, format_options, open, read, reopened, with_store, write};
 
 const HOUR: Duration = Duration::from_secs(3600);
+
+/// First block of the first extent of data or metadata.
+const EXTENTS: u64 = (32 << 20) / 4096;
 
 /// What somebody does to the record of a snapshot.
 type Alter = fn(SnapshotRecord) -> SnapshotRecord;
@@ -140,6 +145,40 @@ fn a_hold_ends_when_both_clocks_say_so() {
     let anatomy = Anatomy::of(&ram);
     let last = ledger_of(&anatomy).pop().unwrap();
     assert_eq!((last.kind, last.number), (LedgerKind::Ended, SnapshotNumber::new(2)));
+}
+
+/// While a checkpoint was under way that takes a hold into the ledger, the head from before was shown as if
+/// nothing came behind it: who noted it then had noted nothing of the hold.
+#[test]
+fn a_head_without_what_a_checkpoint_is_writing_says_so() {
+    let ended = |store: &Store| {
+        let store = store.clone();
+        async move {
+            let ledger = store.info("web01").await.unwrap().ledger;
+            ledger.map(|end| (end.sequence, end.pending))
+        }
+    };
+    with_gated_store(move |runtime, gate, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        store.snapshot("web01", Some("first")).await.unwrap();
+        store.snapshot("web01", Some("second")).await.unwrap();
+        store.hold("web01", "first", None).await.unwrap();
+        assert_eq!(ended(&store).await, Some((1, 0)));
+        // The checkpoint's nodes: what lies behind the log.
+        gate.hold(
+            |operation| matches!(operation, Operation::Write { at, .. } if at.get() >= EXTENTS),
+        );
+        let holding = store.clone();
+        let held = runtime.spawn(async move { holding.hold("web01", "second", None).await });
+        while gate.held() == 0 {
+            runtime.sleep(Duration::from_millis(10)).await;
+        }
+        assert_eq!(ended(&store).await, Some((1, 1)));
+        gate.release();
+        held.await.unwrap();
+        assert_eq!(ended(&store).await, Some((2, 0)));
+        store.close().await.unwrap();
+    });
 }
 
 #[test]
