@@ -38,6 +38,9 @@ const UNFLUSHED_MAX: Duration = Duration::from_secs(1);
 /// Deletions of moments under way at a time.
 const DELETED_AT_ONCE: usize = 64;
 
+/// How often in a row it is waited for what is released before moments go.
+const RELEASES_AWAITED_MAX: usize = 2;
+
 /// Most moments of a VDI: beyond it the oldest go. They are in memory while the VDI is in use.
 const MOMENTS_MAX: usize = 100_000;
 
@@ -517,6 +520,7 @@ impl Engine {
         gives_up: impl Fn() -> bool,
         attempt: impl AsyncFn() -> Result<Option<T>, Error>,
     ) -> Result<Option<T>, Error> {
+        let mut waits = 0;
         loop {
             // What was given up before is worth waiting for before more goes. Others need not wait for
             // this one's readers.
@@ -530,9 +534,12 @@ impl Engine {
             if gives_up() {
                 return Ok(None);
             }
-            if self.releases.are_under_way() {
+            // Guests that go on overwriting release without end.
+            if self.releases.are_under_way() && waits < RELEASES_AWAITED_MAX {
+                waits += 1;
                 continue;
             }
+            waits = 0;
             if !self.thin_moments().await || !self.cycle_for_space().await {
                 return Ok(None);
             }
