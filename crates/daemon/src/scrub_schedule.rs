@@ -4,8 +4,8 @@
 //! the next daemon of the store knows:
 //! - a pass ended: the next begins [`Scrub::every`] after that, whoever had it begun;
 //! - one was cut short by the end of the daemon or of the store: it begins anew [`AFTER_CUT`] after the
-//!   store was opened, and twice as long after each further time in a row: what ended the store may be a
-//!   place that the device does not come back from;
+//!   store was opened, and twice as long after each further time in a row, up to [`AFTER_CUT_MAX`]: what
+//!   ended the store may be a place that the device does not come back from;
 //! - nothing is known, as after a boot that emptied /run: the first begins after [`AFTER_OPEN`], or after
 //!   `every` if that is less.
 //!
@@ -29,8 +29,9 @@ const LOOK_PERIOD: Duration = Duration::from_secs(30);
 /// When a pass begins anew that was cut short.
 const AFTER_CUT: Duration = Duration::from_secs(600);
 
-/// How often that doubles at most: to seven days.
-const DOUBLINGS_MAX: u32 = 10;
+/// After how long it does at the latest: a store that is opened anew each night must be read in the rest of
+/// the day.
+const AFTER_CUT_MAX: Duration = Duration::from_secs(4 * 3600);
 
 /// When the first pass begins if nothing is known of an earlier one.
 const AFTER_OPEN: Duration = Duration::from_secs(24 * 3600);
@@ -169,11 +170,17 @@ fn first(memory: &Memory, every: Duration, now: u64) -> Option<u64> {
     }
     let after = |rest: Duration| now.saturating_add(every.min(rest).as_secs());
     Some(match memory.ended_store_seconds {
-        _ if memory.cuts > 0 => after(AFTER_CUT * (1 << (memory.cuts - 1).min(DOUBLINGS_MAX))),
+        _ if memory.cuts > 0 => after(after_cuts(memory.cuts)),
         // Another store may have been there then: never longer from now than the period.
         Some(ended) => ended.min(now).saturating_add(every.as_secs()),
         None => after(AFTER_OPEN),
     })
+}
+
+/// How long a store rests that was opened after so many passes in a row were cut short.
+fn after_cuts(cuts: u32) -> Duration {
+    let doubled = 2_u32.saturating_pow(cuts.saturating_sub(1));
+    AFTER_CUT.saturating_mul(doubled).min(AFTER_CUT_MAX)
 }
 
 fn store_seconds(store: &Store) -> u64 {
@@ -208,8 +215,23 @@ mod tests {
         check(Some(now - 40 * DAY), 1, 30, Some(now + 600));
         check(Some(now - 40 * DAY), 2, 30, Some(now + 1200));
         check(Some(now - 40 * DAY), 5, 30, Some(now + 9600));
-        check(Some(now - 40 * DAY), u32::MAX, 30, Some(now + 614_400));
-        check(Some(now - 40 * DAY), u32::MAX, 1, Some(now + DAY));
+    }
+
+    /// A store that was opened anew each night was not read any more: the rest before the next pass
+    /// doubled each time until it was longer than a day.
+    #[test]
+    fn a_store_that_is_opened_each_day_is_read_again() {
+        const DAY: Duration = Duration::from_secs(24 * 3600);
+        let mut memory = Memory { ended_store_seconds: Some(0), ..Memory::default() };
+        for day in 100..140 {
+            memory = Memory { under_way: true, ..memory }.opened();
+            let opened = day * DAY.as_secs();
+            let next = first(&memory, 30 * DAY, opened).unwrap();
+            assert!(next <= opened + AFTER_CUT_MAX.as_secs(), "{memory:?}");
+        }
+        let endless = Memory { cuts: u32::MAX, ..memory };
+        assert_eq!(first(&endless, 30 * DAY, 0), Some(AFTER_CUT_MAX.as_secs()));
+        assert_eq!(first(&endless, AFTER_CUT, 0), Some(600), "never later than the period");
     }
 
     /// A place at which the device timed out ended the store each time, and was read again as soon.
