@@ -24,8 +24,8 @@ pub(super) async fn run(
         return output::print(&match rows {
             0 => "no rows were asked for".to_owned(),
             _ => format!(
-                "no write of {name} can be opened; to keep each one from now on: parallax set {name} \
-                 history='every write for 10m, 24h'"
+                "no write of {name} can be opened: they are kept by a history that begins with 'every write', as of \
+                 parallax set {name} history='every write for 10m, 24h', and are listed once they were flushed"
             ),
         });
     }
