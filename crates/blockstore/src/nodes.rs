@@ -239,11 +239,10 @@ impl NodeStore {
     /// Loads adjacent blocks, and returns each with its number. What one read does not give is asked for
     /// alone: one bad block must fail only itself.
     async fn load_run(&self, run: Vec<(usize, Entry)>) -> Vec<(usize, Result<Node, Error>)> {
-        let verified = match run.len() {
-            0 | 1 => Vec::new(),
-            _ => self.read_run(&run).await,
-        };
-        let mut verified = verified.into_iter();
+        if let [(index, entry)] = *run {
+            return vec![(index, self.load(entry).await)];
+        }
+        let mut verified = self.read_run(&run).await.into_iter();
         let loads: Vec<_> = run
             .into_iter()
             .map(|(index, entry)| match verified.next().flatten() {
