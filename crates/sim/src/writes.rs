@@ -55,7 +55,7 @@ async fn read_some(opener: &Opener<'_>, random: &mut Random) -> Option<()> {
     let number = random.pick(numbers.get(recent..)?)?.to_string();
     // Whoever has it open keeps it.
     let moment = opener.open(&number).await?;
-    let all = match session.store.writes(opener.name, &number, Lsn::default(), usize::MAX).await {
+    let all = match session.store.writes(opener.name, &number).await {
         Ok(all) => all,
         Err(error) => {
             let is_over = matches!(error.kind(), ErrorKind::Invalid | ErrorKind::NotFound);

@@ -33,7 +33,7 @@ impl Engine {
         if let Some(last) = &last {
             if last.point.writes_from.get().is_none() {
                 // It says why.
-                self.writes(name, &last.number.to_string(), Lsn::default(), 0).await?;
+                self.writes(name, last).await?;
             }
             number = Some(SnapshotNumber::new(last.number.get() + 1));
         }
@@ -41,8 +41,7 @@ impl Engine {
         while let Some(moment) = self.keeps_writes_before(&vdi, number, wanted.before).await {
             number = Some(moment.number);
             let handle = moment.number.to_string();
-            let writes = self.writes(name, &handle, Lsn::default(), usize::MAX).await?;
-            for write in writes.into_iter().rev() {
+            for write in self.writes(name, &moment).await?.into_iter().rev() {
                 if wanted.before.is_some_and(|before| write.lsn >= before) {
                     continue;
                 }

@@ -3,7 +3,7 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use base::{BLOCK_SIZE_U64, ErrorKind, Lsn, SnapshotNumber, VdiId};
+use base::{BLOCK_SIZE_U64, ErrorKind, SnapshotNumber, VdiId};
 use device::{Device, DeviceError};
 use disk::Disk;
 use runtime::Runtime;
@@ -399,20 +399,19 @@ impl Store {
         self.finish(async move { engine.diff(None, &target, offset, extents_max).await }).await
     }
 
-    /// Lists at most `max` of the writes that a moment keeps with LSNs above `after`, in the order in which
-    /// they were made. Each can be opened as `NAME@lsn:N`.
+    /// Lists the writes that a moment keeps, in the order in which they were made. Each can be opened as
+    /// `NAME@lsn:N`.
     ///
     /// # Errors
     /// `NotFound`; `Invalid` for one that keeps none.
-    pub async fn writes(
-        &self,
-        name: &str,
-        moment: &str,
-        after: Lsn,
-        max: usize,
-    ) -> Result<Vec<VdiWrite>, Error> {
+    pub async fn writes(&self, name: &str, moment: &str) -> Result<Vec<VdiWrite>, Error> {
         let (engine, name, moment) = (Rc::clone(&self.0), name.to_owned(), moment.to_owned());
-        self.finish(async move { engine.writes(&name, &moment, after, max).await }).await
+        let listed = async move {
+            let vdi = engine.find(&name).await?;
+            let moment = engine.find_moment(&vdi, &name, &moment)?;
+            engine.writes(&name, &moment).await
+        };
+        self.finish(listed).await
     }
 
     /// Lists the latest writes of a VDI that can be opened, from moment to moment, as [`Self::writes`] lists

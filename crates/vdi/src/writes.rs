@@ -277,20 +277,16 @@ impl Engine {
         }
     }
 
-    /// The writes that a moment keeps, in the order in which they were made; at most `max` behind `after`.
+    /// The writes that a moment of `name` keeps, in the order in which they were made.
     ///
     /// # Errors
-    /// `NotFound`; `Invalid` if it keeps none; if its history is damaged.
+    /// `Invalid` if it keeps none; if its history is damaged.
     pub(crate) async fn writes(
         self: &Rc<Self>,
         name: &str,
-        wanted: &str,
-        after: Lsn,
-        max: usize,
+        moment: &Snapshot,
     ) -> Result<Vec<VdiWrite>, Error> {
-        let vdi = self.find(name).await?;
-        let moment = self.find_moment(&vdi, name, wanted)?;
-        if is_pending(&moment) {
+        if is_pending(moment) {
             self.checkpoint(SlotState::Running).await?;
         }
         self.published_cut().await?;
@@ -305,9 +301,7 @@ impl Engine {
         let Contents::Past(past) = moment.point.contents.get() else { return Ok(Vec::new()) };
         let _reader = self.epochs.enter();
         let versions = history::all(&self.nodes, &past.history).await?;
-        let kept = |version: &&VersionRecord| {
-            from.max(after.plus(1)) <= version.lsn && version.lsn < moment.position
-        };
+        let kept = |version: &&VersionRecord| from <= version.lsn && version.lsn < moment.position;
         let mut writes: BTreeMap<Lsn, VdiWrite> = BTreeMap::new();
         for version in versions.iter().filter(kept) {
             let offset = version.block * BLOCK_SIZE_U64;
@@ -316,7 +310,7 @@ impl Engine {
             let write = write.or_insert(VdiWrite { lsn: version.lsn, offset, length: 0 });
             write.length = offset + BLOCK_SIZE_U64 - write.offset;
         }
-        Ok(writes.into_values().take(max).collect())
+        Ok(writes.into_values().collect())
     }
 }
 

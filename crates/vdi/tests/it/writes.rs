@@ -19,6 +19,13 @@ async fn keep(store: &Store, rules: &str) {
     store.retain("web01", Retention::parse(rules).unwrap()).await.unwrap();
 }
 
+/// A new disk with these rules.
+async fn disk_that_keeps(store: &Store, rules: &str) -> Rc<dyn Disk> {
+    store.create("web01", 1 << 30).await.unwrap();
+    keep(store, rules).await;
+    disk(store, "web01").await
+}
+
 /// Numbers of all moments.
 async fn moments(store: &Store) -> Vec<u64> {
     let all = store.snapshots("web01", SnapshotNumber::new(0), usize::MAX).await.unwrap();
@@ -29,7 +36,7 @@ async fn moments(store: &Store) -> Vec<u64> {
 async fn writes(store: &Store) -> Vec<VdiWrite> {
     let mut all = Vec::new();
     for number in moments(store).await {
-        let listed = store.writes("web01", &number.to_string(), Lsn::default(), usize::MAX).await;
+        let listed = store.writes("web01", &number.to_string()).await;
         match listed {
             Ok(listed) => all.extend(listed),
             Err(error) => assert_eq!(error.kind(), ErrorKind::Invalid, "{error}"),
@@ -59,9 +66,7 @@ fn each_write_can_be_opened() {
     let bytes: Vec<u8> = (1..=200).collect();
     let expected = bytes.clone();
     let (ram, ()) = with_store(move |runtime, store| async move {
-        store.create("web01", 1 << 30).await.unwrap();
-        keep(&store, RULES).await;
-        let head = disk(&store, "web01").await;
+        let head = disk_that_keeps(&store, RULES).await;
         for &byte in &bytes {
             write(&head, 0, &[byte; 4096]).await;
             write(&head, 1 << 20, &[byte; 8192]).await;
@@ -127,9 +132,7 @@ fn a_write_is_opened_at_once() {
 #[test]
 fn writes_are_kept_through_a_crash() {
     let (ram, lsns) = with_store(|_, store| async move {
-        store.create("web01", 1 << 30).await.unwrap();
-        keep(&store, RULES).await;
-        let head = disk(&store, "web01").await;
+        let head = disk_that_keeps(&store, RULES).await;
         for byte in 1..=9u8 {
             write(&head, 0, &[byte; 4096]).await;
         }
@@ -156,9 +159,7 @@ fn writes_are_kept_through_a_crash() {
 #[test]
 fn writes_go_when_their_time_has_come() {
     let (ram, ()) = with_store(|runtime, store| async move {
-        store.create("web01", 1 << 30).await.unwrap();
-        keep(&store, "every write for 10s, 1s for 1h").await;
-        let head = disk(&store, "web01").await;
+        let head = disk_that_keeps(&store, "every write for 10s, 1s for 1h").await;
         for byte in 1..=100u8 {
             write(&head, 0, &[byte; 4096]).await;
         }
@@ -189,9 +190,7 @@ fn writes_go_when_their_time_has_come() {
 #[test]
 fn many_writes_and_large_discards() {
     let (ram, ()) = with_store(|_, store| async move {
-        store.create("web01", 1 << 30).await.unwrap();
-        keep(&store, "every write for 10m").await;
-        let head = disk(&store, "web01").await;
+        let head = disk_that_keeps(&store, "every write for 10m").await;
         for byte in 1..=120u8 {
             write(&head, 0, &[byte; 4096]).await;
             write(&head, 1 << 20, &vec![byte; 1 << 18]).await;
@@ -227,9 +226,7 @@ fn many_writes_and_large_discards() {
 #[test]
 fn a_write_before_a_snapshot_is_read() {
     with_store(|_, store| async move {
-        store.create("web01", 1 << 30).await.unwrap();
-        keep(&store, "every write for 10m").await;
-        let head = disk(&store, "web01").await;
+        let head = disk_that_keeps(&store, "every write for 10m").await;
         write(&head, 0, &[1; 4096]).await;
         store.snapshot("web01", None).await.unwrap();
         write(&head, 0, &[2; 4096]).await;
@@ -251,9 +248,7 @@ fn a_write_before_a_snapshot_is_read() {
 #[test]
 fn a_write_has_a_name_when_its_moment_is_published() {
     with_gated_store(|runtime, gate, store| async move {
-        store.create("web01", 1 << 30).await.unwrap();
-        keep(&store, "every write for 10m").await;
-        let head = disk(&store, "web01").await;
+        let head = disk_that_keeps(&store, "every write for 10m").await;
         for byte in 1..=3u8 {
             write(&head, 0, &[byte; 4096]).await;
         }
@@ -299,9 +294,7 @@ fn a_write_has_a_name_when_its_moment_is_published() {
 #[test]
 fn discards_in_a_row_take_few_moments() {
     let (ram, ()) = with_store(|runtime, store| async move {
-        store.create("web01", 1 << 30).await.unwrap();
-        keep(&store, "every write for 10m").await;
-        let head = disk(&store, "web01").await;
+        let head = disk_that_keeps(&store, "every write for 10m").await;
         write(&head, 0, &[1; 4096]).await;
         let discard = |offset| Request::Discard { offset, length: 256 << 20, fua: false };
         for _ in 0..100 {
@@ -337,9 +330,7 @@ fn discards_in_a_row_take_few_moments() {
 #[test]
 fn many_small_discards_cost_no_write() {
     let (ram, ()) = with_store(|_, store| async move {
-        store.create("web01", 1 << 30).await.unwrap();
-        keep(&store, "every write for 10m").await;
-        let head = disk(&store, "web01").await;
+        let head = disk_that_keeps(&store, "every write for 10m").await;
         for byte in 1..=140u8 {
             write(&head, 0, &[byte; 4096]).await;
             let discard = Request::Discard { offset: 4096, length: 510 * 4096, fua: false };
