@@ -106,6 +106,9 @@ pub(crate) struct Bed {
     count: Count,
 }
 
+/// One step of a story; what comes after one that failed cannot be told.
+type Step<S> = (&'static str, fn(&mut S) -> Result<()>);
+
 /// Runs the scenarios asked for, or all.
 ///
 /// # Errors
@@ -239,6 +242,23 @@ impl Bed {
         match &self.kind {
             Kind::Parallax(binary) => Some(binary),
             Kind::Raw | Kind::Qcow2 => None,
+        }
+    }
+
+    /// Runs the steps of a story with one server, until one fails.
+    fn tell<S>(
+        &mut self,
+        story: &mut S,
+        steps: &[Step<S>],
+        server: impl Fn(&mut S) -> &mut Server,
+    ) {
+        for (name, step) in steps {
+            if self.count.failed == 0 {
+                self.check(name, || {
+                    let done = step(story);
+                    server(story).explain(done)
+                });
+            }
         }
     }
 

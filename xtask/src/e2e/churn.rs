@@ -25,7 +25,7 @@ use crate::process::{Run, Running};
 use crate::random::Random;
 use crate::server::{EXPORT, Options, Server};
 
-use super::Bed;
+use super::{Bed, Step};
 
 /// How large a story is.
 #[derive(Clone, Copy, Debug)]
@@ -97,10 +97,7 @@ struct Story {
     least_free_bytes: u64,
 }
 
-/// One step of the story; what comes after one that failed cannot be told.
-type Step = (&'static str, fn(&mut Story) -> Result<()>);
-
-const STEPS: [Step; 3] = [
+const STEPS: [Step<Story>; 3] = [
     ("it is filled to 95 %", Story::fill),
     ("it is churned without an error", Story::churn),
     ("emptied, it has the space of a new one", Story::empty),
@@ -136,14 +133,7 @@ pub(crate) fn run(bed: &mut Bed) -> Result<()> {
         new,
         least_free_bytes: u64::MAX,
     };
-    for (name, step) in STEPS {
-        if bed.count.failed == 0 {
-            bed.check(name, || {
-                let done = step(&mut story);
-                story.server.explain(done)
-            });
-        }
-    }
+    bed.tell(&mut story, &STEPS, |story| &mut story.server);
     story.server.stop()?;
     bed.check("parallax check", || {
         Run::new(binary).arg("check").arg(story.server.file()).read().map(drop)

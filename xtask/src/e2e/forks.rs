@@ -23,9 +23,9 @@ use crate::process::Run;
 use crate::random::Random;
 use crate::server::{Options, Server};
 
-use super::Bed;
 use super::debian::{Debian, ROOT_BYTES};
 use super::guest::{Disk, Files, Guest, Machine, Size, complete_lines, files};
+use super::{Bed, Step};
 
 const FORKS: usize = 20;
 const QUICK_FORKS: usize = 3;
@@ -54,10 +54,7 @@ const PARENT: &str = "web01";
 /// Where its guest writes.
 const PARENT_RECORDS: &str = "/records";
 
-/// One step of the story; what comes after one that failed cannot be told.
-type Step = (&'static str, fn(&mut Story) -> Result<()>);
-
-const STEPS: [Step; 8] = [
+const STEPS: [Step<Story>; 8] = [
     ("Debian is imported and cloned", Story::import),
     ("a guest boots from the clone and writes", Story::boot_parent),
     ("it is snapshotted and forked while it writes", Story::fork),
@@ -95,14 +92,7 @@ pub(crate) fn run(bed: &mut Bed) -> Result<()> {
         parent: None,
         forks: Vec::new(),
     };
-    for (name, step) in STEPS {
-        if bed.count.failed == 0 {
-            bed.check(name, || {
-                let done = step(&mut story);
-                story.server.explain(done)
-            });
-        }
-    }
+    bed.tell(&mut story, &STEPS, |story| &mut story.server);
     story.server.stop()?;
     Ok(())
 }
