@@ -33,7 +33,11 @@ struct Changes {
     newest: Lsn,
     /// Whether it is counted for the first of the snapshots, and for what follows the last.
     counted_twice: bool,
-    versions: Vec<Version>,
+    /// The newest version of each slot, in order of slots.
+    newest_of_slots: Vec<Version>,
+    /// Those that they have replaced and that somebody sees. Many, where each write can be opened and one
+    /// block is written again and again.
+    older: BTreeMap<(u8, Lsn), Entry>,
 }
 
 /// What lies between two changes.
@@ -54,7 +58,7 @@ const VERSIONS_PER_NODE: usize = 64;
 /// counts as one. Who asks goes on where that ended, and pays for another step.
 const VERSIONS_SEARCHED_MAX: usize = 1024;
 
-/// One version of one slot of a node. Kept ordered by slot, then LSN.
+/// One version of one slot of a node.
 #[derive(Clone, Copy, Debug)]
 struct Version {
     slot: u8,
@@ -100,27 +104,9 @@ impl Overlay {
             }
         }
         changes.newest = changes.newest.max(change.lsn);
-        let versions = &mut changes.versions;
-        let version = Version { slot, lsn: change.lsn, entry: change.entry };
-        let at = versions.partition_point(|other| (other.slot, other.lsn) < (slot, change.lsn));
-        let replaced = at.checked_sub(1).and_then(|before| versions.get_mut(before));
-        if let Some(replaced) = replaced
-            && replaced.slot == slot
-            && separated(replaced.lsn, change.lsn) == Separation::Nothing
-        {
-            return mapped(std::mem::replace(replaced, version).entry);
-        }
-        if let Some(newer) = versions.get_mut(at)
-            && newer.slot == slot
-            && separated(change.lsn, newer.lsn) == Separation::Nothing
-        {
-            if base::mutant::active("last_completed_wins") {
-                return mapped(std::mem::replace(newer, version).entry);
-            }
-            return mapped(change.entry);
-        }
-        versions.insert(at, version);
-        None
+        changes.insert(Version { slot, lsn: change.lsn, entry: change.entry }, |older, newer| {
+            separated(older, newer) != Separation::Nothing
+        })
     }
 
     /// What the newest change of block `index` with an LSN below `before` says.
@@ -157,12 +143,11 @@ impl Overlay {
     }
 
     fn newest_of(&self, level: u8, index: u64, before: Lsn) -> Option<Found> {
-        let versions = &self.nodes.get(&(level, index / (span(level) * 256)))?.versions;
+        let changes = self.nodes.get(&(level, index / (span(level) * 256)))?;
         let slot = u8::try_from(slot(index, level)).unwrap_or(u8::MAX);
-        let at = versions.partition_point(|other| (other.slot, other.lsn) < (slot, before));
-        let version = versions.get(at.checked_sub(1)?)?;
-        let found = Found { level, lsn: version.lsn, entry: version.entry };
-        (version.slot == slot).then_some(found)
+        let newest = changes.newest_of_slots.get(changes.find(slot).ok()?)?;
+        let Version { lsn, entry, .. } = changes.seen(newest, before)?;
+        Some(Found { level, lsn, entry })
     }
 
     /// The first block at or behind `index` that is covered by a change of a level below `level_end`
@@ -186,12 +171,12 @@ impl Overlay {
                     versions_left -= 1;
                     continue;
                 }
-                versions_left = versions_left.saturating_sub(changes.versions.len());
-                let seen = |version: &&Version| after < version.lsn && version.lsn < before;
+                versions_left = versions_left.saturating_sub(changes.newest_of_slots.len());
+                let seen = |newest| changes.seen(newest, before).filter(|it| after < it.lsn);
                 let mut starts = changes
-                    .versions
+                    .newest_of_slots
                     .iter()
-                    .filter(seen)
+                    .filter_map(seen)
                     .map(|version| start + u64::from(version.slot) * width);
                 // A subtree that began earlier still covers the block if it reaches it.
                 if let Some(found) = starts.find(|start| start + width > index) {
@@ -215,7 +200,7 @@ impl Overlay {
         let mut last = None;
         for (&(level, node), changes) in self.nodes.range((from, Unbounded)).take(node_max) {
             let width = span(level);
-            into.extend(changes.versions.iter().map(|version| Change {
+            into.extend(changes.versions().map(|version| Change {
                 level,
                 start: node * width * 256 + u64::from(version.slot) * width,
                 lsn: version.lsn,
@@ -239,6 +224,71 @@ impl Overlay {
     /// Number of nodes that a merge writes, at least.
     pub(crate) fn node_count(&self) -> usize {
         self.node_count + self.past_versions / VERSIONS_PER_NODE
+    }
+}
+
+impl Changes {
+    /// Adds a version. `separated(older, newer)` tells whether somebody sees what stands between two LSNs.
+    /// Returns the block that nothing can reach any more.
+    fn insert(&mut self, version: Version, separated: impl Fn(Lsn, Lsn) -> bool) -> Option<Pba> {
+        let Version { slot, lsn, entry } = version;
+        let at = match self.find(slot) {
+            Ok(at) => at,
+            Err(at) => {
+                self.newest_of_slots.insert(at, version);
+                return None;
+            }
+        };
+        let newest = self.newest_of_slots.get_mut(at)?;
+        if newest.lsn < lsn {
+            let replaced = std::mem::replace(newest, version);
+            if !separated(replaced.lsn, lsn) {
+                return mapped(replaced.entry);
+            }
+            self.older.insert((slot, replaced.lsn), replaced.entry);
+            return None;
+        }
+        if !separated(lsn, newest.lsn) {
+            if base::mutant::active("last_completed_wins") {
+                return mapped(std::mem::replace(newest, version).entry);
+            }
+            return mapped(entry);
+        }
+        // It completed after a newer one, with which it shares no interval.
+        let next = self.older.range((slot, lsn)..=(slot, Lsn::new(u64::MAX))).next();
+        if next.is_some_and(|(&(_, next), _)| !separated(lsn, next)) {
+            return mapped(entry);
+        }
+        let last = self.older.range((slot, Lsn::default())..(slot, lsn)).next_back();
+        let replaced = last.map(|(&key, _)| key).filter(|&(_, last)| !separated(last, lsn));
+        let dead = replaced.and_then(|key| self.older.remove(&key));
+        self.older.insert((slot, lsn), entry);
+        dead.and_then(mapped)
+    }
+
+    /// Where a slot stands among those that have versions, or would stand.
+    fn find(&self, slot: u8) -> Result<usize, usize> {
+        self.newest_of_slots.binary_search_by_key(&slot, |version| version.slot)
+    }
+
+    /// The newest version with an LSN below `before` of the slot of which `newest` is the newest.
+    fn seen(&self, newest: &Version, before: Lsn) -> Option<Version> {
+        if newest.lsn < before {
+            return Some(*newest);
+        }
+        let slot = newest.slot;
+        let older = self.older.range((slot, Lsn::default())..(slot, before)).next_back();
+        older.map(|(&(slot, lsn), &entry)| Version { slot, lsn, entry })
+    }
+
+    /// All of them, ordered by slot, then LSN.
+    fn versions(&self) -> impl Iterator<Item = Version> {
+        self.newest_of_slots.iter().flat_map(|newest| {
+            let slot = newest.slot;
+            let older = self.older.range((slot, Lsn::default())..(slot, newest.lsn));
+            let older = older.map(|(&(slot, lsn), &entry)| Version { slot, lsn, entry });
+            older.chain([*newest])
+        })
     }
 }
 
@@ -292,6 +342,7 @@ mod tests {
     use base::BirthLabel;
 
     use super::*;
+    use crate::engine::as_u64;
 
     fn block(start: u64, lsn: u64, pba: u64) -> Change {
         let entry = Entry::mapped(Pba::new(pba), 0, BirthLabel::new(0));
@@ -330,6 +381,53 @@ mod tests {
         overlay.insert(&block(7, 5, 105), never);
         assert_eq!(overlay.insert(&block(7, 4, 104), never), Some(Pba::new(104)));
         assert_eq!(at(&overlay, 7, u64::MAX), Some(105));
+    }
+
+    /// In whatever order versions come, each position sees what it should, and only what no position sees
+    /// is dead.
+    #[test]
+    fn versions_are_those_that_positions_see() {
+        let mut random = 1u64;
+        let mut below = |bound: u64| {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (random >> 33) % bound
+        };
+        for round in 0..500 {
+            let lsn_end = 2 + below(30);
+            let positions: Vec<u64> = (1..lsn_end).filter(|_| below(3) == 0).collect();
+            let mut changes: Vec<(u64, u64)> = (1..lsn_end).map(|lsn| (below(3), lsn)).collect();
+            for index in (1..changes.len()).rev() {
+                changes.swap(index, usize::try_from(below(as_u64(index) + 1)).unwrap());
+            }
+            let mut overlay = Overlay::default();
+            let mut dead = Vec::new();
+            for &(index, lsn) in &changes {
+                dead.extend(overlay.insert(&block(index, lsn, 100 + lsn), |older, newer| {
+                    let between = |&at: &u64| older.get() < at && at <= newer.get();
+                    history(positions.iter().any(between))
+                }));
+            }
+            let seen_at = |index: u64, before: u64| {
+                let seen = changes.iter().filter(|&&(at, lsn)| at == index && lsn < before);
+                seen.map(|&(_, lsn)| 100 + lsn).max()
+            };
+            let mut seen: Vec<(u64, u64)> = Vec::new();
+            for index in 0..3 {
+                for &before in positions.iter().chain([&u64::MAX]) {
+                    let expected = seen_at(index, before);
+                    assert_eq!(at(&overlay, index, before), expected, "round {round}");
+                    seen.extend(expected.map(|pba| (index, pba)));
+                }
+            }
+            seen.dedup();
+            let mut versions = Vec::new();
+            overlay.chunk(None, 8, &mut versions);
+            let told: Vec<(u64, u64)> =
+                versions.iter().map(|change| (change.start, change.entry.pba().get())).collect();
+            assert_eq!(told, seen, "round {round}");
+            assert_eq!(dead.len() + seen.len(), changes.len(), "round {round}");
+            assert!(dead.iter().all(|pba| seen.iter().all(|(_, other)| pba.get() != *other)));
+        }
     }
 
     #[test]
