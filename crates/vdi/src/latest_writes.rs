@@ -41,7 +41,11 @@ impl Engine {
         while let Some(moment) = self.keeps_writes_before(&vdi, number, wanted.before).await {
             number = Some(moment.number);
             let handle = moment.number.to_string();
-            for write in self.writes(name, &moment).await?.into_iter().rev() {
+            let writes = match self.writes(name, &moment).await {
+                Err(_) if moment.deleted.get() => continue,
+                writes => writes?,
+            };
+            for write in writes.into_iter().rev() {
                 if wanted.before.is_some_and(|before| write.lsn >= before) {
                     continue;
                 }

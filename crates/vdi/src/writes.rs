@@ -280,7 +280,7 @@ impl Engine {
     /// The writes that a moment of `name` keeps, in the order in which they were made.
     ///
     /// # Errors
-    /// `Invalid` if it keeps none; if its history is damaged.
+    /// `Invalid` if it keeps none; `NotFound` if it was deleted meanwhile; if its history is damaged.
     pub(crate) async fn writes(
         self: &Rc<Self>,
         name: &str,
@@ -290,6 +290,12 @@ impl Engine {
             self.checkpoint(SlotState::Running).await?;
         }
         self.published_cut().await?;
+        // What was freed until now may be something else.
+        let _reader = self.epochs.enter();
+        if moment.deleted.get() {
+            let message = format!("{} was deleted meanwhile", moment.handle(name));
+            return Err(Error::refused(ErrorKind::NotFound, message));
+        }
         let Some(from) = moment.point.writes_from.get() else {
             let message = format!(
                 "{} keeps no writes: they are kept by `parallax set {name} 'history=every write for \
@@ -299,7 +305,6 @@ impl Engine {
             return Err(Error::refused(ErrorKind::Invalid, message));
         };
         let Contents::Past(past) = moment.point.contents.get() else { return Ok(Vec::new()) };
-        let _reader = self.epochs.enter();
         let versions = history::all(&self.nodes, &past.history).await?;
         let kept = |version: &&VersionRecord| from <= version.lsn && version.lsn < moment.position;
         let mut writes: BTreeMap<Lsn, VdiWrite> = BTreeMap::new();
