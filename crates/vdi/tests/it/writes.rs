@@ -3,15 +3,17 @@
 use std::cell::Cell;
 use std::time::Duration;
 
-use base::{ErrorKind, Lsn, SnapshotNumber};
+use base::{Buffer, ErrorKind, Lsn, SnapshotNumber};
 use disk::{Disk, Request};
-use parallax_vdi::{Retention, Store, Target, VdiWrite};
+use ondisk::HISTORY_VERSIONS_MAX;
+use parallax_vdi::{FormatOptions, OpenOptions, Retention, Store, Target, VdiWrite};
 use std::rc::Rc;
 
 use crate::check::assert_sound;
 use crate::gate::with_gated_store;
+use crate::ram::{Ram, run};
 use crate::stuck::writes_slot;
-use crate::{disk, read, reopened, with_store, write};
+use crate::{disk, format_options, open_options, read, reopened, with_store, write};
 
 const RULES: &str = "every write for 10m, 1s for 1h";
 
@@ -219,6 +221,64 @@ fn many_writes_and_large_discards() {
         store.close().await.unwrap();
     });
     assert_sound(&ram, 0);
+}
+
+/// One checkpoint meets more versions than a history has room for.
+#[test]
+fn a_history_that_is_full_is_followed_by_another() {
+    const WRITES: u64 = 300;
+    const STORE_BLOCKS: u64 = (8 << 30) / 4096;
+    let ram = Ram::default();
+    run(1, |runtime| async move {
+        let log_bytes = Some(16 << 20);
+        let extent_bytes = Some(256 << 20);
+        let options = FormatOptions { extent_bytes, log_bytes, ..format_options() };
+        Store::format(&ram.device(STORE_BLOCKS), &runtime, &options).await.unwrap();
+        let options = OpenOptions { cache_bytes: 16 << 20, ..open_options(runtime.random()) };
+        let device = ram.device(STORE_BLOCKS);
+        let (store, _) = Store::open(device, runtime.clone(), &options).await.unwrap();
+        let head = disk_that_keeps(&store, RULES).await;
+        store.checkpoint().await.unwrap();
+        let before = store.stats();
+        let bytes_of = |number: u64| u8::try_from(number % 251).unwrap();
+        // Side by side, or the next checkpoint comes before they are many enough.
+        let offset_of = |number: u64| (number % 32) << 20;
+        let begun: Vec<_> = (1..=WRITES)
+            .map(|number| {
+                let data = Buffer::from_bytes(&vec![bytes_of(number); 1 << 20]);
+                let (offset, length) = (offset_of(number), 1 << 20);
+                head.submit(Request::Write { offset, length, data, fua: false })
+            })
+            .collect();
+        for written in begun {
+            written.await.unwrap();
+        }
+        assert_eq!(store.stats().checkpoints, before.checkpoints, "all of them wait for one");
+        store.checkpoint().await.unwrap();
+        let versions = store.stats().versions_written - before.versions_written;
+        assert!(versions > u64::from(HISTORY_VERSIONS_MAX), "{versions}");
+        store.close().await.unwrap();
+        let device = ram.device(STORE_BLOCKS);
+        let (store, _) = Store::open(device, runtime, &options).await.unwrap();
+        let mut told: Vec<(u64, u8)> = Vec::new();
+        for kept in writes(&store).await {
+            let then = at(&store, kept.lsn).await.unwrap();
+            let byte = read(&then, kept.offset, 1).await[0];
+            assert_eq!(read(&then, kept.offset + (1 << 20) - 4096, 1).await, [byte]);
+            // Some other MiB is as the write before has left it.
+            if let Some(&(offset, byte)) = told.last().filter(|(offset, _)| *offset != kept.offset)
+            {
+                assert_eq!(read(&then, offset, 1).await, [byte], "lsn:{}", kept.lsn);
+            }
+            told.push((kept.offset, byte));
+        }
+        told.sort_unstable();
+        let mut written: Vec<(u64, u8)> =
+            (1..=WRITES).map(|number| (offset_of(number), bytes_of(number))).collect();
+        written.sort_unstable();
+        assert_eq!(told, written);
+        store.close().await.unwrap();
+    });
 }
 
 /// `lsn:N` of the position of a snapshot is that snapshot, which keeps no writes: each request to the handle
