@@ -19,7 +19,7 @@ use crate::Error;
 use crate::engine::Engine;
 use crate::ledger::{Event, HOLDS_MAX};
 use crate::manage::{Appended, find_snapshot, nodes_wanted};
-use crate::retention::parse_until;
+use crate::times::parse_until;
 use crate::vdi::{Snapshot, Vdi};
 
 /// Names of held snapshots that an error tells.

@@ -9,7 +9,7 @@ use base::{ErrorKind, SnapshotNumber};
 
 use crate::Error;
 use crate::engine::Engine;
-use crate::retention::parse_ms;
+use crate::times::parse_ms;
 use crate::types::{VdiInterval, VdiIntervals, WantedIntervals};
 use crate::vdi::Snapshot;
 

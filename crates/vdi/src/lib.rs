@@ -50,6 +50,7 @@ mod retention;
 mod scrub;
 mod snapshots;
 pub mod store;
+mod times;
 mod trim;
 mod types;
 mod vdi;

@@ -21,7 +21,7 @@ use crate::Error;
 use crate::branch::{Base, Branch, Contents};
 use crate::engine::{Engine, as_u64};
 use crate::ranges::RangeGuard;
-use crate::retention::parse_time;
+use crate::times::parse_time;
 use crate::types::Target;
 use crate::vdi::{Snapshot, Vdi};
 use crate::writes::WRITE_PREFIX;
