@@ -9,8 +9,8 @@ use base::{
 use device::{Cause, Device};
 use ondisk::{
     COMPATIBLE_KEEPS_SPACE, Checksums, Features, HostSlot, INCOMPATIBLE_HISTORY,
-    INCOMPATIBLE_HOLDS, INCOMPATIBLE_WRITES, RootRef, Roots, SUPERBLOCK_COPIES, SlotState,
-    Superblock,
+    INCOMPATIBLE_HOLDS, INCOMPATIBLE_WRITES, KeepRules, READ_ONLY_COMPATIBLE_BUDGETS, RootRef,
+    Roots, SUPERBLOCK_COPIES, SlotState, Superblock,
 };
 use runtime::Runtime;
 
@@ -69,8 +69,8 @@ pub async fn format(device: &Device, runtime: &Runtime, options: &Options) -> Re
         key: options.key,
         features: Features {
             compatible: if options.keep_space { COMPATIBLE_KEEPS_SPACE } else { 0 },
+            read_only_compatible: READ_ONLY_COMPATIBLE_BUDGETS,
             incompatible: INCOMPATIBLE_HISTORY | INCOMPATIBLE_HOLDS | INCOMPATIBLE_WRITES,
-            ..Features::default()
         },
         block_count: device.block_count() / extent_blocks * extent_blocks,
         extent_blocks,
@@ -140,7 +140,7 @@ fn empty_slot(log_start: Pba, wall_ns: u64, boot_id: [u8; 16]) -> HostSlot {
         },
         segments: Vec::new(),
         failures: 0,
-        retention: Vec::new(),
+        retention: KeepRules::default(),
     }
 }
 

@@ -8,7 +8,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use crate::bounds::{BLOCKS_MAX, COUNTER_END, RECORD_NUMBER_END, below};
 use crate::layout::layout;
-use crate::table::{KEEP_RULE_LAYOUT, KEEP_RULES_MAX, KeepRule};
+use crate::table::{KEEP_RULE_LAYOUT, KEEP_RULES_MAX, KeepRule, KeepRules};
 use crate::{Checksums, DecodeError, RootRef, StructureKind};
 
 const MAGIC: [u8; 4] = *b"PXhs";
@@ -55,7 +55,8 @@ layout! {
         failures: U64,
         retention: [u8; KEEP_RULES_MAX * KEEP_RULE_LAYOUT.size],
         marks: [u8; RootRef::BYTES],
-        reserved: [u8; 2984],
+        budget: U64,
+        reserved: [u8; 2976],
         checksum: U64,
     }
 }
@@ -157,8 +158,8 @@ pub struct HostSlot {
     pub segments: Vec<LogSegment>,
     /// How often the store was opened again under its users after its device had failed.
     pub failures: u64,
-    /// Which moments are kept of VDIs that have no rules of their own; at most [`KEEP_RULES_MAX`].
-    pub retention: Vec<KeepRule>,
+    /// Which moments are kept of VDIs that have no rules of their own.
+    pub retention: KeepRules,
 }
 
 impl HostSlot {
@@ -191,9 +192,10 @@ impl HostSlot {
             bad_blocks: self.roots.bad_blocks.to_bytes(),
             segments: std::array::from_fn(|index| segment(index).unwrap_or(EMPTY_SEGMENT)),
             failures: self.failures.into(),
-            retention: KeepRule::list_to_bytes(&self.retention),
+            retention: KeepRule::list_to_bytes(&self.retention.rules),
             marks: self.roots.marks.to_bytes(),
-            reserved: [0; 2984],
+            budget: self.retention.raw_budget().into(),
+            reserved: [0; 2976],
             checksum: 0.into(),
         };
         let unsealed = Buffer::from_bytes(raw.as_bytes());
@@ -258,7 +260,7 @@ impl HostSlot {
             },
             segments,
             failures: raw.failures.get(),
-            retention: KeepRule::all_of(&raw.retention),
+            retention: KeepRules::decode(&raw.retention, raw.budget.get())?,
         })
     }
 }
@@ -366,6 +368,8 @@ impl Heartbeat {
 
 #[cfg(test)]
 mod tests {
+    use std::num::NonZeroU64;
+
     use base::StoreUuid;
 
     use super::*;
@@ -394,7 +398,10 @@ mod tests {
             },
             segments,
             failures: 5,
-            retention: vec![KeepRule { every_ms: 0, for_s: 60 }],
+            retention: KeepRules {
+                rules: vec![KeepRule { every_ms: 0, for_s: 60 }],
+                budget: NonZeroU64::new(20 << 30),
+            },
         }
     }
 

@@ -32,14 +32,14 @@ pub use log::{LOG_BLOCK_LAYOUT, LOG_PAYLOAD_BYTES, LogBlock, LogBlockBuilder, Se
 pub use record::{RECORD_HEADER_LAYOUT, RangeState, Record, RecordBody};
 pub use superblock::{
     COMPATIBLE_KEEPS_SPACE, Features, INCOMPATIBLE_HISTORY, INCOMPATIBLE_HOLDS,
-    INCOMPATIBLE_WRITES, KNOWN_INCOMPATIBLE, KNOWN_READ_ONLY_COMPATIBLE, SUPERBLOCK_COPIES,
-    SUPERBLOCK_LAYOUT, Superblock,
+    INCOMPATIBLE_WRITES, KNOWN_INCOMPATIBLE, KNOWN_READ_ONLY_COMPATIBLE,
+    READ_ONLY_COMPATIBLE_BUDGETS, SUPERBLOCK_COPIES, SUPERBLOCK_LAYOUT, Superblock,
 };
 pub use table::{
     DIRECTORY_LAYOUT, DirectoryRecord, EXTENT_LAYOUT, ExtentKind, ExtentRecord,
-    HISTORY_VERSIONS_MAX, History, KEEP_RULE_LAYOUT, KEEP_RULES_MAX, KeepRule, LABEL_BYTES_MAX,
-    NAME_BYTES_MAX, Origin, SNAPSHOT_LAYOUT, SnapshotRecord, TableRecord, VDI_LAYOUT,
-    VERSION_LAYOUT, VdiRecord, VersionRecord,
+    HISTORY_VERSIONS_MAX, History, KEEP_RULE_LAYOUT, KEEP_RULES_MAX, KeepRule, KeepRules,
+    LABEL_BYTES_MAX, NAME_BYTES_MAX, Origin, SNAPSHOT_LAYOUT, SnapshotRecord, TableRecord,
+    VDI_LAYOUT, VERSION_LAYOUT, VdiRecord, VersionRecord,
 };
 
 /// Why bytes are not the structure that they should be.

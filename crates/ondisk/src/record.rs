@@ -8,7 +8,7 @@ use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::layout::layout;
-use crate::table::{KeepRule, LABEL_BYTES_MAX, NAME_BYTES_MAX, Origin};
+use crate::table::{KeepRule, KeepRules, LABEL_BYTES_MAX, NAME_BYTES_MAX, Origin};
 use crate::{DecodeError, Until, bounds};
 
 layout! {
@@ -135,8 +135,8 @@ pub enum RecordBody {
     },
     /// Other moments of the VDI are kept by themselves.
     Retain {
-        /// Which; at most 6 rules, none for none. `None`: what the store has for such VDIs.
-        rules: Option<Vec<KeepRule>>,
+        /// Which. `None`: what the store has for such VDIs.
+        rules: Option<KeepRules>,
     },
     /// A snapshot is held from here on: it is not deleted until that ends.
     Hold {
@@ -162,8 +162,8 @@ pub enum RecordBody {
     },
     /// Other moments are kept of VDIs that have no rules of their own. Of no VDI.
     RetainByDefault {
-        /// Which; at most 6 rules, none for none.
-        rules: Vec<KeepRule>,
+        /// Which.
+        rules: KeepRules,
     },
     /// A time mark.
     Time {
@@ -197,6 +197,9 @@ const RETAIN_BY_DEFAULT: u8 = 21;
 /// Flag of a record by which a VDI has no rules of its own.
 const INHERITED: u8 = 1;
 
+/// Flag of a record of rules with a budget, which stands before them.
+const BUDGET: u8 = 2;
+
 /// Flag of a record by which a hold ended because its time had come.
 const DUE: u8 = 1;
 
@@ -214,8 +217,8 @@ impl Record {
             RecordBody::Create { name, .. } => 16 + name.len() + 2,
             RecordBody::Clone { name, .. } => 24 + name.len() + 2,
             RecordBody::Rename { name } => name.len() + 2,
-            RecordBody::Retain { rules } => rules.as_ref().map_or(0, Vec::len) * KeepRule::BYTES,
-            RecordBody::RetainByDefault { rules } => rules.len() * KeepRule::BYTES,
+            RecordBody::Retain { rules } => rules.as_ref().map_or(0, bytes_of_rules),
+            RecordBody::RetainByDefault { rules } => bytes_of_rules(rules),
             RecordBody::Hold { .. } => 40,
             RecordBody::EndHold { .. } => 24,
             RecordBody::Time { .. } | RecordBody::Adopt { .. } => 16,
@@ -242,6 +245,12 @@ impl Record {
             flags: match &self.body {
                 RecordBody::Snapshot { origin, .. } => origin.flags(),
                 RecordBody::Retain { rules: None } => INHERITED,
+                RecordBody::Retain { rules: Some(rules) }
+                | RecordBody::RetainByDefault { rules }
+                    if rules.budget.is_some() =>
+                {
+                    BUDGET
+                }
                 RecordBody::EndHold { is_due: true, .. } => DUE,
                 _ => 0,
             },
@@ -290,12 +299,9 @@ impl Record {
             RecordBody::Resize { block_count } => word(*block_count),
             RecordBody::Delete => {}
             RecordBody::Retain { rules } => {
-                let rules = rules.iter().flatten();
-                rules.for_each(|rule| into.extend_from_slice(&rule.to_bytes()));
+                rules.iter().for_each(|rules| encode_rules(rules, into));
             }
-            RecordBody::RetainByDefault { rules } => {
-                rules.iter().for_each(|rule| into.extend_from_slice(&rule.to_bytes()));
-            }
+            RecordBody::RetainByDefault { rules } => encode_rules(rules, into),
             RecordBody::Hold { number, wall_ns, store_ns, until } => {
                 let [until_wall_ns, until_store_ns] = Until::words(*until);
                 let words = [number.get(), *wall_ns, *store_ns, until_wall_ns, until_store_ns];
@@ -400,10 +406,13 @@ impl Record {
             ROLLBACK => RecordBody::Rollback { number: reader.snapshot()? },
             RETAIN => {
                 let is_inherited = header.flags & INHERITED != 0;
-                let rules = (!is_inherited).then(|| KeepRule::all_of(reader.0));
+                let rules = match is_inherited {
+                    true => None,
+                    false => Some(reader.rules(header.flags)?),
+                };
                 RecordBody::Retain { rules }
             }
-            RETAIN_BY_DEFAULT => RecordBody::RetainByDefault { rules: KeepRule::all_of(reader.0) },
+            RETAIN_BY_DEFAULT => RecordBody::RetainByDefault { rules: reader.rules(header.flags)? },
             HOLD => RecordBody::Hold {
                 number: reader.snapshot()?,
                 wall_ns: reader.word()?,
@@ -434,6 +443,17 @@ fn encode_text(text: &str, into: &mut Vec<u8>) {
     into.extend_from_slice(text.as_bytes());
 }
 
+fn bytes_of_rules(rules: &KeepRules) -> usize {
+    rules.rules.len() * KeepRule::BYTES + if rules.budget.is_some() { 8 } else { 0 }
+}
+
+fn encode_rules(rules: &KeepRules, into: &mut Vec<u8>) {
+    if let Some(budget) = rules.budget {
+        into.extend_from_slice(&budget.get().to_le_bytes());
+    }
+    rules.rules.iter().for_each(|rule| into.extend_from_slice(&rule.to_bytes()));
+}
+
 struct Reader<'a>(&'a [u8]);
 
 impl Reader<'_> {
@@ -460,6 +480,17 @@ impl Reader<'_> {
         Ok(text.to_owned())
     }
 
+    fn rules(&mut self, flags: u8) -> Result<KeepRules, DecodeError> {
+        let budget = match flags & BUDGET {
+            0 => 0,
+            _ => match self.word()? {
+                0 => return Err(DecodeError::Invalid("budget")),
+                budget => budget,
+            },
+        };
+        KeepRules::decode(self.0, budget)
+    }
+
     /// What is behind a label: padding is shorter.
     fn origin(&self, flags: u8) -> Origin {
         self.0.first_chunk().map_or(Origin::Asked, |&bytes| Origin::from_bytes(flags, bytes))
@@ -468,10 +499,16 @@ impl Reader<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::num::NonZeroU64;
+
     use base::SnapshotUuid;
 
     use super::*;
     use crate::{BLOCKS_MAX, RECORD_NUMBER_END};
+
+    fn rules(budget: Option<NonZeroU64>) -> KeepRules {
+        KeepRules { rules: vec![KeepRule { every_ms: 0, for_s: 3600 }], budget }
+    }
 
     fn samples() -> Vec<RecordBody> {
         vec![
@@ -500,10 +537,12 @@ mod tests {
                 label: String::new(),
                 origin: Origin::Kept { changed_blocks: 0 },
             },
-            RecordBody::Retain { rules: Some(vec![KeepRule { every_ms: 0, for_s: 3600 }]) },
-            RecordBody::Retain { rules: Some(Vec::new()) },
+            RecordBody::Retain { rules: Some(rules(None)) },
+            RecordBody::Retain { rules: Some(rules(NonZeroU64::new(20 << 30))) },
+            RecordBody::Retain { rules: Some(KeepRules::default()) },
             RecordBody::Retain { rules: None },
-            RecordBody::RetainByDefault { rules: vec![KeepRule { every_ms: 0, for_s: 3600 }] },
+            RecordBody::RetainByDefault { rules: rules(None) },
+            RecordBody::RetainByDefault { rules: rules(Some(NonZeroU64::MAX)) },
             RecordBody::Hold {
                 number: SnapshotNumber::new(17),
                 wall_ns: 1,
@@ -594,6 +633,27 @@ mod tests {
             check(number, RecordBody::Delete, accepted);
             check(1, RecordBody::Rollback { number: SnapshotNumber::new(number) }, accepted);
         }
+    }
+
+    #[test]
+    fn budgets_that_make_no_sense_are_refused() {
+        let decode = |budget: Option<u64>, rules: &[u64]| {
+            let words: Vec<u64> = budget.into_iter().chain(rules.iter().copied()).collect();
+            let length = u16::try_from(HEADER_BYTES + 8 * words.len()).unwrap();
+            let flags = if budget.is_some() { BUDGET } else { 0 };
+            let mut bytes = length.to_le_bytes().to_vec();
+            bytes.extend([RETAIN, flags, 1, 0, 0, 0]);
+            bytes.extend(3u64.to_le_bytes());
+            bytes.extend(words.iter().flat_map(|word| word.to_le_bytes()));
+            Record::decode(&bytes).map(|(record, _)| record.body)
+        };
+        let rule = 3600 << 32;
+        let body = |rules| Ok(RecordBody::Retain { rules: Some(rules) });
+        assert_eq!(decode(None, &[rule]), body(rules(None)));
+        assert_eq!(decode(Some(4096), &[rule]), body(rules(NonZeroU64::new(4096))));
+        assert_eq!(decode(Some(0), &[rule]), Err(DecodeError::Invalid("budget")));
+        assert_eq!(decode(Some(1), &[]), Err(DecodeError::Invalid("budget without rules")));
+        assert_eq!(decode(Some(1), &[0]), Err(DecodeError::Invalid("budget without rules")));
     }
 
     #[test]

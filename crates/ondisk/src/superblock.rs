@@ -27,10 +27,12 @@ pub const INCOMPATIBLE_HISTORY: u64 = 1;
 pub const INCOMPATIBLE_HOLDS: u64 = 2;
 /// The incompatible feature: moments may keep all writes since the one before.
 pub const INCOMPATIBLE_WRITES: u64 = 4;
+/// The read-only compatible feature: a retention may have a budget.
+pub const READ_ONLY_COMPATIBLE_BUDGETS: u64 = 1;
 /// Feature flags of the format that this build knows; see docs/on-disk-format.md.
 pub const KNOWN_INCOMPATIBLE: u64 = INCOMPATIBLE_HISTORY | INCOMPATIBLE_HOLDS | INCOMPATIBLE_WRITES;
 /// Unknown ones of these allow reading only.
-pub const KNOWN_READ_ONLY_COMPATIBLE: u64 = 0;
+pub const KNOWN_READ_ONLY_COMPATIBLE: u64 = READ_ONLY_COMPATIBLE_BUDGETS;
 
 layout! {
     /// Fields of the superblock.

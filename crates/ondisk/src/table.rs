@@ -1,6 +1,8 @@
 //! Records of the metadata tables. A table is a tree whose pages hold fixed-size records; pages
 //! are verified by the hash in the tree, so that records need no checksum of their own.
 
+use std::num::NonZeroU64;
+
 use base::{
     BLOCK_SIZE, BirthLabel, Block, ClaimGeneration, Epoch, HostId, Lsn, Pba, SnapshotNumber,
     SnapshotUuid, VdiId,
@@ -114,7 +116,8 @@ layout! {
         retention: [u8; KEEP_RULES_MAX * KEEP_RULE_LAYOUT.size],
         ledger_head: [u8; Digest::BYTES],
         ledger_count: U32,
-        reserved: [u8; 12],
+        budget: U64,
+        reserved: [u8; 4],
     }
 }
 
@@ -255,9 +258,8 @@ pub struct VdiRecord {
     pub ledger_count: u32,
     /// How often it was rolled back or shrunk.
     pub rollbacks: u64,
-    /// Which moments of it are kept by themselves; at most [`KEEP_RULES_MAX`]. `None`: what the store
-    /// has for such VDIs.
-    pub retention: Option<Vec<KeepRule>>,
+    /// Which moments of it are kept by themselves. `None`: what the store has for such VDIs.
+    pub retention: Option<KeepRules>,
     /// Whether some of its snapshots were made by a retention, this one or an earlier one.
     pub has_moments: bool,
 }
@@ -267,6 +269,38 @@ const HAS_MOMENTS: u32 = 1;
 
 /// Flag of a VDI of which no moments are kept, whatever the store keeps of others.
 const KEEPS_NONE: u32 = 2;
+
+/// Which moments are kept by themselves.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct KeepRules {
+    /// At most [`KEEP_RULES_MAX`], none for none.
+    pub rules: Vec<KeepRule>,
+    /// Bytes that they may hold, if that is bounded; not without rules.
+    pub budget: Option<NonZeroU64>,
+}
+
+impl KeepRules {
+    /// What stands in a record: its rules, and a budget, 0 for none.
+    pub(crate) fn decode(rules: &[u8], budget: u64) -> Result<Self, DecodeError> {
+        let rules = KeepRule::all_of(rules);
+        let budget = NonZeroU64::new(budget);
+        if budget.is_some() && rules.is_empty() {
+            return Err(DecodeError::Invalid("budget without rules"));
+        }
+        Ok(Self { rules, budget })
+    }
+
+    /// The budget as it stands in a record.
+    pub(crate) fn raw_budget(&self) -> u64 {
+        self.budget.map_or(0, NonZeroU64::get)
+    }
+
+    /// Whether nothing is kept.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.rules.is_empty()
+    }
+}
 
 /// One rule of a retention: of the moments that are at most so old, one of each interval is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -316,8 +350,9 @@ impl TableRecord for VdiRecord {
     }
 
     fn encode(&self, into: &mut [u8]) {
-        let keeps_none = self.retention.as_ref().is_some_and(Vec::is_empty);
-        let retention = KeepRule::list_to_bytes(self.retention.as_deref().unwrap_or_default());
+        let keeps_none = self.retention.as_ref().is_some_and(KeepRules::is_empty);
+        let rules = self.retention.as_ref().map(|retention| retention.rules.as_slice());
+        let retention = KeepRule::list_to_bytes(rules.unwrap_or_default());
         let flag = |is_set: bool, flag: u32| if is_set { flag } else { 0 };
         let flags = flag(self.has_moments, HAS_MOMENTS) | flag(keeps_none, KEEPS_NONE);
         let raw = RawVdi {
@@ -337,7 +372,8 @@ impl TableRecord for VdiRecord {
             retention,
             ledger_head: self.ledger_head.0,
             ledger_count: self.ledger_count.into(),
-            reserved: [0; 12],
+            budget: self.retention.as_ref().map_or(0, KeepRules::raw_budget).into(),
+            reserved: [0; 4],
         };
         into.copy_from_slice(raw.as_bytes());
     }
@@ -348,7 +384,7 @@ impl TableRecord for VdiRecord {
             return Ok(None);
         }
         let has = |flag: u32| raw.flags.get() & flag != 0;
-        let rules = KeepRule::all_of(&raw.retention);
+        let rules = KeepRules::decode(&raw.retention, raw.budget.get())?;
         Ok(Some(Self {
             id: VdiId::new(below(raw.id.get(), RECORD_NUMBER_END, "VDI id")?),
             block_count: vdi_size(raw.block_count.get())?,

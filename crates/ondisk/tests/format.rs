@@ -8,7 +8,7 @@ use base::{
 };
 use parallax_ondisk::{
     BLOCKS_MAX, COUNTER_END, Checksums, Entry, EntryState, FANOUT, HEIGHT_MAX,
-    HISTORY_VERSIONS_MAX, KNOWN_INCOMPATIBLE, KNOWN_READ_ONLY_COMPATIBLE, KeepRule,
+    HISTORY_VERSIONS_MAX, KNOWN_INCOMPATIBLE, KNOWN_READ_ONLY_COMPATIBLE, KeepRule, KeepRules,
     LABEL_BYTES_MAX, LAYOUTS, LEDGER_RECORDS_MAX, LOG_PAYLOAD_BYTES, LOG_SEGMENTS_MAX,
     LogBlockBuilder, NAME_BYTES_MAX, Node, Origin, RECORD_NUMBER_END, RangeState, Record,
     RecordBody, RootRef, SUPERBLOCK_COPIES, Seal, StructureKind,
@@ -123,6 +123,7 @@ fn records() -> Vec<(&'static str, RecordBody)> {
     let (name, label) = ("abc".to_owned(), "abc".to_owned());
     let (number, origin) = (SnapshotNumber::new(9), Origin::Asked);
     let (lba, pba) = (Lba::new(1), Pba::new(2));
+    let rules = || KeepRules { rules: vec![KeepRule { every_ms: 0, for_s: 1 }], budget: None };
     vec![
         ("write", RecordBody::Write { lba, pba, hashes: vec![3, 4] }),
         ("range", RecordBody::Range { lba, count: 5, state: RangeState::Zero }),
@@ -145,13 +146,10 @@ fn records() -> Vec<(&'static str, RecordBody)> {
         ("rollback", RecordBody::Rollback { number }),
         ("time", RecordBody::Time { wall_ns: 1, store_ns: 2 }),
         ("adopt", RecordBody::Adopt { source: VdiId::new(8), number }),
-        ("retain", RecordBody::Retain { rules: Some(vec![KeepRule { every_ms: 0, for_s: 1 }]) }),
+        ("retain", RecordBody::Retain { rules: Some(rules()) }),
         ("hold", RecordBody::Hold { number, wall_ns: 1, store_ns: 2, until: None }),
         ("end hold", RecordBody::EndHold { number, wall_ns: 1, store_ns: 2, is_due: true }),
-        (
-            "retain by default",
-            RecordBody::RetainByDefault { rules: vec![KeepRule { every_ms: 0, for_s: 1 }] },
-        ),
+        ("retain by default", RecordBody::RetainByDefault { rules: rules() }),
     ]
 }
 

@@ -21,7 +21,7 @@ use std::rc::Rc;
 
 use base::{ErrorKind, Lsn, Pba, VdiId};
 use blockstore::scheduler::Batch;
-use ondisk::{Digest, DirectoryRecord, HostSlot, KeepRule, LogSegment, Roots, SlotState};
+use ondisk::{Digest, DirectoryRecord, HostSlot, KeepRules, LogSegment, Roots, SlotState};
 use runtime::Time;
 use runtime::sync::{Permits, Semaphore, Signal};
 
@@ -97,7 +97,7 @@ struct Frozen {
     /// not take away what the cut contains.
     branches: Vec<(Rc<Branch>, bool)>,
     vdi_id_next: u64,
-    default_retention: Vec<KeepRule>,
+    default_retention: KeepRules,
     owed_nodes: u64,
 }
 
@@ -134,7 +134,7 @@ struct Prepared {
     batch: Batch,
     replaced: Vec<Pba>,
     vdi_id_next: u64,
-    default_retention: Vec<KeepRule>,
+    default_retention: KeepRules,
     nodes_written: u64,
     versions_written: u64,
     /// Snapshots that got a history and no tree.
@@ -271,7 +271,7 @@ impl Engine {
             }
         }
         let vdi_id_next = registry.id_next;
-        let default_retention = self.default_retention.borrow().rules().to_vec();
+        let default_retention = self.default_retention.borrow().rules().clone();
         let owed_nodes = self.owed_nodes.get();
         Frozen {
             cut,

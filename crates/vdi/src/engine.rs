@@ -90,6 +90,8 @@ pub(crate) struct Engine {
     pub(crate) has_holds: Cell<bool>,
     /// Whether moments may keep writes.
     pub(crate) keeps_writes: Cell<bool>,
+    /// Whether retentions may have a budget.
+    pub(crate) has_budgets: Cell<bool>,
     /// Whether holds whose time has come are being ended.
     pub(crate) ending_holds: Cell<bool>,
     /// Set when even forced checkpoints freed nothing; cleared when something is dropped or freed.

@@ -24,8 +24,8 @@ use blockstore::{Geometry, NodeStore, ReadEpochs, WriteScheduler, superblock, tr
 use device::Device;
 use ondisk::{
     COMPATIBLE_KEEPS_SPACE, Checksums, Entry, HostSlot, INCOMPATIBLE_HISTORY, INCOMPATIBLE_HOLDS,
-    INCOMPATIBLE_WRITES, LOG_SEGMENTS_MAX, LogBlock, LogSegment, Origin, Record, RecordBody,
-    RootRef, SUPERBLOCK_COPIES, SlotState,
+    INCOMPATIBLE_WRITES, LOG_SEGMENTS_MAX, LogBlock, LogSegment, Origin,
+    READ_ONLY_COMPATIBLE_BUDGETS, Record, RecordBody, RootRef, SUPERBLOCK_COPIES, SlotState,
 };
 use runtime::Runtime;
 use runtime::sync::{Semaphore, Signal};
@@ -124,9 +124,11 @@ async fn open_as_is(
     if found.superblock.features.compatible & COMPATIBLE_KEEPS_SPACE != 0 {
         engine.trimmer.turn_off();
     }
-    engine.keeps_history.set(found.superblock.features.incompatible & INCOMPATIBLE_HISTORY != 0);
-    engine.keeps_writes.set(found.superblock.features.incompatible & INCOMPATIBLE_WRITES != 0);
-    engine.has_holds.set(found.superblock.features.incompatible & INCOMPATIBLE_HOLDS != 0);
+    let features = found.superblock.features;
+    engine.keeps_history.set(features.incompatible & INCOMPATIBLE_HISTORY != 0);
+    engine.keeps_writes.set(features.incompatible & INCOMPATIBLE_WRITES != 0);
+    engine.has_holds.set(features.incompatible & INCOMPATIBLE_HOLDS != 0);
+    engine.has_budgets.set(features.read_only_compatible & READ_ONLY_COMPATIBLE_BUDGETS != 0);
     engine.nodes.set_patient(true);
     engine.load_tables(&mut report).await.map_err(|error| match is_damage(&error) {
         true => NotOpened::ForTables(error),
@@ -310,6 +312,7 @@ fn build(
         idle_vdis_max: options.idle_vdis_max,
         has_holds: Cell::new(false),
         keeps_writes: Cell::new(false),
+        has_budgets: Cell::new(false),
         ending_holds: Cell::new(false),
         default_retention: RefCell::new(Retention::new(slot.retention.clone())),
         full: Cell::new(false),

@@ -55,11 +55,11 @@ impl Engine {
         let _request = self.begin_change()?;
         self.reserve_metadata(|| false).await?;
         if let Some(retention) = &retention {
-            self.refuse_writes(retention)?;
+            self.refuse_unknown(retention)?;
         }
         let (one, vdi) = self.manage(name).await?;
         let room = self.room().await?;
-        let rules = retention.as_ref().map(|retention| retention.rules().to_vec());
+        let rules = retention.as_ref().map(|retention| retention.rules().clone());
         let appended = self.append(room, &vdi, RecordBody::Retain { rules });
         self.apply_retain(&vdi, retention, appended.0);
         drop(one);
@@ -85,11 +85,11 @@ impl Engine {
                            give each disk its own";
             return Err(Error::refused(ErrorKind::Unsupported, message));
         }
-        self.refuse_writes(&retention)?;
+        self.refuse_unknown(&retention)?;
         let one = self.management.acquire(1).await;
         let room = self.room().await?;
         let (vdi, claim) = (VdiId::default(), ClaimGeneration::default());
-        let body = RecordBody::RetainByDefault { rules: retention.rules().to_vec() };
+        let body = RecordBody::RetainByDefault { rules: retention.rules().clone() };
         let appended = self.log.append_admitted(room, &Record { vdi, claim, body });
         self.apply_retain_by_default(retention, appended.0);
         drop(one);
@@ -105,13 +105,17 @@ impl Engine {
         *self.default_retention.borrow_mut() = retention;
     }
 
-    /// Refuses a retention with `every write` if the store was formatted before there was that.
-    fn refuse_writes(&self, retention: &Retention) -> Result<(), Error> {
-        if !retention.keeps_writes() || self.keeps_writes.get() {
+    /// Refuses a retention with `every write` or a budget if the store was formatted before there was that.
+    fn refuse_unknown(&self, retention: &Retention) -> Result<(), Error> {
+        let message = if retention.keeps_writes() && !self.keeps_writes.get() {
+            "this store was formatted by a Parallax that could not keep every write: keep every flush, or send \
+             its disks to a new store"
+        } else if retention.budget_bytes().is_some() && !self.has_budgets.get() {
+            "this store was formatted by a Parallax that knew no budgets: leave `at most` out, or send its disks \
+             to a new store"
+        } else {
             return Ok(());
-        }
-        let message = "this store was formatted by a Parallax that could not keep every write: keep every \
-                       flush, or send its disks to a new store";
+        };
         Err(Error::refused(ErrorKind::Unsupported, message))
     }
 

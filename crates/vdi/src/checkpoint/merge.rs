@@ -528,7 +528,7 @@ impl Merge {
                 ledger_head: ledger.head,
                 ledger_count: u32::try_from(ledger.records.len()).unwrap_or(u32::MAX),
                 rollbacks: vdi.rollbacks,
-                retention: vdi.retention.as_ref().map(|it| it.rules().to_vec()),
+                retention: vdi.retention.as_ref().map(|it| it.rules().clone()),
                 has_moments: vdi.has_moments,
             };
             records.insert(vdi.vdi.id.get(), Some(record));

@@ -1,10 +1,12 @@
 //! The rules of a retention: as they are written and shown, and which moments they leave.
 
 use std::fmt;
+use std::num::NonZeroU64;
 use std::time::Duration;
 
+use base::size::parse_bytes;
 use base::{ErrorKind, SnapshotNumber};
-use ondisk::{KEEP_RULES_MAX, KeepRule};
+use ondisk::{KEEP_RULES_MAX, KeepRule, KeepRules};
 
 use crate::Error;
 use crate::times::{parse_ms, show_ms};
@@ -12,14 +14,20 @@ use crate::times::{parse_ms, show_ms};
 /// Shortest time between two moments: flushes that are closer share one.
 const INTERVAL_MIN: Duration = Duration::from_millis(10);
 
-/// Which moments are kept by themselves: rules by age, none for none.
+/// What a budget begins with.
+const AT_MOST: &str = "at most ";
+
+/// Units of a budget as it is shown.
+const UNITS: [(&str, u32); 4] = [("T", 40), ("G", 30), ("M", 20), ("K", 10)];
+
+/// Which moments are kept by themselves: rules by age, none for none, and how much they may hold.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Retention(Vec<KeepRule>);
+pub struct Retention(KeepRules);
 
 impl Retention {
     /// Parses `off`, `24h` (every flush, for a day), or rules with commas between them: `every 1s for
     /// 1h, 1m for 1d`, with `flush` for an interval that leaves out nothing, and `write` if what lies between
-    /// two moments can be opened, too.
+    /// two moments can be opened, too. Behind rules may stand a budget, `at most 20G`.
     ///
     /// # Errors
     /// `Invalid`, with what would be right.
@@ -28,14 +36,30 @@ impl Retention {
         if text == "off" {
             return Ok(Self::default());
         }
-        let rules: Option<Vec<KeepRule>> = text.split(',').map(parse_rule).collect();
         let refuse = |what: &str| {
             let message = format!(
                 "'{text}' is no history: {what}; give `off`, an age such as `24h`, or rules such as \
-                 `every 1s for 1h, 1m for 1d, 1h for 30d`"
+                 `every 1s for 1h, 1m for 1d, 1h for 30d`, and `at most 20G` behind them for a bound"
             );
             Error::refused(ErrorKind::Invalid, message)
         };
+        let (rules, budget) = match text.rsplit_once(',') {
+            _ if text.starts_with(AT_MOST) => {
+                return Err(refuse("how much it may hold stands behind what is kept"));
+            }
+            Some((rules, last)) => match last.trim().strip_prefix(AT_MOST) {
+                Some(budget) => (rules, Some(parse_budget(budget).map_err(|what| refuse(&what))?)),
+                None => (text, None),
+            },
+            None => (text, None),
+        };
+        if rules.trim() == "off" {
+            return Err(refuse("`off` keeps nothing that could be bounded"));
+        }
+        if rules.split(',').any(|rule| rule.trim().starts_with(AT_MOST)) {
+            return Err(refuse("how much it may hold stands once, at the end"));
+        }
+        let rules: Option<Vec<KeepRule>> = rules.split(',').map(parse_rule).collect();
         let rules = rules.ok_or_else(|| {
             refuse("a rule is not understood (ages are written `5m`, `24h`, `30 days`, `1y`), or too long")
         })?;
@@ -57,37 +81,43 @@ impl Retention {
         if !rules.windows(2).all(rises) {
             return Err(refuse("ages and intervals must rise from rule to rule"));
         }
-        Ok(Self(rules))
+        Ok(Self(KeepRules { rules, budget }))
     }
 
-    pub(crate) fn new(rules: Vec<KeepRule>) -> Self {
+    pub(crate) fn new(rules: KeepRules) -> Self {
         Self(rules)
     }
 
-    pub(crate) fn rules(&self) -> &[KeepRule] {
+    pub(crate) fn rules(&self) -> &KeepRules {
         &self.0
+    }
+
+    /// Bytes that the moments may hold which no newest state needs, if that is bounded.
+    #[must_use]
+    pub fn budget_bytes(&self) -> Option<u64> {
+        self.0.budget.map(NonZeroU64::get)
     }
 
     /// Whether nothing is kept by itself.
     #[must_use]
     pub fn is_off(&self) -> bool {
-        self.0.is_empty()
+        self.0.rules.is_empty()
     }
 
     /// Whether each write can be opened.
     pub(crate) fn keeps_writes(&self) -> bool {
-        self.0.first().is_some_and(|first| first.every_ms == KeepRule::EVERY_WRITE)
+        self.0.rules.first().is_some_and(|first| first.every_ms == KeepRule::EVERY_WRITE)
     }
 
     /// How long it can, in nanoseconds of store time.
     pub(crate) fn writes_for_ns(&self) -> u64 {
-        let first = self.0.first().filter(|_| self.keeps_writes());
+        let first = self.0.rules.first().filter(|_| self.keeps_writes());
         first.map_or(0, |first| u64::from(first.for_s) * 1_000_000_000)
     }
 
     /// Time between two moments, and whether each flush makes one.
     pub(super) fn interval(&self) -> Option<(Duration, bool)> {
-        let first = self.0.first()?;
+        let first = self.0.rules.first()?;
         Some(match first.every_ms {
             0 | KeepRule::EVERY_WRITE => (INTERVAL_MIN, true),
             every => (Duration::from_millis(every.into()).max(INTERVAL_MIN), false),
@@ -106,12 +136,12 @@ impl Retention {
         let mut kept = None;
         for (number, taken_ns) in moments {
             let age_ms = now_ns.saturating_sub(taken_ns) / 1_000_000;
-            let rule = self.0.iter().position(|rule| age_ms <= u64::from(rule.for_s) * 1000);
+            let rule = self.0.rules.iter().position(|rule| age_ms <= u64::from(rule.for_s) * 1000);
             let Some(rule) = rule else {
                 expired.extend(base.replace(number));
                 continue;
             };
-            let every_ms = self.0.get(rule).map_or(0, interval_ms);
+            let every_ms = self.0.rules.get(rule).map_or(0, interval_ms);
             let interval = (taken_ns / 1_000_000).checked_div(every_ms);
             let place = interval.map(|interval| (rule, interval));
             if place.is_some() && place == kept {
@@ -154,12 +184,23 @@ fn parse_rule(text: &str) -> Option<KeepRule> {
     (rule.for_s > 0 && (every == "flush" || rule.every_ms > 0)).then_some(rule)
 }
 
+/// `20G`.
+fn parse_budget(text: &str) -> Result<NonZeroU64, String> {
+    NonZeroU64::new(parse_bytes(text)?).ok_or_else(|| "0 bytes hold nothing".to_owned())
+}
+
+/// A budget as [`parse_bytes`] takes it.
+fn show_budget(bytes: u64) -> String {
+    let whole = UNITS.iter().find(|(_, shift)| bytes.is_multiple_of(1 << shift));
+    whole.map_or_else(|| bytes.to_string(), |(unit, shift)| format!("{}{unit}", bytes >> shift))
+}
+
 impl fmt::Display for Retention {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.is_off() {
             return f.write_str("off");
         }
-        for (index, rule) in self.0.iter().enumerate() {
+        for (index, rule) in self.0.rules.iter().enumerate() {
             let every = match rule.every_ms {
                 0 => "flush".to_owned(),
                 KeepRule::EVERY_WRITE => "write".to_owned(),
@@ -167,6 +208,9 @@ impl fmt::Display for Retention {
             };
             let lead = if index == 0 { "every " } else { ", " };
             write!(f, "{lead}{every} for {}", show_ms(u64::from(rule.for_s) * 1000))?;
+        }
+        if let Some(bytes) = self.budget_bytes() {
+            write!(f, ", {AT_MOST}{}", show_budget(bytes))?;
         }
         Ok(())
     }
@@ -190,6 +234,13 @@ mod tests {
             ("every write for 10m, 1s for 1h", "every write for 10m, 1s for 1h"),
             ("every write for 10m, flush for 1h", ""),
             ("write for 10m", "every write for 10m"),
+            ("24h, at most 20G", "every flush for 1d, at most 20G"),
+            (
+                "every flush for 1h, 1m for 1d,  at most  1.5 TiB ",
+                "every flush for 1h, 1m for 1d, at most 1536G",
+            ),
+            ("1h, at most 4097", "every flush for 1h, at most 4097"),
+            ("1h, at most 15.5E", "every flush for 1h, at most 16252928T"),
         ] {
             let retention = Retention::parse(text).unwrap();
             let again = Retention::parse(&retention.to_string()).unwrap();
@@ -210,8 +261,23 @@ mod tests {
             "1s for 1h, write for 2h",
             "flush for 10m, write for 1h",
             "every write",
+            "1h at most 20G",
         ] {
             assert!(Retention::parse(nonsense).is_err(), "{nonsense}");
+        }
+        for (nonsense, what) in [
+            ("off, at most 20G", "`off` keeps nothing"),
+            ("at most 20G", "stands behind what is kept"),
+            ("at most 20G, 1h", "stands behind what is kept"),
+            ("1h, at most 20G, 1m for 1d", "stands once, at the end"),
+            ("1h, at most 1G, at most 2G", "stands once, at the end"),
+            ("1h, at most much", "'much' is not a size"),
+            ("1h, at most 0", "0 bytes hold nothing"),
+            ("1h, at most 16E", "16 EiB or more"),
+            ("1h, at most", "a rule is not understood"),
+        ] {
+            let error = Retention::parse(nonsense).unwrap_err().to_string();
+            assert!(error.contains(what), "{nonsense}: {error}");
         }
     }
 

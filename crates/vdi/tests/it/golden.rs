@@ -14,13 +14,16 @@ use crate::check::{assert_sound, checked};
 use crate::ram::{Ram, run};
 use crate::{STORE_BLOCKS, disk, open, read, with_store, write};
 
-const VERSIONS: [&str; 3] = ["v1", HISTORY, HOLDS];
+const VERSIONS: [&str; 4] = ["v1", HISTORY, HOLDS, BUDGETS];
 
 /// Snapshots may have a history.
 const HISTORY: &str = "v1-history";
 
 /// Snapshots may be held, and the store may have a retention.
 const HOLDS: &str = "v1-holds";
+
+/// Retentions may have a budget.
+const BUDGETS: &str = "v1-budgets";
 
 fn path(version: &str, name: &str) -> PathBuf {
     let tests = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
@@ -115,6 +118,7 @@ async fn fill(store: &Store) {
     store.hold("past", "3", Some("2099-12-31")).await.unwrap();
     store.hold("past", "4", None).await.unwrap();
     store.release_hold("past", "4").await.unwrap();
+    store.retain("past", Retention::parse("every 1h for 1d, at most 3G").unwrap()).await.unwrap();
     store.checkpoint().await.unwrap();
     // From here on it stands in the log, until the store is closed.
     store.snapshot("web01", None).await.unwrap();
@@ -135,7 +139,9 @@ async fn fill(store: &Store) {
     store.resize("renamed", 1 << 20).await.unwrap();
     store.rollback("rolled", "good").await.unwrap();
     store.retain("rolled", Retention::default()).await.unwrap();
-    store.retain_by_default(Retention::parse("every 1h for 1d").unwrap()).await.unwrap();
+    store.retain("renamed", Retention::parse("1h, at most 4097").unwrap()).await.unwrap();
+    let by_default = Retention::parse("every 1h for 1d, at most 20G").unwrap();
+    store.retain_by_default(by_default).await.unwrap();
 }
 
 async fn look(store: &Store, version: &str) {
@@ -145,8 +151,9 @@ async fn look(store: &Store, version: &str) {
     }
     let names: Vec<_> =
         store.list(None, 10).await.unwrap().into_iter().map(|entry| entry.name).collect();
-    if version == HOLDS {
+    if [HOLDS, BUDGETS].contains(&version) {
         look_at_holds(store).await;
+        look_at_budgets(store, version).await;
     } else {
         // What an older Parallax has made is as it was.
         let error = store.hold("web01", "first", None).await.unwrap_err();
@@ -182,11 +189,28 @@ async fn look_at_holds(store: &Store) {
         assert_eq!(error.kind(), ErrorKind::Busy, "{held}");
     }
     assert_eq!(store.info("past").await.unwrap().ledger.unwrap().sequence, 4);
-    assert_eq!(store.default_retention().to_string(), "every 1h for 1d");
     let own = store.info("rolled").await.unwrap();
     assert!(own.has_own_retention && own.retention.is_off());
     let inherited = store.info("clone").await.unwrap();
     assert!(!inherited.has_own_retention && !inherited.retention.is_off());
+}
+
+async fn look_at_budgets(store: &Store, version: &str) {
+    let past = store.info("past").await.unwrap().retention.to_string();
+    let renamed = store.info("renamed").await.unwrap().retention.to_string();
+    let by_default = store.default_retention().to_string();
+    if version == BUDGETS {
+        assert_eq!(past, "every 1h for 1d, at most 3G");
+        assert_eq!(renamed, "every flush for 1h, at most 4097");
+        assert_eq!(by_default, "every 1h for 1d, at most 20G");
+        return;
+    }
+    assert_eq!((past.as_str(), by_default.as_str()), ("every 1h for 1d", "every 1h for 1d"));
+    let bounded = Retention::parse("1h, at most 1G").unwrap();
+    let error = store.retain("past", bounded.clone()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+    let error = store.retain_by_default(bounded).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
 }
 
 fn made(closed: bool) -> Ram {
