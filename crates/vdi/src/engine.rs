@@ -17,6 +17,7 @@ use runtime::Runtime;
 use runtime::sync::{OneshotReceiver, Semaphore, Signal};
 
 use crate::branch::{Base, Branch, Generation};
+use crate::budget::CountedPasts;
 use crate::checkpoint::Checkpoints;
 use crate::directory::{ChangedVdis, Directory};
 use crate::gc::Collector;
@@ -61,6 +62,8 @@ pub(crate) struct Engine {
     pub(crate) checkpoints: Checkpoints,
     pub(crate) reserve: Reserve,
     pub(crate) collector: Collector,
+    /// What the last one counted.
+    pub(crate) counted: RefCell<Option<CountedPasts>>,
     pub(crate) releases: Releases,
     pub(crate) trimmer: Trimmer,
     pub(crate) scrubber: Scrubber,

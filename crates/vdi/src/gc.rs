@@ -46,16 +46,18 @@
 //! does not keep the rest from being collected.
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 
-use base::{ErrorKind, Pba};
+use base::{ErrorKind, Pba, VdiId};
 use blockstore::allocator::{Allocator, BITMAP_PAGE_BLOCKS};
 use ondisk::{HostSlot, SlotState};
 use runtime::Time;
 use runtime::sync::{Permits, Semaphore};
 
 use crate::Error;
+use crate::budget::PastBlocks;
 use crate::engine::{Engine, as_u64};
 use crate::mark::BlockSet;
 use crate::trim::Scope;
@@ -99,7 +101,7 @@ pub struct GcReport {
     /// Bytes of memory that its sets of blocks took at most.
     pub memory_bytes: u64,
     /// Whose the blocks were. `None` if it went on with what an earlier run of the store had marked: whose that
-    /// is, is not known.
+    /// is, is not known; or if it was cut short for somebody who needs space.
     pub space: Option<GcSpace>,
 }
 
@@ -124,7 +126,10 @@ pub struct GcSpace {
 #[derive(Clone, Copy, Debug, Default)]
 struct Reached {
     heads: u64,
+    /// Of snapshots that were asked for, or are held, or whose VDI has no moments.
     snapshots: u64,
+    /// Of moments.
+    moments: u64,
     tables: u64,
     /// Those that an earlier run of the store had marked.
     before: u64,
@@ -132,7 +137,7 @@ struct Reached {
 
 impl Reached {
     fn total(&self) -> u64 {
-        self.heads + self.snapshots + self.tables + self.before
+        self.heads + self.snapshots + self.moments + self.tables + self.before
     }
 }
 
@@ -526,16 +531,29 @@ impl Engine {
         let space = GcSpace { wall_ns: self.runtime.wall_ns(), ..GcSpace::default() };
         let space = already.is_none().then_some(space);
         let mut report = GcReport { space, ..GcReport::default() };
+        let mut pasts = BTreeMap::new();
+        self.begin_count();
         let mut from = Pba::default();
         while let Some(cut) = self.cut(from).await {
             from = cut.section.end();
             report.passes += 1;
-            self.pass(cut, already.take().unwrap_or_default(), &mut report).await?;
+            let is_last = from == Section::WHOLE.end();
+            let already = already.take().unwrap_or_default();
+            let found = self.pass(cut, already, &mut report).await?;
+            for (id, past) in found {
+                pasts.entry(id).or_insert_with(|| past.without_blocks()).add_blocks(&past);
+            }
             if self.collector.is_needed() && report.freed_blocks > 0 {
                 // Who waits for space waits for no other sections. They come with the next cycle.
                 self.collector.dropped(self.runtime.now());
+                if !is_last {
+                    report.space = None;
+                }
                 break;
             }
+        }
+        if let Some(space) = &report.space {
+            self.end_count(space.wall_ns, pasts);
         }
         Ok(report)
     }
@@ -545,7 +563,7 @@ impl Engine {
         cut: Cut,
         already: BlockSet,
         report: &mut GcReport,
-    ) -> Result<(), Error> {
+    ) -> Result<BTreeMap<VdiId, PastBlocks>, Error> {
         let Cut { section, roots, candidates } = cut;
         let status = GcStatus {
             phase: GcPhase::Marking,
@@ -573,11 +591,11 @@ impl Engine {
         report.freed_blocks += freed;
         if let Some(space) = &mut report.space {
             space.heads_blocks += marked.reached.heads;
-            space.snapshots_blocks += marked.reached.snapshots;
+            space.snapshots_blocks += marked.reached.snapshots + marked.reached.moments;
             space.tables_blocks += marked.reached.tables;
             space.garbage_blocks += freed;
         }
-        Ok(())
+        Ok(marked.pasts)
     }
 
     /// Holds back nodes that are released, for somebody else who walks the roots of a checkpoint, as a mark does;

@@ -18,6 +18,7 @@
 
 mod background;
 mod branch;
+mod budget;
 pub mod check;
 mod checkpoint;
 mod claim;
@@ -66,6 +67,6 @@ pub use scrub::{Damage, DamageKind, Owner, ScrubEnd, ScrubReport, ScrubStatus};
 pub use store::Store;
 pub use types::{
     DiffExtent, FormatOptions, HoldEntry, KeptWrite, LedgerEntry, OpenOptions, OpenReport,
-    Received, SnapshotEntry, Stats, Target, VdiDiff, VdiEntry, VdiInterval, VdiIntervals, VdiSpace,
-    VdiWrite, VdiWrites, WantedIntervals, WantedWrites,
+    Received, SnapshotEntry, Stats, Target, VdiDiff, VdiEntry, VdiInterval, VdiIntervals, VdiPast,
+    VdiSpace, VdiWrite, VdiWrites, WantedIntervals, WantedWrites,
 };

@@ -13,6 +13,7 @@ use ondisk::{RootRef, SnapshotRecord, VdiRecord};
 
 use crate::Error;
 use crate::branch::{Base, Branch, Contents, Point};
+use crate::budget::Growth;
 use crate::damage::{Table, is_damage};
 use crate::engine::{Engine, Registry, as_u64};
 use crate::history::Past;
@@ -122,6 +123,7 @@ impl Engine {
             held: RefCell::default(),
             ledger: RefCell::default(),
             changed_blocks: Cell::new(u64::from(!is_as_newest)),
+            growth: Growth::default(),
             retention: RefCell::new(retention),
             has_own_rules: Cell::new(record.retention.is_some()),
             moment_at: Cell::default(),

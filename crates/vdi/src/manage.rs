@@ -19,6 +19,7 @@ use runtime::sync::{OneshotReceiver, Permits};
 
 use crate::Error;
 use crate::branch::{Base, Branch, Contents};
+use crate::budget::Growth;
 use crate::engine::{Engine, as_u64};
 use crate::ranges::RangeGuard;
 use crate::times::parse_time;
@@ -504,6 +505,7 @@ impl Engine {
             moment_at: Cell::default(),
             moment_pending: Cell::new(false),
             changed_blocks: Cell::new(0),
+            growth: Growth::default(),
         });
         let record = DirectoryRecord {
             id,

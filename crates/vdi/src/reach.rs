@@ -17,6 +17,11 @@ pub(crate) trait Visitor {
         trees: &[(Option<SnapshotNumber>, RootRef)],
     ) -> Result<(), Error>;
 
+    /// Looks at the pages of a VDI's snapshots before it goes through them.
+    async fn look_ahead(&mut self, _: &VdiRecord, _: &[(u64, Entry)]) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// Walks the tree of a table; its pages in order, with their numbers.
     async fn pages(&mut self, table: Table, root: &RootRef) -> Result<Vec<(u64, Entry)>, Error>;
 
@@ -42,7 +47,9 @@ pub(crate) async fn vdi(record: &VdiRecord, visitor: &mut impl Visitor) -> Resul
     let table = Table::Snapshots(id);
     // Snapshots with the same history follow each other.
     let mut history: Option<(History, Vec<(SnapshotNumber, Seen)>)> = None;
-    for page in visitor.pages(table, &record.snapshots).await? {
+    let pages = visitor.pages(table, &record.snapshots).await?;
+    visitor.look_ahead(record, &pages).await?;
+    for page in pages {
         let snapshots = records::<SnapshotRecord>(visitor, table, page).await?;
         let trees: Vec<_> =
             snapshots.iter().map(|snapshot| (Some(snapshot.number), snapshot.root)).collect();

@@ -313,6 +313,7 @@ fn build(
         has_holds: Cell::new(false),
         keeps_writes: Cell::new(false),
         has_budgets: Cell::new(false),
+        counted: RefCell::default(),
         ending_holds: Cell::new(false),
         default_retention: RefCell::new(Retention::new(slot.retention.clone())),
         full: Cell::new(false),

@@ -614,6 +614,7 @@ impl Store {
             has_own_retention,
             held_count,
             ledger,
+            past: self.0.past_of(id),
         })
     }
 

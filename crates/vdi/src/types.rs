@@ -125,6 +125,20 @@ pub struct VdiEntry {
     pub held_count: u64,
     /// What happened to holds of its snapshots, if anything ever did.
     pub ledger: Option<LedgerEntry>,
+    /// What its snapshots and moments hold; `None` until a garbage collection has counted it.
+    pub past: Option<VdiPast>,
+}
+
+/// What the snapshots of a VDI held that no newest state of any VDI needs, when a garbage collection counted it.
+/// What several VDIs share of that counts for the one with the lowest id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VdiPast {
+    /// Bytes that its snapshots need which were asked for, or are held.
+    pub snapshots_bytes: u64,
+    /// Bytes that its other moments need, and none of those.
+    pub moments_bytes: u64,
+    /// Wall time when the collection began.
+    pub wall_ns: u64,
 }
 
 /// Where the ledger of a VDI ends.

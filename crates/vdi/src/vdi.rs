@@ -10,6 +10,7 @@ use ondisk::{History, Origin, RootRef, SnapshotRecord};
 use runtime::Time;
 
 use crate::branch::{Branch, Point, View};
+use crate::budget::Growth;
 use crate::holds::Hold;
 use crate::ledger::Ledger;
 use crate::ranges::RangeLocks;
@@ -60,6 +61,8 @@ pub(crate) struct Vdi {
     pub(crate) moment_pending: Cell<bool>,
     /// Blocks that were changed since the last one.
     pub(crate) changed_blocks: Cell<u64>,
+    /// And since garbage collection counted what its past holds.
+    pub(crate) growth: Growth,
 }
 
 /// What a listing tells of a VDI beside its name.
@@ -126,6 +129,7 @@ impl Vdi {
     /// Notes that so many blocks were changed.
     pub(crate) fn note_changed(&self, blocks: u64) {
         self.changed_blocks.set(self.changed_blocks.get().saturating_add(blocks));
+        self.growth.note(blocks);
     }
 
     /// Ends every handle that is open now.

@@ -1,18 +1,23 @@
 //! The mark of a collection: everything that the roots of its cut reach, each shared subtree once.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use base::{ErrorKind, Pba, SnapshotNumber, VdiId};
 use blockstore::NodeStore;
-use ondisk::{Entry, History, Node, RootRef, Roots, SlotState, VdiRecord, VersionRecord};
+use ondisk::{
+    Entry, History, Node, Origin, RootRef, Roots, SlotState, SnapshotRecord, VdiRecord,
+    VersionRecord,
+};
 use runtime::Time;
 
 use super::pass::Section;
 use super::{GcStatus, Reached, nodes_of_marks};
 use crate::Error;
+use crate::budget::PastBlocks;
 use crate::damage::Table;
 use crate::engine::{Engine, as_u64};
-use crate::history::{Seen, seen_by};
+use crate::history::{self, Seen, seen_by};
 use crate::mark::{BlockSet, Marker, Named, Walk};
 use crate::pace::Pace;
 use crate::reach::{self, Visitor};
@@ -34,7 +39,11 @@ impl Engine {
             found: Found::new(&self.nodes, section, already),
             pace: Pace::new(self),
             stored_at: self.runtime.now(),
+            has_moments: false,
+            moment_count: 0,
+            wanted: BTreeSet::new(),
         };
+        let mut pasts = BTreeMap::new();
         mark.table_pages(&roots.marks).await?;
         mark.give_up();
         for (table, root) in [
@@ -58,7 +67,10 @@ impl Engine {
         }
         for page in vdis {
             for record in reach::records::<VdiRecord>(&mut mark, Table::Vdis, page).await? {
-                reach::vdi(&record, &mut mark).await?;
+                let past = mark.past(&record).await?;
+                if !past.is_empty() {
+                    pasts.insert(record.id, past);
+                }
             }
             // Of what is marked already nothing is read.
             self.go_on()?;
@@ -71,7 +83,7 @@ impl Engine {
         let Found { mut marked, tables, reached, .. } = mark.found;
         let bytes = marked.bytes() + tables.bytes();
         marked.union(tables);
-        Ok(Marked { blocks: marked, reached, bytes })
+        Ok(Marked { blocks: marked, reached, pasts, bytes })
     }
 }
 
@@ -81,6 +93,8 @@ pub(super) struct Marked {
     pub(super) blocks: BlockSet,
     /// How many lie in the section, and whose they are.
     pub(super) reached: Reached,
+    /// What of it is of the pasts of VDIs, of each that has any.
+    pub(super) pasts: BTreeMap<VdiId, PastBlocks>,
     /// Bytes of memory that it took.
     pub(super) bytes: u64,
 }
@@ -92,13 +106,22 @@ struct Mark<'a> {
     pace: Pace<'a>,
     /// When what it has reached was stored.
     stored_at: Time,
+    /// Whether the VDI whose snapshots are walked has moments.
+    has_moments: bool,
+    /// How many of them nothing but its rules keeps.
+    moment_count: u64,
+    /// Histories of its other snapshots, if it has moments.
+    wanted: BTreeSet<Pba>,
 }
 
 /// Whom what is walked belongs to.
 #[derive(Clone, Copy)]
 enum Owner {
     Heads,
+    /// Snapshots that somebody wants: that were asked for, or are held.
     Snapshots,
+    /// Moments that nothing but rules keeps, behind those.
+    Moments,
     Tables,
 }
 
@@ -150,6 +173,7 @@ impl Found {
         match self.owner {
             Owner::Heads => self.reached.heads += 1,
             Owner::Snapshots => self.reached.snapshots += 1,
+            Owner::Moments => self.reached.moments += 1,
             Owner::Tables => self.reached.tables += 1,
         }
     }
@@ -174,6 +198,44 @@ impl Found {
 }
 
 impl Mark<'_> {
+    /// Goes through everything of a VDI; what of it only its snapshots reach.
+    async fn past(&mut self, record: &VdiRecord) -> Result<PastBlocks, Error> {
+        let before = self.found.reached;
+        self.has_moments = record.has_moments;
+        self.moment_count = 0;
+        self.wanted.clear();
+        reach::vdi(record, self).await?;
+        let reached = &self.found.reached;
+        Ok(PastBlocks {
+            snapshots: reached.snapshots - before.snapshots,
+            moments: reached.moments - before.moments,
+            moment_count: self.moment_count,
+            next: record.snapshot_next,
+        })
+    }
+
+    /// Marks the blocks that snapshots see of their histories. Damage is left to who goes through all of these.
+    async fn versions_of(&mut self, snapshots: &[SnapshotRecord]) {
+        for snapshots in snapshots.chunk_by(|a, b| a.history == b.history) {
+            let Some(history) = snapshots.first().and_then(|first| first.history) else { continue };
+            self.wanted.insert(history.at());
+            let seen: Vec<Seen> = snapshots.iter().map(Seen::of).collect();
+            if let Ok(versions) = history::all(self.nodes(), &history).await {
+                for version in seen_by(&versions, &seen) {
+                    self.found.data(version.entry.pba());
+                }
+            }
+        }
+    }
+
+    /// Whom belongs what is met from here on of the snapshots of a VDI.
+    fn owner_of_snapshots(&self) -> Owner {
+        match self.has_moments {
+            true => Owner::Moments,
+            false => Owner::Snapshots,
+        }
+    }
+
     fn nodes(&self) -> &NodeStore {
         &self.engine.nodes
     }
@@ -187,6 +249,14 @@ impl Mark<'_> {
         // No node is being read any more when what is held back is let go.
         walk.stop().await;
         walked
+    }
+
+    /// Walks whole trees.
+    async fn walk_trees(&mut self, roots: &[RootRef]) -> Result<(), Error> {
+        self.walk(roots).await?;
+        self.give_up();
+        self.store_if_due().await;
+        Ok(())
     }
 
     async fn step_through(&mut self, walk: &mut Walk) -> Result<(), Error> {
@@ -272,6 +342,11 @@ impl Mark<'_> {
     }
 }
 
+/// Whether nothing but rules keeps a snapshot.
+fn is_mere_moment(snapshot: &SnapshotRecord) -> bool {
+    matches!(snapshot.origin, Origin::Kept { .. }) && !snapshot.is_held
+}
+
 impl Visitor for Mark<'_> {
     async fn trees(
         &mut self,
@@ -282,17 +357,41 @@ impl Visitor for Mark<'_> {
         if is_of_snapshots && base::mutant::active("gc_misses_snapshot_roots") {
             return Ok(());
         }
-        self.found.owner = if is_of_snapshots { Owner::Snapshots } else { Owner::Heads };
+        self.found.owner = if is_of_snapshots { self.owner_of_snapshots() } else { Owner::Heads };
         let roots: Vec<RootRef> = trees.iter().map(|(_, root)| *root).collect();
-        self.walk(&roots).await?;
-        self.give_up();
-        self.store_if_due().await;
+        self.walk_trees(&roots).await
+    }
+
+    /// All snapshots that somebody wants before any moment: what is marked behind them moments alone hold.
+    async fn look_ahead(
+        &mut self,
+        record: &VdiRecord,
+        pages: &[(u64, Entry)],
+    ) -> Result<(), Error> {
+        if !record.has_moments || base::mutant::active("gc_misses_snapshot_roots") {
+            return Ok(());
+        }
+        for &page in pages {
+            let table = Table::Snapshots(record.id);
+            let snapshots = reach::records::<SnapshotRecord>(self, table, page).await?;
+            let (moments, wanted): (Vec<_>, Vec<_>) =
+                snapshots.into_iter().partition(is_mere_moment);
+            self.moment_count += as_u64(moments.len());
+            if !wanted.is_empty() {
+                self.found.owner = Owner::Snapshots;
+                let roots: Vec<RootRef> = wanted.iter().map(|snapshot| snapshot.root).collect();
+                self.walk_trees(&roots).await?;
+                self.versions_of(&wanted).await;
+            }
+            self.engine.go_on()?;
+            self.pace.rest().await;
+        }
         Ok(())
     }
 
     async fn pages(&mut self, table: Table, root: &RootRef) -> Result<Vec<(u64, Entry)>, Error> {
         self.found.owner = match table {
-            Table::Snapshots(_) => Owner::Snapshots,
+            Table::Snapshots(_) => self.owner_of_snapshots(),
             _ => Owner::Tables,
         };
         let pages = self.table_pages(root).await;
@@ -323,7 +422,10 @@ impl Visitor for Mark<'_> {
             let message = "a history stands in two places of the tables";
             return Err(Error::refused(ErrorKind::Corrupt, message));
         }
-        self.found.owner = Owner::Snapshots;
+        self.found.owner = match self.wanted.contains(&history.at()) {
+            true => Owner::Snapshots,
+            false => self.owner_of_snapshots(),
+        };
         let pages = self.table_pages(&history.versions).await?;
         let mut versions = Vec::new();
         for pages in pages.chunks(PAGES_AT_ONCE) {
@@ -340,6 +442,7 @@ impl Visitor for Mark<'_> {
         }
         self.give_up();
         let seen: Vec<Seen> = snapshots.iter().map(|(_, seen)| *seen).collect();
+        self.found.owner = self.owner_of_snapshots();
         for version in seen_by(&versions, &seen) {
             self.found.data(version.entry.pba());
         }

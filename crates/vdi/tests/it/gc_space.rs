@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use base::{Pba, SnapshotNumber};
 use ondisk::{
-    Entry, EntryState, History, RootRef, SnapshotRecord, TableRecord, VdiRecord, VersionRecord,
+    Entry, EntryState, History, Origin, RootRef, SnapshotRecord, TableRecord, VdiRecord,
+    VersionRecord,
 };
 use parallax_vdi::{GcReport, OpenOptions, Retention, Store, Target};
 use runtime::Runtime;
@@ -66,29 +67,65 @@ impl Walked {
     }
 }
 
-/// Counted from the device: blocks that heads reach, those that snapshots alone hold, and how many of these
-/// are their table's.
-fn counted(ram: &Ram) -> (u64, u64, u64) {
+/// What the past of a VDI holds: snapshots that are wanted, and moments.
+type Pasts = BTreeMap<u64, (u64, u64)>;
+
+/// Counted from the device: blocks that heads reach, those that snapshots alone hold, how many of these
+/// are their table's, and whose they are.
+fn counted(ram: &Ram) -> (u64, u64, u64, Pasts) {
     let anatomy = Anatomy::of(ram);
     let (mut heads, mut of_snapshots) = (Walked::default(), Walked::default());
     let mut tables = BTreeSet::new();
+    let mut of_vdis = Vec::new();
     let vdis: Vec<VdiRecord> = Walked::default().table(&anatomy, &anatomy.slot().roots.vdis);
     assert!(vdis.len() > 3, "{} VDIs", vdis.len());
     for vdi in vdis {
         heads.tree(&anatomy, &vdi.root);
         let mut table = Walked::default();
         let snapshots: Vec<SnapshotRecord> = table.table(&anatomy, &vdi.snapshots);
-        tables.extend(table.blocks);
+        tables.extend(&table.blocks);
+        let (mut wanted, mut moments) = (Walked::default(), Walked::default());
+        match snapshots.iter().any(is_moment) {
+            true => moments.blocks.extend(table.blocks),
+            false => wanted.blocks.extend(table.blocks),
+        }
         for snapshot in snapshots {
-            of_snapshots.tree(&anatomy, &snapshot.root);
+            let is_mere_moment = is_moment(&snapshot) && !snapshot.is_held;
+            let walked = if is_mere_moment { &mut moments } else { &mut wanted };
+            walked.tree(&anatomy, &snapshot.root);
             if let Some(history) = &snapshot.history {
-                of_snapshots.history(&anatomy, &snapshot, history);
+                walked.history(&anatomy, &snapshot, history);
             }
         }
+        of_snapshots.blocks.extend(wanted.blocks.union(&moments.blocks));
+        of_vdis.push((vdi.id.get(), [wanted.blocks, moments.blocks]));
     }
+    let mut known = heads.blocks.clone();
+    let mut fresh = |blocks: BTreeSet<Pba>| {
+        blocks.into_iter().filter(|&block| known.insert(block)).count() as u64
+    };
+    let pasts = of_vdis.into_iter().map(|(id, blocks)| {
+        let [wanted, moments] = blocks.map(&mut fresh);
+        (id, (wanted, moments))
+    });
+    let pasts = pasts.collect();
     of_snapshots.blocks.extend(&tables);
     let alone = of_snapshots.blocks.difference(&heads.blocks).count();
-    (heads.blocks.len() as u64, alone as u64, tables.len() as u64)
+    (heads.blocks.len() as u64, alone as u64, tables.len() as u64, pasts)
+}
+
+fn is_moment(snapshot: &SnapshotRecord) -> bool {
+    matches!(snapshot.origin, Origin::Kept { .. })
+}
+
+/// As [`counted`], by the store.
+async fn told(store: &Store) -> Pasts {
+    let told = store.list(None, usize::MAX).await.unwrap().into_iter().map(|vdi| {
+        let past = vdi.past.expect("it was counted");
+        let blocks = |bytes: u64| bytes / base::BLOCK_SIZE_U64;
+        (vdi.id.get(), (blocks(past.snapshots_bytes), blocks(past.moments_bytes)))
+    });
+    told.collect()
 }
 
 /// Disks with snapshots, moments, writes that are kept, clones, and garbage.
@@ -123,6 +160,9 @@ async fn fill(runtime: &Runtime, store: &Store) {
         store.clone_vdi(&Target::parse(origin), name).await.unwrap();
         write(&disk(store, name).await, 0, &[99; 65_536]).await;
     }
+    let moments = store.snapshots("db01", SnapshotNumber::new(0), usize::MAX).await.unwrap();
+    let held = moments.iter().filter(|it| it.changed_bytes.is_some()).nth(3).unwrap();
+    store.hold("db01", &held.number.to_string(), None).await.unwrap();
     store.remove(&Target::parse("gone")).await.unwrap();
     store.remove(&Target::parse("plain@s1")).await.unwrap();
 }
@@ -135,19 +175,26 @@ async fn opened(ram: &Ram, runtime: &Runtime, gc_memory_bytes: u64, nonce: u64) 
 fn check(gc_memory_bytes: u64) -> GcReport {
     let ram = Ram::default();
     let device = ram.clone();
-    let report = run(1, move |runtime| async move {
+    let (report, pasts) = run(1, move |runtime| async move {
         Store::format(&device.device(STORE_BLOCKS), &runtime, &format_options()).await.unwrap();
         let store = opened(&device, &runtime, gc_memory_bytes, 1).await;
         fill(&runtime, &store).await;
         let before_ns = runtime.wall_ns();
+        assert_eq!(store.info("web01").await.unwrap().past, None);
         let report = store.collect_garbage().await.unwrap();
         let space = report.space.expect("it began anew");
         assert!((before_ns..=runtime.wall_ns()).contains(&space.wall_ns), "{space:?}");
+        assert_eq!(store.info("web01").await.unwrap().past.unwrap().wall_ns, space.wall_ns);
+        let pasts = told(&store).await;
         store.close().await.unwrap();
-        report
+        (report, pasts)
     });
     let space = report.space.unwrap();
-    let (heads, snapshots, tables_of_snapshots) = counted(&ram);
+    let (heads, snapshots, tables_of_snapshots, expected) = counted(&ram);
+    assert_eq!(pasts, expected);
+    let busy = pasts.values().filter(|&&(wanted, moments)| wanted > 30 && moments > 30).count();
+    assert_eq!(busy, 2, "{pasts:?}");
+    assert_eq!(pasts.values().map(|(wanted, moments)| wanted + moments).sum::<u64>(), snapshots);
     assert_eq!((space.heads_blocks, space.snapshots_blocks), (heads, snapshots), "{report:?}");
     assert!(heads > 500 && snapshots > 500, "{report:?}");
     assert_eq!(space.garbage_blocks, report.freed_blocks);
@@ -162,6 +209,9 @@ fn check(gc_memory_bytes: u64) -> GcReport {
         for name in ["plain", "web01", "db01"] {
             let all = store.snapshots(name, SnapshotNumber::new(0), usize::MAX).await.unwrap();
             for snapshot in all {
+                if snapshot.hold.is_some() {
+                    store.release_hold(name, &snapshot.number.to_string()).await.unwrap();
+                }
                 let target = format!("{name}@{}", snapshot.number);
                 store.remove(&Target::parse(&target)).await.unwrap();
             }
