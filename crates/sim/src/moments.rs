@@ -30,7 +30,7 @@ const REMEMBERED_MAX: usize = 64;
 const BLOCKS_MAX: u64 = 8;
 
 /// What a VDI's history may be set to: runs last seconds.
-const RETENTIONS: [&str; 7] = [
+const RETENTIONS: [&str; 10] = [
     "off",
     "1h",
     "2s",
@@ -38,7 +38,16 @@ const RETENTIONS: [&str; 7] = [
     "every 1s for 5s, 2s for 1h",
     "every write for 1h",
     "every write for 3s, 500ms for 10s",
+    "1h, at most 256K",
+    "every 1s for 1h, at most 1",
+    "every write for 1h, at most 1M",
 ];
+
+/// Budgets that are given to VDIs when nothing writes to them any more.
+pub const LAST_BUDGETS: [&str; 2] = ["1h, at most 128K", "1h, at most 1"];
+
+/// Collections that it may take until a history is within its budget.
+const COLLECTIONS_MAX: usize = 30;
 
 /// Changes which moments of a VDI are kept.
 pub async fn retain(session: &Session, random: &mut Random) {
@@ -158,6 +167,68 @@ fn remember(session: &Session, vdi: VdiRef, number: u64, lba: u64, bytes: Vec<u8
             seen.insert(lba, bytes);
         }
     }
+}
+
+/// Gives each VDI a budget, and waits until nothing more goes. What is over its budget then is told, unless it is but
+/// one moment that is not held.
+///
+/// # Errors
+/// If the store has failed.
+pub async fn keep_budgets(
+    store: &Store,
+    runtime: &Runtime,
+    budget: &str,
+) -> Result<Option<String>, vdi::Error> {
+    let retention = Retention::parse(budget)?;
+    let mut bounded = Vec::new();
+    for vdi in store.list(None, usize::MAX).await? {
+        match store.retain(&vdi.name, retention.clone()).await {
+            Ok(()) => bounded.push(vdi.name),
+            // Of what is damaged nothing is kept, and on a full store nothing is set.
+            Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::NoSpace) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    // What was to go before goes.
+    runtime.sleep(Duration::from_secs(5)).await;
+    let mut newest = Vec::new();
+    for name in &bounded {
+        newest.push(newest_of(&moments_of(store, name).await?));
+    }
+    let mut told = None;
+    for _ in 0..COLLECTIONS_MAX {
+        told = None;
+        let counted = store.collect_garbage().await?.space.is_some();
+        for name in &bounded {
+            let entry = store.info(name).await?;
+            let moments = moments_of(store, name).await?;
+            let count = moments.iter().filter(|moment| moment.hold.is_none()).count();
+            let held = entry.past.map_or(u64::MAX, |past| past.moments_bytes);
+            if (held > retention.budget_bytes().unwrap_or(u64::MAX) || !counted) && count > 1 {
+                told = Some(format!("{count} moments of {name} hold {held} bytes: {budget}"));
+            }
+        }
+        if told.is_none() {
+            break;
+        }
+        runtime.sleep(Duration::from_secs(5)).await;
+    }
+    for (name, newest) in bounded.iter().zip(newest) {
+        if newest_of(&moments_of(store, name).await?) < newest {
+            return Ok(Some(format!("the newest moment of {name} went: {budget}")));
+        }
+    }
+    Ok(told)
+}
+
+async fn moments_of(store: &Store, name: &str) -> Result<Vec<SnapshotEntry>, vdi::Error> {
+    let mut all = store.snapshots(name, SnapshotNumber::new(0), usize::MAX).await?;
+    all.retain(|snapshot| snapshot.changed_bytes.is_some());
+    Ok(all)
+}
+
+fn newest_of(moments: &[SnapshotEntry]) -> Option<SnapshotNumber> {
+    moments.iter().map(|moment| moment.number).max()
 }
 
 /// Ends all histories, and waits until nothing of them is left.

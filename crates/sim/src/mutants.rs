@@ -343,6 +343,18 @@ pub const ALL: &[Mutant] = &[
         focus: Some(Focus::History),
     },
     Mutant {
+        name: "budget_bounds_nothing",
+        rule: "39",
+        breaks: "deletes no moments when a history holds more than its budget",
+        focus: Some(Focus::History),
+    },
+    Mutant {
+        name: "budget_leaves_no_moment",
+        rule: "39",
+        breaks: "deletes also the newest moment when a history holds more than its budget",
+        focus: Some(Focus::History),
+    },
+    Mutant {
         name: "checkpoint_forgets_holds",
         rule: "22",
         breaks: "leaves holds out of what a checkpoint contains",

@@ -22,6 +22,10 @@ pub const DECLARED: &[(&str, &str)] = &[
     ("moments: retention changed", "a disk got another history"),
     ("moments: read", "a moment that was kept by itself was read"),
     ("moments: read again", "the same block of one was read once more"),
+    (
+        "moments: within their budgets",
+        "each history was given a budget, and was within it in the end",
+    ),
     ("cache: missed", "a node was read from the device"),
     ("request: sub-block write", "a write of a part of a block"),
     ("request: concurrent on a block", "two changes of one block were under way together"),

@@ -1,5 +1,6 @@
 //! One run: a seed, a device, and the lives of a store on it.
 
+use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -382,7 +383,14 @@ impl Run {
             self.world.default_retentions.borrow_mut().push("off".to_owned());
         }
         let runtime = executor.runtime().clone();
+        let over_budget = Rc::new(RefCell::new(None));
+        let told = Rc::clone(&over_budget);
+        let bounds = last && world.random.borrow_mut().chance(300);
+        let budget = world.random.borrow_mut().pick(&moments::LAST_BUDGETS).filter(|_| bounds);
         let outcome = executor.run(async move {
+            if let Some(budget) = budget {
+                *told.borrow_mut() = Some(moments::keep_budgets(&store, &runtime, budget).await?);
+            }
             if last {
                 // Moments whose time comes later would be garbage then.
                 holds::end_all(&store).await?;
@@ -391,6 +399,11 @@ impl Run {
             }
             store.close().await
         });
+        match over_budget.take() {
+            Some(None) => world.probe("moments: within their budgets"),
+            Some(Some(over_budget)) => world.fail(over_budget),
+            None => {}
+        }
         match outcome {
             Driven::Done(Ok(())) => {
                 self.note_stats(session);

@@ -74,6 +74,7 @@ async fn tick(engine: Rc<Engine>) {
         if ticks.is_multiple_of(TICKS_PER_THINNING) {
             engine.end_due_holds();
             engine.end_moments();
+            engine.count_if_outgrown();
         }
     }
 }

@@ -188,6 +188,8 @@ pub(crate) struct Collector {
     has_dropped: Cell<bool>,
     /// When something was deleted for the first time since then.
     dropped_at: Cell<Option<Time>>,
+    /// Whether a history may have outgrown its budget since then.
+    count_wanted: Cell<bool>,
     /// What is going on, for who watches.
     status: Cell<GcStatus>,
     /// How many wait for space.
@@ -237,6 +239,7 @@ impl Collector {
             suspected: Cell::new(1),
             has_dropped: Cell::new(true),
             dropped_at: Cell::new(None),
+            count_wanted: Cell::new(false),
             status: Cell::default(),
             in_need: Cell::new(0),
             garbage: RefCell::default(),
@@ -255,6 +258,7 @@ impl Collector {
         self.suspected.set(0);
         self.has_dropped.set(false);
         self.dropped_at.set(None);
+        self.count_wanted.set(false);
     }
 
     /// Notes that a VDI, a snapshot or the newest state of a VDI was dropped.
@@ -262,6 +266,11 @@ impl Collector {
         self.has_dropped.set(true);
         self.dropped_at.set(Some(self.dropped_at.get().unwrap_or(now)));
         self.suspect(1);
+    }
+
+    /// Has a cycle start by itself soon, so that it counts what pasts hold.
+    pub(crate) fn want_count(&self) {
+        self.count_wanted.set(true);
     }
 
     pub(crate) fn enter(&self, phase: GcPhase) {
@@ -484,7 +493,7 @@ impl Engine {
     }
 
     /// Starts a cycle in the background if something was deleted, and space is getting short or some time
-    /// has passed.
+    /// has passed; or if a history may have outgrown its budget.
     pub(crate) fn collect_if_due(self: &Rc<Self>) {
         let collector = &self.collector;
         let now = self.runtime.now();
@@ -492,7 +501,8 @@ impl Engine {
         let delayed = collector.dropped_at.get().is_some_and(|at| now.since(at) >= DELAY_MAX);
         // What an earlier run had marked holds releases back until it is used.
         let resumes = collector.resumed.borrow().is_some();
-        let wanted = (collector.has_dropped.get() && scarce) || delayed || resumes;
+        let counts = collector.count_wanted.get();
+        let wanted = (collector.has_dropped.get() && scarce) || delayed || counts || resumes;
         let rested = now >= collector.not_before.get() || resumes;
         let idle = collector.cycle.available() > 0;
         if !(wanted && rested && idle) || self.closing.get() {

@@ -124,6 +124,7 @@ impl Engine {
             ledger: RefCell::default(),
             changed_blocks: Cell::new(u64::from(!is_as_newest)),
             growth: Growth::default(),
+            budget_told: Cell::new(false),
             retention: RefCell::new(retention),
             has_own_rules: Cell::new(record.retention.is_some()),
             moment_at: Cell::default(),

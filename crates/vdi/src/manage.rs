@@ -506,6 +506,7 @@ impl Engine {
             moment_pending: Cell::new(false),
             changed_blocks: Cell::new(0),
             growth: Growth::default(),
+            budget_told: Cell::new(false),
         });
         let record = DirectoryRecord {
             id,

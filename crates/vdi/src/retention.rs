@@ -11,6 +11,7 @@
 //! - What was the newest moment when all rules had run out stays: it is what the disk was at their
 //!   start.
 //! - A moment that is held stays (`holds.rs`).
+//! - Behind its rules a retention may have a budget of bytes (`budget.rs`).
 //! - When the store is full, older halves of them go before a guest's write is refused (design
 //!   rule 39).
 
@@ -195,14 +196,18 @@ impl Engine {
         drop(self.runtime.spawn(async move {
             for vdi in retained {
                 engine.end_writes(&vdi);
-                let expired = engine.expired_moments(&vdi);
-                if let Err(error) = engine.delete_moments(&vdi, expired).await {
+                if let Err(error) = engine.delete_ended_moments(&vdi).await {
                     tracing::warn!(%error, "moments whose time has come could not be deleted");
                     break;
                 }
             }
             engine.keeping.set(false);
         }));
+    }
+
+    async fn delete_ended_moments(self: &Rc<Self>, vdi: &Rc<Vdi>) -> Result<(), Error> {
+        self.delete_moments(vdi, self.expired_moments(vdi)).await?;
+        self.delete_moments(vdi, self.moments_over_budget(vdi)).await
     }
 
     fn expired_moments(&self, vdi: &Vdi) -> Vec<SnapshotNumber> {
@@ -359,9 +364,14 @@ impl Engine {
     }
 }
 
-/// Whether a snapshot is a moment that is not held, and that nobody has open.
-fn is_unused_moment(snapshot: &Rc<Snapshot>) -> bool {
+/// Whether a snapshot is a moment that is not held.
+pub(crate) fn is_mere_moment(snapshot: &Snapshot) -> bool {
     let is_kept = snapshot.is_kept() || base::mutant::active("thinning_takes_what_was_asked_for");
     let is_held = snapshot.hold.get().is_some() && !base::mutant::active("thinning_takes_held");
-    is_kept && !is_held && Rc::strong_count(snapshot) == 1
+    is_kept && !is_held
+}
+
+/// Whether a snapshot is a moment that is not held, and that nobody has open.
+pub(crate) fn is_unused_moment(snapshot: &Rc<Snapshot>) -> bool {
+    is_mere_moment(snapshot) && Rc::strong_count(snapshot) == 1
 }

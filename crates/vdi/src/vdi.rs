@@ -63,6 +63,8 @@ pub(crate) struct Vdi {
     pub(crate) changed_blocks: Cell<u64>,
     /// And since garbage collection counted what its past holds.
     pub(crate) growth: Growth,
+    /// Whether the log was told that the past holds more than its budget for good.
+    pub(crate) budget_told: Cell<bool>,
 }
 
 /// What a listing tells of a VDI beside its name.

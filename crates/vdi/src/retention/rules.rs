@@ -5,7 +5,7 @@ use std::num::NonZeroU64;
 use std::time::Duration;
 
 use base::size::parse_bytes;
-use base::{ErrorKind, SnapshotNumber};
+use base::{BLOCK_SIZE_U64, ErrorKind, SnapshotNumber};
 use ondisk::{KEEP_RULES_MAX, KeepRule, KeepRules};
 
 use crate::Error;
@@ -96,6 +96,11 @@ impl Retention {
     #[must_use]
     pub fn budget_bytes(&self) -> Option<u64> {
         self.0.budget.map(NonZeroU64::get)
+    }
+
+    /// As [`Self::budget_bytes`], in whole blocks.
+    pub(crate) fn budget_blocks(&self) -> Option<u64> {
+        self.budget_bytes().map(|bytes| bytes / BLOCK_SIZE_U64)
     }
 
     /// Whether nothing is kept by itself.

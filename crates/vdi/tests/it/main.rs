@@ -6,6 +6,7 @@
     reason = "a test that fails says where"
 )]
 
+mod budget;
 mod check;
 mod checkpoints;
 mod damage;
