@@ -63,7 +63,7 @@ pub use types::{
     Attach, Attachment, ChangeStore, ChangeVdi, CompleteReceive, CreateVdi, DIFF_EXTENTS_MAX,
     DaemonStatus, Diff, DiffExtent, DiffPage, FrontendMetrics, Gc, GcPhase, GcSpace, GcStatus,
     Held, Hold, Interval, IntervalPage, Ledger, Mounted, NbdEndpoint, OpenReport, PAGE_MAX, Parent,
-    Removed, Rollback, Snapshot, SnapshotPage, Space, Stats, StoreSettings, TakeSnapshot, Upgrade,
-    Upgrading, Vdi, VdiPage, Write, WritePage,
+    Past, Removed, Rollback, Snapshot, SnapshotPage, Space, Stats, StoreSettings, TakeSnapshot,
+    Upgrade, Upgrading, Vdi, VdiPage, Write, WritePage,
 };
 pub use url::{percent_decode, percent_encode};

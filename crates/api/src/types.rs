@@ -80,12 +80,31 @@ pub struct Vdi {
     /// Whether that is what the store keeps of disks that have no history of their own.
     #[serde(default)]
     pub history_inherited: bool,
+    /// Bytes that the moments may hold alone, if its history has a budget.
+    #[serde(default)]
+    pub history_budget_bytes: Option<u64>,
     /// Number of its snapshots and moments that are held.
     #[serde(default)]
     pub held_count: u64,
     /// Where its ledger of holds ends; without one nothing of it was ever held.
     #[serde(default)]
     pub ledger: Option<Ledger>,
+    /// What its snapshots and moments hold alone; `None` if no garbage collection has counted since the
+    /// store was opened.
+    #[serde(default)]
+    pub past: Option<Past>,
+}
+
+/// What the snapshots and moments of a VDI held that no VDI needed as it was, when a garbage collection
+/// counted. What those of several VDIs share counts for the oldest of these.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Past {
+    /// Bytes that snapshots need which were asked for, or are held.
+    pub snapshots_bytes: u64,
+    /// Bytes that other moments need, and none of those: what the budget of its history is about.
+    pub moments_bytes: u64,
+    /// When that was.
+    pub counted: Timestamp,
 }
 
 /// Where the ledger of holds of a VDI ends.

@@ -127,6 +127,9 @@ pub(crate) enum Command {
     /// fewer of older ones: history='every flush for 1h, 1s for 1d, 1h for 30d'. `history=off` deletes
     /// what was kept. Snapshots that were asked for stay, and so does what is held.
     ///
+    /// With `at most SIZE` behind its rules, as history='24h, at most 20G', the oldest moments go when all
+    /// of them hold more than that which no disk needs as it is now. `info` shows how much it is.
+    ///
     /// `--store history=24h` is for all disks that were given no history of their own, those that are
     /// made later, too. `history=inherit` makes a disk one of these again.
     Set {

@@ -17,12 +17,18 @@ pub(crate) fn vdi(entry: vdi::VdiEntry) -> api::Vdi {
             snapshot: snapshot.get(),
         }),
         history: entry.retention.to_string(),
+        history_budget_bytes: entry.retention.budget_bytes(),
         history_inherited: !entry.has_own_retention,
         held_count: entry.held_count,
         ledger: entry.ledger.map(|ledger| api::Ledger {
             record: ledger.sequence,
             pending: ledger.pending,
             head: ledger.head.iter().map(|byte| format!("{byte:02x}")).collect(),
+        }),
+        past: entry.past.map(|past| api::Past {
+            snapshots_bytes: past.snapshots_bytes,
+            moments_bytes: past.moments_bytes,
+            counted: time(past.wall_ns),
         }),
     }
 }

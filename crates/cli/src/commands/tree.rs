@@ -213,8 +213,10 @@ mod tests {
             snapshot_count: 0,
             moment_count: 0,
             history_inherited: true,
+            history_budget_bytes: None,
             held_count: 0,
             ledger: None,
+            past: None,
             parent: parent.map(|(id, name, snapshot)| Parent {
                 id,
                 name: name.map(str::to_owned),

@@ -159,6 +159,7 @@ fn describe_vdi(vdi: &Vdi, space: &Space) -> String {
         ("snapshots", vdi.snapshot_count.to_string()),
         ("history", history(vdi)),
         ("moments", vdi.moment_count.to_string()),
+        ("held alone", held_alone(vdi)),
         ("held", vdi.held_count.to_string()),
     ];
     lines.extend(vdi.ledger.as_ref().map(|ledger| ("ledger", ledger_end(ledger))));
@@ -173,6 +174,21 @@ fn history(vdi: &Vdi) -> String {
         true => format!("{} (as the store has it)", vdi.history),
         false => vdi.history.clone(),
     }
+}
+
+/// What the snapshots and moments of a disk hold, and how much these may.
+fn held_alone(vdi: &Vdi) -> String {
+    let budget = |how: &str| match vdi.history_budget_bytes {
+        Some(budget) => format!("{how}{}", bytes(budget)),
+        None => String::new(),
+    };
+    let Some(past) = &vdi.past else {
+        return "not known before the next garbage collection".to_owned();
+    };
+    let is_over = vdi.history_budget_bytes.is_some_and(|budget| past.moments_bytes > budget);
+    let bound = budget(if is_over { ", over its budget of " } else { " of at most " });
+    let (moments, snapshots) = (bytes(past.moments_bytes), bytes(past.snapshots_bytes));
+    format!("moments {moments}{bound}; snapshots {snapshots} ({})", time(past.counted))
 }
 
 /// Where a ledger ends: what people note.
@@ -263,6 +279,40 @@ mod tests {
 
     use super::*;
 
+    fn vdi(parent: Option<Parent>) -> Vdi {
+        Vdi {
+            id: 2,
+            name: "b".to_owned(),
+            size_bytes: 1,
+            created: jiff::Timestamp::UNIX_EPOCH,
+            snapshot_count: 0,
+            moment_count: 0,
+            parent,
+            history: "off".to_owned(),
+            history_inherited: true,
+            held_count: 0,
+            history_budget_bytes: None,
+            ledger: None,
+            past: None,
+        }
+    }
+
+    #[test]
+    fn what_is_held_alone_is_told_with_its_budget() {
+        let mut vdi = vdi(None);
+        assert_eq!(held_alone(&vdi), "not known before the next garbage collection");
+        let counted = jiff::Timestamp::UNIX_EPOCH;
+        vdi.past = Some(api::Past { snapshots_bytes: 4096, moments_bytes: 3 << 30, counted });
+        let at = time(counted);
+        assert_eq!(held_alone(&vdi), format!("moments 3 GiB; snapshots 4 KiB ({at})"));
+        vdi.history_budget_bytes = Some(3 << 30);
+        let told = format!("moments 3 GiB of at most 3 GiB; snapshots 4 KiB ({at})");
+        assert_eq!(held_alone(&vdi), told);
+        vdi.history_budget_bytes = Some(1 << 30);
+        let told = format!("moments 3 GiB, over its budget of 1 GiB; snapshots 4 KiB ({at})");
+        assert_eq!(held_alone(&vdi), told);
+    }
+
     #[test]
     fn origins_read_as_handles() {
         let check = |parent: Option<(Option<&str>, u64)>, expected: Option<&str>| {
@@ -271,19 +321,7 @@ mod tests {
                 name: name.map(str::to_owned),
                 snapshot,
             });
-            let vdi = Vdi {
-                id: 2,
-                name: "b".to_owned(),
-                size_bytes: 1,
-                created: jiff::Timestamp::UNIX_EPOCH,
-                snapshot_count: 0,
-                moment_count: 0,
-                parent,
-                history: "off".to_owned(),
-                history_inherited: true,
-                held_count: 0,
-                ledger: None,
-            };
+            let vdi = vdi(parent);
             assert_eq!(origin(&vdi).as_deref(), expected);
         };
         check(None, None);

@@ -214,6 +214,41 @@ fn disks_inherit_the_history_of_the_store() {
 }
 
 #[test]
+fn a_history_has_a_budget_and_info_tells_what_is_held() {
+    let place = Place::with_store("1G");
+    let _served = place.serve(&[]);
+    place.ok(&["create", "a", "--size", "64M", "--history", "24h, at most 20M"]);
+    let info = place.json(&["info", "a"]);
+    assert_eq!(info["history"], "every flush for 1d, at most 20M");
+    assert_eq!(info["history_budget_bytes"], 20 << 20);
+    assert_eq!(info["past"], json!(null), "nobody has counted");
+    assert!(place.ok(&["info", "a"]).contains("not known before the next garbage collection"));
+    let set = place.ok(&["set", "a", "history=1h, at most 1.5G"]);
+    assert_eq!(set, "history of a: every flush for 1h, at most 1536M");
+    for refused in ["history=off, at most 1G", "history=at most 1G", "history=1h, at most x"] {
+        place.fails(1, &["set", "a", refused]);
+    }
+    let set = place.ok(&["set", "--store", "history=1h, at most 1G"]);
+    assert_eq!(
+        set,
+        "history of all disks without one of their own: every flush for 1h, at most 1G"
+    );
+    place.ok(&["create", "b", "--size", "64M"]);
+    assert_eq!(place.json(&["info", "b"])["history_budget_bytes"], 1 << 30);
+
+    place.write("a", 1, 0, 1 << 20);
+    place.ok(&["snapshot", "a", "--label", "s"]);
+    place.write("a", 2, 0, 1 << 20);
+    place.ok(&["gc"]);
+    let past = &place.json(&["info", "a"])["past"];
+    let snapshots = past["snapshots_bytes"].as_u64().unwrap();
+    assert!((1 << 20..2 << 20).contains(&snapshots), "{past}");
+    let info = place.ok(&["info", "a"]);
+    assert!(info.contains(" of at most 1.5 GiB; snapshots 1"), "{info}");
+    assert_eq!(place.json(&["ls"])[0]["past"], *past);
+}
+
+#[test]
 fn a_diff_names_what_changed() {
     let place = Place::with_store("1G");
     let _served = place.serve(&[]);
