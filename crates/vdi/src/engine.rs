@@ -317,13 +317,11 @@ impl Engine {
         if let Some(run) = self.take_data(vdi, count).await? {
             return Ok(run);
         }
-        if self.collect_for_space(gives_up).await
-            && let Some(run) = self.take_data(vdi, count).await?
-        {
+        let attempt = async || self.take_data(vdi, count).await;
+        if let Some(run) = self.collect_until(gives_up, attempt).await? {
             return Ok(run);
         }
         // Moments that nobody asked for are worth less than a write that somebody waits for.
-        let attempt = async || self.take_data(vdi, count).await;
         if let Some(run) = self.thin_until(gives_up, attempt).await? {
             return Ok(run);
         }
@@ -415,13 +413,11 @@ impl Engine {
         if self.metadata_suffices_for(nodes).await? {
             return Ok(());
         }
-        if self.collect_for_space(&gives_up).await && self.metadata_suffices_for(nodes).await? {
-            return Ok(());
-        }
-        Err(Error::refused(
-            ErrorKind::NoSpace,
-            "no room is left for metadata: delete VDIs or snapshots",
-        ))
+        let attempt = async || Ok(self.metadata_suffices_for(nodes).await?.then_some(()));
+        self.collect_until(&gives_up, attempt).await?.ok_or_else(|| {
+            let message = "no room is left for metadata: delete VDIs or snapshots";
+            Error::refused(ErrorKind::NoSpace, message)
+        })
     }
 
     fn return_windows(&self) {

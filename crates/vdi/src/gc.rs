@@ -204,6 +204,8 @@ pub(crate) struct Collector {
     unstored: RefCell<Option<Rc<BlockSet>>>,
     /// How often a mark stores what it has reached.
     store_every: Duration,
+    /// Where the last cycle ended for somebody who needed space, if it did: the next one begins there.
+    cut_short_at: Cell<Option<Pba>>,
     /// No cycle starts by itself before.
     not_before: Cell<Time>,
     /// Whether the last mark met damage that was not known.
@@ -247,6 +249,7 @@ impl Collector {
             resumed: RefCell::default(),
             unstored: RefCell::default(),
             store_every,
+            cut_short_at: Cell::new(None),
             not_before: Cell::new(now.after(QUIET_AFTER_OPEN)),
             gave_up: Cell::new(false),
             memory_bytes_max,
@@ -285,6 +288,11 @@ impl Collector {
     /// Whether somebody waits for space.
     pub(crate) fn is_needed(&self) -> bool {
         self.in_need.get() > 0
+    }
+
+    /// Whether the last cycle has left out a part of the store, as somebody needed what it had freed.
+    pub(crate) fn was_cut_short(&self) -> bool {
+        self.cut_short_at.get().is_some()
     }
 
     /// What a merge takes as replaced.
@@ -462,8 +470,24 @@ impl Engine {
         }
     }
 
+    /// Runs cycles until an attempt at what somebody needs gives something; `None` if all that may help
+    /// was collected, or who waits gives up.
+    pub(crate) async fn collect_until<T>(
+        self: &Rc<Self>,
+        gives_up: impl Fn() -> bool,
+        attempt: impl AsyncFn() -> Result<Option<T>, Error>,
+    ) -> Result<Option<T>, Error> {
+        while self.collect_for_space(&gives_up).await {
+            let given = attempt().await?;
+            if given.is_some() || !self.collector.was_cut_short() || gives_up() {
+                return Ok(given);
+            }
+        }
+        Ok(None)
+    }
+
     /// Runs a cycle for somebody who needs space and may give up, if one may help; whether it ran.
-    pub(crate) async fn collect_for_space(self: &Rc<Self>, gives_up: impl Fn() -> bool) -> bool {
+    async fn collect_for_space(self: &Rc<Self>, gives_up: impl Fn() -> bool) -> bool {
         let collector = &self.collector;
         if collector.suspected.get() == 0 && collector.cycle.available() > 0 {
             return false;
@@ -543,22 +567,19 @@ impl Engine {
         let mut report = GcReport { space, ..GcReport::default() };
         let mut pasts = BTreeMap::new();
         self.begin_count();
-        let mut from = Pba::default();
-        while let Some(cut) = self.cut(from).await {
-            from = cut.section.end();
+        let mut round = self.round();
+        while let Some(cut) = self.cut(&mut round).await {
             report.passes += 1;
-            let is_last = from == Section::WHOLE.end();
             let already = already.take().unwrap_or_default();
             let found = self.pass(cut, already, &mut report).await?;
             for (id, past) in found {
                 pasts.entry(id).or_insert_with(|| past.without_blocks()).add_blocks(&past);
             }
-            if self.collector.is_needed() && report.freed_blocks > 0 {
+            if self.collector.is_needed() && report.freed_blocks > 0 && !round.is_over() {
                 // Who waits for space waits for no other sections. They come with the next cycle.
+                self.collector.cut_short_at.set(Some(round.at()));
                 self.collector.dropped(self.runtime.now());
-                if !is_last {
-                    report.space = None;
-                }
+                report.space = None;
                 break;
             }
         }

@@ -331,6 +331,9 @@ impl Engine {
                 continue;
             }
             waits = 0;
+            if self.collector.was_cut_short() && self.cycle_for_space().await {
+                continue;
+            }
             if !self.thin_moments().await || !self.cycle_for_space().await {
                 return Ok(None);
             }

@@ -70,6 +70,34 @@ impl Section {
     }
 }
 
+/// How far a cycle has come: from where the one before was cut short to the end of the store, and from its
+/// beginning to there.
+pub(super) struct Round {
+    start: Pba,
+    /// The first block behind the last section.
+    at: Pba,
+    has_turned: bool,
+}
+
+impl Round {
+    fn new(start: Pba) -> Self {
+        Self { start, at: start, has_turned: false }
+    }
+
+    pub(super) fn at(&self) -> Pba {
+        self.at
+    }
+
+    fn is_new(&self) -> bool {
+        self.at == self.start && !self.has_turned
+    }
+
+    /// Whether it is known to have been everywhere.
+    pub(super) fn is_over(&self) -> bool {
+        self.at == Section::WHOLE.end() || (self.has_turned && self.at >= self.start)
+    }
+}
+
 /// What a pass begins with.
 pub(super) struct Cut {
     pub(super) section: Section,
@@ -86,17 +114,24 @@ impl Engine {
         pages * BLOCK_SIZE_U64 <= self.collector.memory_bytes_max
     }
 
-    /// The cut of the next pass, whose section begins at `from` or behind; `None` if nothing is live there. A
-    /// cycle of one pass always has it: what was held back for it must be released.
-    pub(super) async fn cut(&self, from: Pba) -> Option<Cut> {
+    /// What a cycle begins with. Where the one before was cut short, for else garbage behind a section that
+    /// gives a little each time would never be collected.
+    pub(super) fn round(&self) -> Round {
+        let start = self.collector.cut_short_at.take().unwrap_or_default();
+        Round::new(if self.collects_in_one_pass() { Pba::default() } else { start })
+    }
+
+    /// The cut of the next pass; `None` if nothing is live in what is left. A cycle of one pass always has it:
+    /// what was held back for it must be released.
+    pub(super) async fn cut(&self, round: &mut Round) -> Option<Cut> {
         let _merges_wait = self.between_merges().await;
-        if from == Pba::default() {
+        if round.is_new() {
             self.collector.begin();
         }
-        let mut section = self.section(from)?;
+        let mut section = self.next_section(round)?;
         let mut candidates = self.live_in(&section).await;
         while candidates.len() == 0 && !section.is_whole() {
-            section = self.section(section.end())?;
+            section = self.next_section(round)?;
             candidates = self.live_in(&section).await;
         }
         let held = || match section.is_whole() {
@@ -105,6 +140,18 @@ impl Engine {
         };
         self.collector.held.borrow_mut().get_or_insert_with(held);
         Some(Cut { section, roots: self.roots.get(), candidates })
+    }
+
+    fn next_section(&self, round: &mut Round) -> Option<Section> {
+        let mut section = self.section(round.at);
+        if section.is_none() && !round.has_turned {
+            round.has_turned = true;
+            section = self.section(Pba::default());
+        }
+        let section =
+            section.filter(|next| !round.has_turned || next.0.start < round.start.get())?;
+        round.at = section.end();
+        Some(section)
     }
 
     /// The section that begins with `from`, as large as the memory allows.

@@ -25,6 +25,7 @@ mod model;
 mod moments;
 mod online;
 mod opening;
+mod passes;
 mod ram;
 mod receive;
 mod reopen;
