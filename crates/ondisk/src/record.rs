@@ -104,6 +104,8 @@ pub enum RecordBody {
         source: VdiId,
         /// Of which snapshot; 0: of the VDI as it was at this record.
         snapshot: SnapshotNumber,
+        /// Of which position that the snapshot keeps; `None`: of its own.
+        position: Option<Lsn>,
         /// Wall time.
         wall_ns: u64,
         /// Its name.
@@ -125,6 +127,8 @@ pub enum RecordBody {
     Rollback {
         /// Which.
         number: SnapshotNumber,
+        /// At which position that it keeps; `None`: at its own.
+        position: Option<Lsn>,
     },
     /// The VDI became what a snapshot of another VDI is.
     Adopt {
@@ -193,6 +197,8 @@ const RETAIN: u8 = 18;
 const HOLD: u8 = 19;
 const END_HOLD: u8 = 20;
 const RETAIN_BY_DEFAULT: u8 = 21;
+const CLONE_AT: u8 = 22;
+const ROLLBACK_AT: u8 = 23;
 
 /// Flag of a record by which a VDI has no rules of its own.
 const INHERITED: u8 = 1;
@@ -215,17 +221,19 @@ impl Record {
                 24 + label.len() + 2 + origin_bytes
             }
             RecordBody::Create { name, .. } => 16 + name.len() + 2,
-            RecordBody::Clone { name, .. } => 24 + name.len() + 2,
+            RecordBody::Clone { position, name, .. } => {
+                24 + position_bytes(*position) + name.len() + 2
+            }
             RecordBody::Rename { name } => name.len() + 2,
             RecordBody::Retain { rules } => rules.as_ref().map_or(0, bytes_of_rules),
             RecordBody::RetainByDefault { rules } => bytes_of_rules(rules),
             RecordBody::Hold { .. } => 40,
             RecordBody::EndHold { .. } => 24,
             RecordBody::Time { .. } | RecordBody::Adopt { .. } => 16,
+            RecordBody::Rollback { position, .. } => 8 + position_bytes(*position),
             RecordBody::Void { .. }
             | RecordBody::DeleteSnapshot { .. }
-            | RecordBody::Resize { .. }
-            | RecordBody::Rollback { .. } => 8,
+            | RecordBody::Resize { .. } => 8,
             RecordBody::Delete => 0,
         };
         (HEADER_BYTES + body).next_multiple_of(8)
@@ -281,17 +289,20 @@ impl Record {
                     into.extend_from_slice(&origin.to_bytes());
                 }
             }
-            RecordBody::DeleteSnapshot { number } | RecordBody::Rollback { number } => {
+            RecordBody::DeleteSnapshot { number } => word(number.get()),
+            RecordBody::Rollback { number, position } => {
                 word(number.get());
+                position.iter().for_each(|position| word(position.get()));
             }
             RecordBody::Create { block_count, wall_ns, name } => {
                 word(*block_count);
                 word(*wall_ns);
                 encode_text(name, into);
             }
-            RecordBody::Clone { source, snapshot, wall_ns, name } => {
+            RecordBody::Clone { source, snapshot, position, wall_ns, name } => {
                 word(source.get());
                 word(snapshot.get());
+                position.iter().for_each(|position| word(position.get()));
                 word(*wall_ns);
                 encode_text(name, into);
             }
@@ -330,11 +341,13 @@ impl Record {
             RecordBody::Snapshot { .. } => SNAPSHOT,
             RecordBody::DeleteSnapshot { .. } => DELETE_SNAPSHOT,
             RecordBody::Create { .. } => CREATE,
-            RecordBody::Clone { .. } => CLONE,
+            RecordBody::Clone { position: None, .. } => CLONE,
+            RecordBody::Clone { position: Some(_), .. } => CLONE_AT,
             RecordBody::Rename { .. } => RENAME,
             RecordBody::Resize { .. } => RESIZE,
             RecordBody::Delete => DELETE,
-            RecordBody::Rollback { .. } => ROLLBACK,
+            RecordBody::Rollback { position: None, .. } => ROLLBACK,
+            RecordBody::Rollback { position: Some(_), .. } => ROLLBACK_AT,
             RecordBody::Time { .. } => TIME,
             RecordBody::Adopt { .. } => ADOPT,
             RecordBody::Retain { .. } => RETAIN,
@@ -394,16 +407,20 @@ impl Record {
                 wall_ns: reader.word()?,
                 name: reader.text(NAME_BYTES_MAX)?,
             },
-            CLONE => RecordBody::Clone {
+            kind @ (CLONE | CLONE_AT) => RecordBody::Clone {
                 source: VdiId::new(reader.word()?),
                 snapshot: reader.snapshot()?,
+                position: if kind == CLONE_AT { Some(reader.position()?) } else { None },
                 wall_ns: reader.word()?,
                 name: reader.text(NAME_BYTES_MAX)?,
             },
             RENAME => RecordBody::Rename { name: reader.text(NAME_BYTES_MAX)? },
             RESIZE => RecordBody::Resize { block_count: bounds::vdi_size(reader.word()?)? },
             DELETE => RecordBody::Delete,
-            ROLLBACK => RecordBody::Rollback { number: reader.snapshot()? },
+            kind @ (ROLLBACK | ROLLBACK_AT) => RecordBody::Rollback {
+                number: reader.snapshot()?,
+                position: if kind == ROLLBACK_AT { Some(reader.position()?) } else { None },
+            },
             RETAIN => {
                 let is_inherited = header.flags & INHERITED != 0;
                 let rules = match is_inherited {
@@ -438,6 +455,11 @@ impl Record {
     }
 }
 
+/// Bytes of a position, if there is one.
+fn position_bytes(position: Option<Lsn>) -> usize {
+    8 * usize::from(position.is_some())
+}
+
 fn encode_text(text: &str, into: &mut Vec<u8>) {
     into.extend_from_slice(&u16::try_from(text.len()).unwrap_or(u16::MAX).to_le_bytes());
     into.extend_from_slice(text.as_bytes());
@@ -467,6 +489,10 @@ impl Reader<'_> {
     fn snapshot(&mut self) -> Result<SnapshotNumber, DecodeError> {
         let number = bounds::below(self.word()?, bounds::RECORD_NUMBER_END, "snapshot number")?;
         Ok(SnapshotNumber::new(number))
+    }
+
+    fn position(&mut self) -> Result<Lsn, DecodeError> {
+        Ok(Lsn::new(bounds::below(self.word()?, bounds::COUNTER_END, "position")?))
     }
 
     fn text(&mut self, bytes_max: usize) -> Result<String, DecodeError> {
@@ -504,7 +530,7 @@ mod tests {
     use base::SnapshotUuid;
 
     use super::*;
-    use crate::{BLOCKS_MAX, RECORD_NUMBER_END};
+    use crate::{BLOCKS_MAX, COUNTER_END, RECORD_NUMBER_END};
 
     fn rules(budget: Option<NonZeroU64>) -> KeepRules {
         KeepRules { rules: vec![KeepRule { every_ms: 0, for_s: 3600 }], budget }
@@ -566,13 +592,22 @@ mod tests {
             RecordBody::Clone {
                 source: VdiId::new(1),
                 snapshot: SnapshotNumber::new(0),
+                position: None,
                 wall_ns: 4,
                 name: "web02".into(),
+            },
+            RecordBody::Clone {
+                source: VdiId::new(1),
+                snapshot: SnapshotNumber::new(17),
+                position: Some(Lsn::new(108)),
+                wall_ns: 4,
+                name: "fix".into(),
             },
             RecordBody::Rename { name: "x".into() },
             RecordBody::Resize { block_count: 16 },
             RecordBody::Delete,
-            RecordBody::Rollback { number: SnapshotNumber::new(2) },
+            RecordBody::Rollback { number: SnapshotNumber::new(2), position: None },
+            RecordBody::Rollback { number: SnapshotNumber::new(2), position: Some(Lsn::new(9)) },
             RecordBody::Time { wall_ns: 5, store_ns: 6 },
             RecordBody::Adopt { source: VdiId::new(9), number: SnapshotNumber::new(2) },
         ]
@@ -631,7 +666,15 @@ mod tests {
         }
         for (number, accepted) in [(RECORD_NUMBER_END - 1, true), (u64::MAX, false)] {
             check(number, RecordBody::Delete, accepted);
-            check(1, RecordBody::Rollback { number: SnapshotNumber::new(number) }, accepted);
+            let number = SnapshotNumber::new(number);
+            check(1, RecordBody::Rollback { number, position: None }, accepted);
+        }
+        for (position, accepted) in [(COUNTER_END - 1, true), (COUNTER_END, false)] {
+            let (number, position) = (SnapshotNumber::new(1), Some(Lsn::new(position)));
+            check(1, RecordBody::Rollback { number, position }, accepted);
+            let (source, name) = (VdiId::new(1), "a".to_owned());
+            let clone = RecordBody::Clone { source, snapshot: number, position, wall_ns: 0, name };
+            check(2, clone, accepted);
         }
     }
 

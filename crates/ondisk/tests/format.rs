@@ -122,7 +122,7 @@ fn checksum_kinds_are_documented_as_they_are() {
 fn records() -> Vec<(&'static str, RecordBody)> {
     let (name, label) = ("abc".to_owned(), "abc".to_owned());
     let (number, origin) = (SnapshotNumber::new(9), Origin::Asked);
-    let (lba, pba) = (Lba::new(1), Pba::new(2));
+    let (lba, pba, position) = (Lba::new(1), Pba::new(2), Some(Lsn::new(10)));
     let rules = || KeepRules { rules: vec![KeepRule { every_ms: 0, for_s: 1 }], budget: None };
     vec![
         ("write", RecordBody::Write { lba, pba, hashes: vec![3, 4] }),
@@ -136,20 +136,32 @@ fn records() -> Vec<(&'static str, RecordBody)> {
             RecordBody::Clone {
                 source: VdiId::new(8),
                 snapshot: number,
+                position: None,
                 wall_ns: 1,
                 name: name.clone(),
             },
         ),
-        ("rename", RecordBody::Rename { name }),
+        ("rename", RecordBody::Rename { name: name.clone() }),
         ("resize", RecordBody::Resize { block_count: 7 }),
         ("delete", RecordBody::Delete),
-        ("rollback", RecordBody::Rollback { number }),
+        ("rollback", RecordBody::Rollback { number, position: None }),
         ("time", RecordBody::Time { wall_ns: 1, store_ns: 2 }),
         ("adopt", RecordBody::Adopt { source: VdiId::new(8), number }),
         ("retain", RecordBody::Retain { rules: Some(rules()) }),
         ("hold", RecordBody::Hold { number, wall_ns: 1, store_ns: 2, until: None }),
         ("end hold", RecordBody::EndHold { number, wall_ns: 1, store_ns: 2, is_due: true }),
         ("retain by default", RecordBody::RetainByDefault { rules: rules() }),
+        (
+            "clone at a position",
+            RecordBody::Clone {
+                source: VdiId::new(8),
+                snapshot: number,
+                position,
+                wall_ns: 1,
+                name,
+            },
+        ),
+        ("rollback to a position", RecordBody::Rollback { number, position }),
     ]
 }
 

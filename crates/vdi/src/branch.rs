@@ -196,13 +196,26 @@ impl Branch {
         point
     }
 
+    /// The point at `position` that no checkpoint has met, at which the VDI has so many blocks; others may
+    /// follow it. All versions that it sees are there: the next snapshot keeps the writes before its own.
+    pub(crate) fn point_at(&self, position: Lsn, block_count: u64) -> Rc<Point> {
+        let mut points = self.points.borrow_mut();
+        let index = points.partition_point(|point| point.position < position);
+        if let Some(point) = points.get(index).filter(|point| point.position == position) {
+            return Rc::clone(point);
+        }
+        let point = Point::met(position, Contents::Pending, BirthLabel::default(), block_count);
+        points.insert(index, Rc::clone(&point));
+        point
+    }
+
     /// How many nodes a merge writes at most if it makes a tree of a point that it has not met, and
     /// not a history.
     pub(crate) fn nodes_of(&self, point: &Point) -> u64 {
         let points = self.points.borrow();
         match (points.first(), points.last()) {
-            // The first one gets a tree anyway.
-            (Some(first), _) if first.position == point.position => 0,
+            // The first one gets a tree anyway, unless it has writes before it.
+            (Some(first), _) if first.position == point.position && !self.writes.is_on() => 0,
             (_, Some(last)) if last.position == point.position => self.trees.since_last.get(),
             _ => self.trees.changes.get(),
         }

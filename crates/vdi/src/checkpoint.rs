@@ -112,10 +112,19 @@ struct FrozenVdi {
     has_moments: bool,
     snapshot_next: base::SnapshotNumber,
     snapshot_count: u64,
-    /// Snapshots taken and deleted since the last checkpoint, and whether each is held.
-    snapshots: BTreeMap<u64, Option<(Rc<Snapshot>, bool)>>,
+    /// Snapshots taken and deleted since the last checkpoint.
+    snapshots: BTreeMap<u64, Option<FrozenSnapshot>>,
     /// What happened to holds since then.
     ledger_events: Vec<Event>,
+}
+
+/// A snapshot as it was at the cut.
+struct FrozenSnapshot {
+    snapshot: Rc<Snapshot>,
+    is_held: bool,
+    /// See [`crate::branch::Point::needs_tree`]. A record above the cut may build on its history: it stays
+    /// until who asks for a tree later is above the cut, too.
+    needs_tree: bool,
 }
 
 /// The end of a ledger that a checkpoint writes.
@@ -243,6 +252,7 @@ impl Engine {
     /// Cuts the log and takes what has changed, in one breath.
     fn freeze(self: &Rc<Self>) -> Frozen {
         self.keep_writes_at_cut();
+        self.part_starts();
         let cut = self.log.last_lsn();
         let segment = self.log.cut();
         let mut registry = self.registry.borrow_mut();
@@ -479,7 +489,11 @@ fn freeze_vdi(vdi: &Rc<Vdi>) -> FrozenVdi {
     let snapshots = vdi.snapshots.borrow();
     let dirty = std::mem::take(&mut *vdi.snapshots_dirty.borrow_mut());
     let forgets = base::mutant::active("checkpoint_forgets_holds");
-    let is_held = |snapshot: &Snapshot| snapshot.hold.get().is_some() && !forgets;
+    let frozen = |snapshot: &Rc<Snapshot>| FrozenSnapshot {
+        snapshot: Rc::clone(snapshot),
+        is_held: snapshot.hold.get().is_some() && !forgets,
+        needs_tree: snapshot.point.needs_tree.get(),
+    };
     let mut ledger = vdi.ledger.borrow_mut();
     let mut ledger_events = std::mem::take(&mut ledger.events);
     ledger_events.retain(|_| !forgets);
@@ -495,10 +509,7 @@ fn freeze_vdi(vdi: &Rc<Vdi>) -> FrozenVdi {
         snapshot_count: as_u64(snapshots.count()),
         snapshots: dirty
             .into_keys()
-            .map(|number| {
-                let snapshot = snapshots.get(number);
-                (number.get(), snapshot.map(|it| (Rc::clone(it), is_held(it))))
-            })
+            .map(|number| (number.get(), snapshots.get(number).map(frozen)))
             .collect(),
         ledger_events,
     }

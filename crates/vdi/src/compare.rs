@@ -21,8 +21,9 @@ use ondisk::{Entry, EntryState, FANOUT, Node, RootRef};
 use crate::Error;
 use crate::branch::{Base, View};
 use crate::engine::{Engine, as_u64};
-use crate::manage::{nodes_wanted, not_found};
+use crate::manage::not_found;
 use crate::mark::BlockSet;
+use crate::start::nodes_wanted;
 use crate::types::{DiffExtent, Target, VdiDiff, VdiSpace};
 use crate::vdi::{Snapshot, Vdi};
 

@@ -564,18 +564,25 @@ fn describe(record: &Record) -> String {
         RecordBody::Create { block_count, name, .. } => {
             format!("create {name:?} with {block_count} blocks")
         }
-        RecordBody::Clone { source, snapshot, name, .. } => {
-            format!("clone of VDI {source}@{snapshot} as {name:?}")
+        RecordBody::Clone { source, snapshot, position, name, .. } => {
+            format!("clone of VDI {source}@{snapshot}{} as {name:?}", shown_position(*position))
         }
         RecordBody::Rename { name } => format!("rename to {name:?}"),
         RecordBody::Resize { block_count } => format!("resize to {block_count} blocks"),
         RecordBody::Delete => "delete".to_owned(),
-        RecordBody::Rollback { number } => format!("roll back to snapshot {number}"),
+        RecordBody::Rollback { number, position } => {
+            format!("roll back to snapshot {number}{}", shown_position(*position))
+        }
         RecordBody::Adopt { source, number } => format!("becomes VDI {source}@{number}"),
         RecordBody::Time { wall_ns, store_ns } => {
             format!("time: {}, open for {store_ns} ns", time(*wall_ns))
         }
     }
+}
+
+/// Where before a snapshot something starts.
+fn shown_position(position: Option<Lsn>) -> String {
+    position.map_or_else(String::new, |position| format!(" at position {position}"))
 }
 
 /// Entries of a leaf, adjacent blocks as one line.

@@ -16,7 +16,7 @@ use ondisk::{Checksums, LogSegment, Record, RecordBody, Roots};
 use runtime::Runtime;
 use runtime::sync::{OneshotReceiver, Semaphore, Signal};
 
-use crate::branch::{Base, Branch, Generation};
+use crate::branch::{Base, Branch, Generation, Point};
 use crate::budget::CountedPasts;
 use crate::checkpoint::Checkpoints;
 use crate::directory::{ChangedVdis, Directory};
@@ -102,6 +102,8 @@ pub(crate) struct Engine {
     /// When the log was told so.
     pub(crate) full_told: Cell<Option<runtime::Time>>,
     pub(crate) branch_serial: Cell<u64>,
+    /// Where branches have started since the last checkpoint froze, by VDI and position.
+    pub(crate) starts: RefCell<HashMap<(VdiId, Lsn), Rc<Point>>>,
     pub(crate) stats: RefCell<Stats>,
     /// One change of names and snapshots at a time.
     pub(crate) management: Semaphore,

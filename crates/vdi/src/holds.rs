@@ -18,7 +18,8 @@ use ondisk::{LedgerKind, RecordBody, SlotState, Until};
 use crate::Error;
 use crate::engine::Engine;
 use crate::ledger::{Event, HOLDS_MAX};
-use crate::manage::{Appended, find_snapshot, nodes_wanted};
+use crate::manage::{Appended, find_snapshot};
+use crate::start::nodes_wanted;
 use crate::times::parse_until;
 use crate::vdi::{Snapshot, Vdi};
 

@@ -50,6 +50,7 @@ mod reserve;
 mod retention;
 mod scrub;
 mod snapshots;
+mod start;
 pub mod store;
 mod times;
 mod trim;

@@ -9,8 +9,8 @@ use std::rc::Rc;
 
 use base::{BLOCK_SIZE_U64, BirthLabel, ClaimGeneration, ErrorKind, Lsn, SnapshotNumber, VdiId};
 use ondisk::{
-    BLOCKS_MAX, DirectoryRecord, FANOUT, LABEL_BYTES_MAX, NAME_BYTES_MAX, Origin, RangeState,
-    Record, RecordBody, RootRef,
+    BLOCKS_MAX, DirectoryRecord, LABEL_BYTES_MAX, NAME_BYTES_MAX, Origin, RangeState, Record,
+    RecordBody, RootRef,
 };
 
 use blockstore::log::Admission;
@@ -18,17 +18,21 @@ use device::DeviceError;
 use runtime::sync::{OneshotReceiver, Permits};
 
 use crate::Error;
-use crate::branch::{Base, Branch, Contents};
+use crate::branch::{Base, Branch};
 use crate::budget::Growth;
 use crate::engine::{Engine, as_u64};
 use crate::ranges::RangeGuard;
+use crate::start::Start;
 use crate::times::parse_time;
 use crate::types::Target;
 use crate::vdi::{Snapshot, Vdi};
-use crate::writes::WRITE_PREFIX;
+use crate::writes::{WRITE_PREFIX, refuse_write};
 
 /// Claims rise when VDIs move between hosts; a host that never lets go stays in the first.
 const FIRST_CLAIM: ClaimGeneration = ClaimGeneration::new(1);
+
+/// What stands in a record for a VDI as it is now.
+const NO_SNAPSHOT: SnapshotNumber = SnapshotNumber::new(0);
 
 /// A VDI of which nothing is on its way. Nobody else manages any meanwhile.
 pub(crate) struct Quiet {
@@ -62,35 +66,34 @@ impl Engine {
         Ok(id)
     }
 
-    /// Makes a VDI of a snapshot, or of a VDI as it is now. Durable on return.
+    /// Makes a VDI of a snapshot, of a write that is kept, or of a VDI as it is now. Durable on return.
     pub(crate) async fn clone_vdi(
         self: &Rc<Self>,
         source: &Target,
         name: &str,
     ) -> Result<VdiId, Error> {
         let _request = self.begin_change()?;
-        // A time is looked up once: it is another one when what follows was waited for.
-        // What is to be cloned is held: moments may go meanwhile.
-        let (source, _held, nodes) = self.pinned(source).await?;
+        let (start, nodes) = self.find_start(source).await?;
         self.reserve_nodes(nodes, || false).await?;
         check_name(name)?;
         let (one, vdi) = self.manage(&source.vdi).await?;
         let room = self.room().await?;
         self.refuse_taken(name)?;
-        let snapshot = match &source.snapshot {
-            Some(label) => Some(find_snapshot(&vdi, &source.vdi, label)?),
-            None => None,
-        };
-        let branch = snapshot.as_ref().map(|snapshot| Rc::clone(&snapshot.branch));
+        let start = start.map(|start| start.again(&vdi, &source.vdi)).transpose()?;
+        let branch = start.as_ref().map(|start| Rc::clone(&start.snapshot.branch));
         refuse_without_labels(&branch.unwrap_or_else(|| Rc::clone(&vdi.branch.borrow())))?;
         let id = self.next_id();
         let wall_ns = self.runtime.wall_ns();
-        let number = snapshot.as_ref().map_or(SnapshotNumber::new(0), |snapshot| snapshot.number);
-        let body =
-            RecordBody::Clone { source: vdi.id, snapshot: number, wall_ns, name: name.to_owned() };
+        let body = RecordBody::Clone {
+            source: vdi.id,
+            snapshot: start.as_ref().map_or(NO_SNAPSHOT, |start| start.snapshot.number),
+            position: start.as_ref().and_then(|start| start.position),
+            wall_ns,
+            name: name.to_owned(),
+        };
         let appended =
             self.log.append_admitted(room, &Record { vdi: id, claim: FIRST_CLAIM, body });
-        self.apply_clone(id, &vdi, snapshot.as_deref(), appended.0, wall_ns, name);
+        self.apply_clone(id, &vdi, start.as_ref(), appended.0, wall_ns, name);
         drop(one);
         self.settle(appended).await?;
         Ok(id)
@@ -268,33 +271,34 @@ impl Engine {
         self.settle(appended).await
     }
 
-    /// Makes a VDI what a snapshot of it was. Severs open handles. Durable on return.
+    /// Makes a VDI what a snapshot of it was, or what it was after a write that is kept. Severs open handles.
+    /// Durable on return.
     pub(crate) async fn rollback(self: &Rc<Self>, name: &str, label: &str) -> Result<(), Error> {
         let _request = self.begin_change()?;
-        // A time is looked up once: it is another one when what follows was waited for.
-        let vdi = self.find(name).await?;
-        let snapshot = self.find_moment(&vdi, name, label)?;
-        self.reserve_nodes(nodes_wanted(&snapshot), || false).await?;
-        let number = snapshot.number.to_string();
+        let target = Target { vdi: name.to_owned(), snapshot: Some(label.to_owned()) };
+        let (start, nodes) = self.find_start(&target).await?;
+        let start = start.ok_or_else(|| not_found(name))?;
+        self.reserve_nodes(nodes, || false).await?;
         let source = |vdi: &Vdi| {
-            let snapshot = find_snapshot(vdi, name, &number)?;
+            let start = start.again(vdi, name)?;
             refuse_without_labels(&vdi.branch.borrow())?;
-            refuse_without_labels(&snapshot.branch)?;
-            Ok(snapshot)
+            refuse_without_labels(&start.snapshot.branch)?;
+            Ok(start)
         };
         let Quiet { vdi, all, one } = self.quiet(name, |vdi| source(vdi).map(|_| true)).await?;
         let (room, room_before, room_behind) =
             (self.room().await?, self.room().await?, self.room().await?);
         // It may have been deleted meanwhile.
-        let snapshot = source(&vdi)?;
+        let start = source(&vdi)?;
         vdi.sever();
         // What is left behind stays in the history, and where it went back stands there, too.
         let has_history = !vdi.retention.borrow().is_off();
         let is_left = has_history && vdi.changed_blocks.get() > 0;
         let left = is_left.then(|| self.append_moment(room_before, &vdi));
-        let body = RecordBody::Rollback { number: snapshot.number };
+        let (number, position) = (start.snapshot.number, start.position);
+        let body = RecordBody::Rollback { number, position };
         let rolled_back = self.append(room, &vdi, body);
-        self.apply_rollback(&vdi, &vdi, &snapshot, rolled_back.0);
+        self.apply_rollback(&vdi, &vdi, &start, rolled_back.0);
         vdi.changed_blocks.set(0);
         let reached = has_history.then(|| self.append_moment(room_behind, &vdi));
         drop((all, one));
@@ -378,22 +382,6 @@ impl Engine {
         Ok((vdi, snapshot))
     }
 
-    /// The same target, by number where it was by a time; and how many nodes a tree of it may take.
-    async fn pinned(
-        self: &Rc<Self>,
-        target: &Target,
-    ) -> Result<(Target, Option<Rc<Snapshot>>, u64), Error> {
-        let vdi = self.find(&target.vdi).await?;
-        let Some(wanted) = &target.snapshot else {
-            return Ok((target.clone(), None, nodes_of_head(&vdi)));
-        };
-        let snapshot = self.find_moment(&vdi, &target.vdi, wanted)?;
-        let number = snapshot.number.to_string();
-        let target = Target { vdi: target.vdi.clone(), snapshot: Some(number) };
-        let nodes = nodes_wanted(&snapshot);
-        Ok((target, Some(snapshot), nodes))
-    }
-
     /// A snapshot by its label or number, or the newest one of a time.
     pub(crate) fn find_moment(
         &self,
@@ -404,6 +392,7 @@ impl Engine {
         if let Some(snapshot) = vdi.snapshot(wanted) {
             return Ok(snapshot);
         }
+        refuse_write(name, wanted)?;
         let now_ns = self.runtime.wall_ns();
         let Some(wall_ns) = parse_time(wanted, now_ns) else {
             let message = format!(
@@ -531,16 +520,16 @@ impl Engine {
         &self,
         id: VdiId,
         source: &Vdi,
-        snapshot: Option<&Snapshot>,
+        start: Option<&Start>,
         lsn: Lsn,
         wall_ns: u64,
         name: &str,
     ) {
-        let (base, block_count) = match snapshot {
-            Some(snapshot) => (self.base_of(source, snapshot), snapshot.block_count),
+        let (base, block_count) = match start {
+            Some(start) => (self.base_of(source, start), start.snapshot.block_count),
             None => (self.point_now(source, lsn), source.block_count.get()),
         };
-        let number = snapshot.map_or(SnapshotNumber::new(0), |snapshot| snapshot.number);
+        let number = start.map_or(NO_SNAPSHOT, |start| start.snapshot.number);
         let parent = Some((source.id, number));
         let vdi = self.apply_create((id, lsn), block_count, wall_ns, name, parent, base);
         vdi.born.set(lsn);
@@ -556,36 +545,6 @@ impl Engine {
     ) {
         let parent = Some((parent, parent_snapshot));
         self.apply_create((id, lsn), 1, wall_ns, name, parent, Base::Root(RootRef::empty(1)));
-    }
-
-    /// A snapshot of `vdi` as a base for others.
-    fn base_of(&self, vdi: &Vdi, snapshot: &Snapshot) -> Base {
-        self.want_tree(vdi, snapshot);
-        Base::Point(Rc::clone(&snapshot.branch), Rc::clone(&snapshot.point))
-    }
-
-    /// Has the next checkpoint make a tree of a snapshot of `vdi`, unless it has one.
-    pub(crate) fn want_tree(&self, vdi: &Vdi, snapshot: &Snapshot) {
-        let point = &snapshot.point;
-        let nodes = nodes_wanted(snapshot);
-        if point.root().is_some() || point.needs_tree.replace(true) {
-            return;
-        }
-        snapshot.branch.note_tree(point);
-        self.owed_nodes.set(self.owed_nodes.get() + nodes);
-        vdi.snapshots_dirty.borrow_mut().entry(snapshot.number).or_insert(true);
-        self.touch(vdi);
-    }
-
-    /// The head of `vdi` as a base for others.
-    fn point_now(&self, vdi: &Vdi, lsn: Lsn) -> Base {
-        let branch = Rc::clone(&vdi.branch.borrow());
-        self.owed_nodes.set(self.owed_nodes.get() + nodes_of_head(vdi));
-        let point = branch.add_point(lsn, vdi.block_count.get());
-        point.needs_tree.set(true);
-        branch.note_tree(&point);
-        self.touch(vdi);
-        Base::Point(branch, point)
     }
 
     pub(crate) fn apply_snapshot(
@@ -676,40 +635,23 @@ impl Engine {
         registry.dirty.insert(id);
     }
 
-    /// Makes `vdi` what a snapshot of `owner`, itself or another VDI, is.
-    pub(crate) fn apply_rollback(&self, vdi: &Vdi, owner: &Vdi, snapshot: &Snapshot, lsn: Lsn) {
+    /// Makes `vdi` what `owner`, itself or another VDI, was where it starts.
+    pub(crate) fn apply_rollback(&self, vdi: &Vdi, owner: &Vdi, start: &Start, lsn: Lsn) {
         let old = Rc::clone(&vdi.branch.borrow());
         self.touch(vdi);
         self.collector.dropped(self.runtime.now());
         old.is_head.set(false);
-        let base = self.base_of(owner, snapshot);
+        let base = self.base_of(owner, start);
         // Above every label that the old branch may still give (design rule 33): its next merge
         // advances it by at most one.
         let floor = BirthLabel::new(old.label.get().get().saturating_add(2));
         let branch = self.new_branch(base, floor, floor);
         branch.writes.set(vdi.retention.borrow().keeps_writes(), lsn.plus(1));
         *vdi.branch.borrow_mut() = branch;
-        vdi.block_count.set(snapshot.block_count);
+        vdi.block_count.set(start.snapshot.block_count);
         vdi.rollbacks.set(vdi.rollbacks.get().saturating_add(1));
         self.touch(vdi);
     }
-}
-
-/// Nodes that a tree of a VDI as it is now takes at most, beside what overlays count.
-pub(crate) fn nodes_of_head(vdi: &Vdi) -> u64 {
-    vdi.branch.borrow().nodes_now().min(vdi.block_count.get().div_ceil(as_u64(FANOUT)))
-}
-
-/// Nodes that a tree of a snapshot takes at most, if it has none and is to have one.
-pub(crate) fn nodes_wanted(snapshot: &Snapshot) -> u64 {
-    let point = &snapshot.point;
-    let nodes = match point.contents.get() {
-        _ if point.needs_tree.get() => 0,
-        Contents::Tree(_) => 0,
-        Contents::Past(past) => u64::from(past.history.count),
-        Contents::Pending => snapshot.branch.nodes_of(point),
-    };
-    nodes.min(snapshot.block_count.div_ceil(as_u64(FANOUT)))
 }
 
 /// Labels that must be left for a snapshot, a clone or a rollback: more than each of them takes, so
@@ -740,11 +682,12 @@ pub(crate) fn labels_used_up() -> Error {
 
 /// A snapshot by its label or number.
 pub(crate) fn find_snapshot(vdi: &Vdi, name: &str, label: &str) -> Result<Rc<Snapshot>, Error> {
-    vdi.snapshot(label).ok_or_else(|| {
-        let message =
-            format!("{name} has no snapshot {label}; `parallax snapshots {name}` lists them");
-        Error::refused(ErrorKind::NotFound, message)
-    })
+    if let Some(snapshot) = vdi.snapshot(label) {
+        return Ok(snapshot);
+    }
+    refuse_write(name, label)?;
+    let message = format!("{name} has no snapshot {label}; `parallax snapshots {name}` lists them");
+    Err(Error::refused(ErrorKind::NotFound, message))
 }
 
 /// What is older than everything that is kept of a VDI.

@@ -20,10 +20,11 @@ use runtime::sync::Permits;
 use crate::Error;
 use crate::engine::Engine;
 use crate::manage::{
-    Appended, blocks_of, check_label, check_name, find_snapshot, nodes_of_head, not_found,
-    refuse_taken_label, refuse_without_labels,
+    Appended, blocks_of, check_label, check_name, find_snapshot, not_found, refuse_taken_label,
+    refuse_without_labels,
 };
 use crate::ranges::RangeGuard;
+use crate::start::{Start, nodes_of_head};
 use crate::types::{Received, Target};
 use crate::vdi::{Snapshot, Vdi};
 
@@ -160,7 +161,7 @@ impl Engine {
         let body = RecordBody::Adopt { source: partial.id, number: source.number };
         let adopted = self.append(adopted, vdi, body);
         if !base::mutant::active("adopt_keeps_the_branch") {
-            self.apply_rollback(vdi, partial, &source, adopted.0);
+            self.apply_rollback(vdi, partial, &Start::at(source), adopted.0);
         }
         vdi.changed_blocks.set(0);
         self.break_up();

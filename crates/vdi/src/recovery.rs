@@ -41,6 +41,7 @@ use crate::release::Releases;
 use crate::reserve::Reserve;
 use crate::retention::Retention;
 use crate::scrub::Scrubber;
+use crate::start::Start;
 use crate::trim::Trimmer;
 use crate::types::{OpenOptions, OpenReport};
 use crate::vdi::Vdi;
@@ -319,6 +320,7 @@ fn build(
         full: Cell::new(false),
         full_told: Cell::new(None),
         branch_serial: Cell::new(0),
+        starts: RefCell::default(),
         stats: RefCell::default(),
         management: Semaphore::new(1),
         thinning: Semaphore::new(1),
@@ -363,16 +365,16 @@ impl Engine {
                 self.apply_create(id, *block_count, *wall_ns, name, None, base);
                 return Ok(());
             }
-            RecordBody::Clone { source, snapshot, wall_ns, name } => {
-                let number = *snapshot;
+            RecordBody::Clone { source, snapshot, position, wall_ns, name } => {
+                let (number, position) = (*snapshot, *position);
                 let from = (*source, number);
                 let source = self.surviving(*source).await?;
-                let snapshot =
-                    source.as_ref().and_then(|vdi| vdi.snapshots.borrow().get(number).cloned());
+                let start = source.as_ref().and_then(|vdi| Start::recorded(vdi, number, position));
+                let is_of_head = number.get() == 0 && position.is_none();
                 match &source {
-                    Some(source) if snapshot.is_some() || number.get() == 0 => {
-                        let snapshot = snapshot.as_deref();
-                        self.apply_clone(record.vdi, source, snapshot, lsn, *wall_ns, name);
+                    Some(source) if start.is_some() || is_of_head => {
+                        let start = start.as_ref();
+                        self.apply_clone(record.vdi, source, start, lsn, *wall_ns, name);
                     }
                     _ => {
                         self.apply_lost_clone((record.vdi, lsn), from, *wall_ns, name);
@@ -451,10 +453,9 @@ impl Engine {
             RecordBody::Rename { name } => self.apply_rename(vdi.id, name),
             RecordBody::Resize { block_count } => self.apply_resize(&vdi, *block_count, lsn),
             RecordBody::Delete => self.apply_delete(&vdi),
-            RecordBody::Rollback { number } => {
-                let snapshot = vdi.snapshots.borrow().get(*number).map(Rc::clone);
-                match snapshot {
-                    Some(snapshot) => self.apply_rollback(&vdi, &vdi, &snapshot, lsn),
+            RecordBody::Rollback { number, position } => {
+                match Start::recorded(&vdi, *number, *position) {
+                    Some(start) => self.apply_rollback(&vdi, &vdi, &start, lsn),
                     // Lost, and the VDI was nothing else any more.
                     None => self.lose(vdi.id),
                 }
@@ -462,12 +463,11 @@ impl Engine {
             RecordBody::Adopt { .. } if base::mutant::active("adopt_is_not_replayed") => {}
             RecordBody::Adopt { source, number } => {
                 let source = self.surviving(*source).await?;
-                let snapshot = source.and_then(|source| {
-                    let snapshot = source.snapshots.borrow().get(*number).cloned();
-                    snapshot.map(|snapshot| (source, snapshot))
+                let start = source.and_then(|source| {
+                    Start::recorded(&source, *number, None).map(|start| (source, start))
                 });
-                match snapshot {
-                    Some((source, snapshot)) => self.apply_rollback(&vdi, &source, &snapshot, lsn),
+                match start {
+                    Some((source, start)) => self.apply_rollback(&vdi, &source, &start, lsn),
                     None => self.lose(vdi.id),
                 }
             }

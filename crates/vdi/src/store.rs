@@ -345,11 +345,11 @@ impl Store {
         self.finish(async move { engine.remove(&target).await }).await
     }
 
-    /// Makes the VDI's contents those of one of its snapshots. Snapshots stay. Durable on return.
-    /// Severs open handles of the VDI.
+    /// Makes the VDI's contents those of one of its snapshots, or what they were after a write that is kept
+    /// (`lsn:N`). Snapshots stay. Durable on return. Severs open handles of the VDI.
     ///
     /// # Errors
-    /// `NotFound`.
+    /// `NotFound`; `Invalid` for what is to come.
     pub async fn rollback(&self, name: &str, snapshot: &str) -> Result<(), Error> {
         let (engine, name, snapshot) = (Rc::clone(&self.0), name.to_owned(), snapshot.to_owned());
         self.finish(async move { engine.rollback(&name, &snapshot).await }).await

@@ -20,7 +20,8 @@
 //!   After a crash it keeps them again, and nothing of them was freed.
 //! - A write is named by its LSN when a slot was published whose cut lies behind its moment. What lies above
 //!   that may be written again by recovery, under another: it knows of flushes only what log blocks tell.
-//! - A moment that gets a tree of its own (it is cloned, held or compared) keeps no writes but its own
+//! - A clone and a rollback start at such a position, too (`start.rs`), and the moment goes on to keep its writes.
+//! - A moment that gets a tree of its own (it is held or compared) keeps no writes but its own
 //!   position. So does one behind a discard of more than single blocks, of which no history tells: one is taken
 //!   before it, and one before what is changed next, and so it is with a change of size. Where such discards
 //!   and writes follow each other closely, the writes from the last moment to the next cannot be opened.
@@ -262,10 +263,7 @@ impl Engine {
             });
             return Ok(AtWrite { vdi, moment, point });
         }
-        let message = format!(
-            "no moment of {name} keeps lsn:{lsn}; `parallax log {name}` shows what is kept"
-        );
-        Err(Error::refused(ErrorKind::NotFound, message))
+        Err(not_kept(name, lsn))
     }
 
     /// Up to where records keep their numbers, whatever happens. Waits for a checkpoint that readers see
@@ -319,19 +317,41 @@ impl Engine {
     }
 }
 
+impl Snapshot {
+    /// Whether it keeps a position before its own.
+    pub(crate) fn keeps(&self, position: Lsn) -> bool {
+        let from = self.point.writes_from.get();
+        from.is_some_and(|from| from <= position) && position < self.position
+    }
+}
+
+pub(crate) fn not_kept(name: &str, lsn: Lsn) -> Error {
+    let message = format!(
+        "no moment of {name} keeps lsn:{lsn}; `parallax log {name} --writes` shows what is kept"
+    );
+    Error::refused(ErrorKind::NotFound, message)
+}
+
+/// Refuses a write where a snapshot is needed.
+pub(crate) fn refuse_write(name: &str, snapshot: &str) -> Result<(), Error> {
+    if parse_write(snapshot).is_none() {
+        return Ok(());
+    }
+    let message = format!(
+        "{name}@{snapshot} is a write, and no snapshot: it can be opened, cloned and rolled back to; for \
+         everything else take a clone of it: parallax clone {name}@{snapshot} NEW"
+    );
+    Err(Error::refused(ErrorKind::Invalid, message))
+}
+
 /// The moment that keeps a write, or the snapshot of the position behind it.
 fn keeper(vdi: &Vdi, lsn: Lsn, position: Lsn) -> Option<Rc<Snapshot>> {
     let snapshots = vdi.snapshots.borrow();
-    let keeps = |it: &&Rc<Snapshot>| {
-        let from = it.point.writes_from.get();
-        it.position == lsn
-            || it.position == position
-            || (from.is_some_and(|from| from <= position) && position < it.position)
-    };
-    snapshots.iter().find(keeps).map(Rc::clone)
+    let is_at = |it: &Snapshot| it.position == lsn || it.position == position;
+    snapshots.iter().find(|it| is_at(it) || it.keeps(position)).map(Rc::clone)
 }
 
 /// Whether no checkpoint has met it.
-fn is_pending(moment: &Snapshot) -> bool {
+pub(crate) fn is_pending(moment: &Snapshot) -> bool {
     matches!(moment.point.contents.get(), Contents::Pending)
 }

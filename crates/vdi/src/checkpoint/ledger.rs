@@ -7,8 +7,8 @@ use std::rc::Rc;
 use blockstore::tree::OnDamage;
 use ondisk::{Digest, LedgerKind, LedgerRecord, RootRef};
 
-use super::FrozenVdi;
 use super::merge::Merge;
+use super::{FrozenSnapshot, FrozenVdi};
 use crate::Error;
 use crate::damage::Table;
 use crate::ledger::{Event, Written};
@@ -58,7 +58,11 @@ impl Merge {
     /// What a ledger tells of an event; its place in the chain is not known yet.
     async fn ledger_record(&mut self, event: &Event) -> Result<LedgerRecord, Error> {
         let digest = match &event.snapshot {
-            Some(snapshot) => Digest::of_snapshot(&self.snapshot_record(snapshot, true).await?),
+            Some(snapshot) => {
+                let snapshot = Rc::clone(snapshot);
+                let held = FrozenSnapshot { snapshot, is_held: true, needs_tree: true };
+                Digest::of_snapshot(&self.snapshot_record(&held).await?)
+            }
             None => Digest::default(),
         };
         let (wall_ns, store_ns) = event.times;

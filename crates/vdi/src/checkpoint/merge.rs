@@ -14,7 +14,7 @@ use ondisk::{
     VdiRecord,
 };
 
-use super::{Frozen, NODES_PER_TURN};
+use super::{Frozen, FrozenSnapshot, NODES_PER_TURN};
 use crate::Error;
 use crate::branch::{Base, Branch, Contents, Point};
 use crate::damage::{Table, is_damage};
@@ -24,7 +24,7 @@ use crate::ledger::Written;
 use crate::manage::labels_used_up;
 use crate::mark::{BlockSet, page_of_words};
 use crate::overlay::{newest_only, seen_from};
-use crate::vdi::{Snapshot, Vdi};
+use crate::vdi::Vdi;
 
 /// With so many points, the first one gets no tree either: the tree that the branch had before is
 /// their keyframe. What was replaced in it before the first point stays as long as their history.
@@ -499,9 +499,7 @@ impl Merge {
             let mut snapshots: BTreeMap<u64, Option<SnapshotRecord>> = BTreeMap::new();
             for (&number, snapshot) in &vdi.snapshots {
                 let record = match snapshot {
-                    Some((snapshot, is_held)) => {
-                        Some(self.snapshot_record(snapshot, *is_held).await?)
-                    }
+                    Some(frozen) => Some(self.snapshot_record(frozen).await?),
                     None => None,
                 };
                 snapshots.insert(number, record);
@@ -539,11 +537,10 @@ impl Merge {
 
     pub(super) async fn snapshot_record(
         &mut self,
-        snapshot: &Snapshot,
-        is_held: bool,
+        FrozenSnapshot { snapshot, is_held, needs_tree }: &FrozenSnapshot,
     ) -> Result<SnapshotRecord, Error> {
         let point = &snapshot.point;
-        if point.needs_tree.get() {
+        if *needs_tree {
             self.tree_of(point).await?;
         }
         let (root, history) = match self.contents_of(point).0 {
@@ -558,7 +555,7 @@ impl Merge {
         // Its time may have come meanwhile.
         let writes_from =
             point.writes_from.get().and_then(|from| met.map_or(Some(from), |met| met.writes_from));
-        Ok(snapshot.record(root, (history, writes_from), is_held))
+        Ok(snapshot.record(root, (history, writes_from), *is_held))
     }
 
     fn extent_records(&mut self) -> BTreeMap<u64, Option<ExtentRecord>> {

@@ -54,7 +54,7 @@ impl Dropped {
                     && !self.vdis.contains(source)
                     && !self.snapshots.contains(&(*source, *snapshot))
             }
-            RecordBody::Rollback { number }
+            RecordBody::Rollback { number, .. }
             | RecordBody::Hold { number, .. }
             | RecordBody::EndHold { number, .. } => {
                 !self.snapshots.contains(&(record.vdi, *number))

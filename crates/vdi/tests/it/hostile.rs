@@ -88,7 +88,7 @@ fn a_log_that_creates_a_vdi_twice_is_refused() {
     let (source, snapshot) = (VdiId::new(1), SnapshotNumber::new(0));
     for (id, body) in [
         (1, RecordBody::Create { block_count: 1, wall_ns: 0, name: "new".into() }),
-        (2, RecordBody::Clone { source, snapshot, wall_ns: 0, name: "new".into() }),
+        (2, RecordBody::Clone { source, snapshot, position: None, wall_ns: 0, name: "new".into() }),
     ] {
         let ram = small_store(false);
         forge_records(&ram, vec![(id, body)]);
@@ -101,12 +101,12 @@ fn what_the_log_builds_on_nothing_is_lost_and_nothing_else() {
     let number = SnapshotNumber::new(77);
     let clone = |source: u64, snapshot| {
         let source = VdiId::new(source);
-        (9, RecordBody::Clone { source, snapshot, wall_ns: 0, name: "new".into() })
+        (9, RecordBody::Clone { source, snapshot, position: None, wall_ns: 0, name: "new".into() })
     };
     for (record, lost) in [
         (clone(1, number), "new"),
         (clone(8, SnapshotNumber::new(0)), "new"),
-        ((1, RecordBody::Rollback { number }), "web01"),
+        ((1, RecordBody::Rollback { number, position: None }), "web01"),
     ] {
         let ram = small_store(false);
         forge_records(&ram, vec![record]);

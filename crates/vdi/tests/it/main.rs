@@ -31,6 +31,7 @@ mod receive;
 mod reopen;
 mod scrub;
 mod space;
+mod starts;
 mod stuck;
 mod walks;
 mod writes;

@@ -29,7 +29,7 @@ const HEARTBEAT: Pba = Pba::new(2051);
 const LOG: Range<u64> = 4096..DATA_START;
 
 /// Whether it writes data, or nodes.
-fn writes_data(operation: &Operation) -> bool {
+pub(crate) fn writes_data(operation: &Operation) -> bool {
     matches!(operation, Operation::Write { at, .. } if at.get() >= DATA_START)
 }
 

@@ -15,27 +15,27 @@ use crate::ram::{Ram, run};
 use crate::stuck::writes_slot;
 use crate::{disk, format_options, open_options, read, reopened, with_store, write};
 
-const RULES: &str = "every write for 10m, 1s for 1h";
+pub(crate) const RULES: &str = "every write for 10m, 1s for 1h";
 
 async fn keep(store: &Store, rules: &str) {
     store.retain("web01", Retention::parse(rules).unwrap()).await.unwrap();
 }
 
 /// A new disk with these rules.
-async fn disk_that_keeps(store: &Store, rules: &str) -> Rc<dyn Disk> {
+pub(crate) async fn disk_that_keeps(store: &Store, rules: &str) -> Rc<dyn Disk> {
     store.create("web01", 1 << 30).await.unwrap();
     keep(store, rules).await;
     disk(store, "web01").await
 }
 
 /// Numbers of all moments.
-async fn moments(store: &Store) -> Vec<u64> {
+pub(crate) async fn moments(store: &Store) -> Vec<u64> {
     let all = store.snapshots("web01", SnapshotNumber::new(0), usize::MAX).await.unwrap();
     all.iter().map(|it| it.number.get()).collect()
 }
 
 /// All writes that moments keep.
-async fn writes(store: &Store) -> Vec<VdiWrite> {
+pub(crate) async fn writes(store: &Store) -> Vec<VdiWrite> {
     let mut all = Vec::new();
     for number in moments(store).await {
         let listed = store.writes("web01", &number.to_string()).await;
@@ -52,7 +52,7 @@ async fn at(store: &Store, lsn: Lsn) -> Result<Rc<dyn Disk>, parallax_vdi::Error
 }
 
 /// Opens each write, and compares it with what these bytes, one for each write, have made of block 0.
-async fn assert_each(store: &Store, expected: &[u8]) {
+pub(crate) async fn assert_each(store: &Store, expected: &[u8]) {
     let all: Vec<VdiWrite> = writes(store).await.into_iter().filter(|it| it.offset == 0).collect();
     assert_eq!(all.len(), expected.len());
     for (write, byte) in all.iter().zip(expected) {
