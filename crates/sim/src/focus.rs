@@ -220,6 +220,8 @@ impl Plan {
             (40, ManagementKind::LookUp),
             (10, ManagementKind::CloneAtTime),
             (10, ManagementKind::RollbackToTime),
+            (20, ManagementKind::CloneAtWrite),
+            (20, ManagementKind::RollbackToWrite),
             (20, ManagementKind::DiffMoments),
             (4, ManagementKind::LeapClock),
             (10, ManagementKind::RetainByDefault),

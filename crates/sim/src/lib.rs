@@ -41,6 +41,7 @@ pub mod requests;
 pub mod run;
 pub mod scrub;
 pub mod session;
+pub mod starts;
 pub mod times;
 pub mod trace;
 pub mod verify;

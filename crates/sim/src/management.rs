@@ -21,6 +21,7 @@ use crate::receive;
 use crate::requests;
 use crate::scrub;
 use crate::session::{Reach, Session};
+use crate::starts;
 use crate::times;
 use crate::world::{Pending, Source};
 
@@ -62,6 +63,8 @@ pub async fn make(session: Rc<Session>, kind: ManagementKind, mut random: Random
         ManagementKind::LookUp => times::look_up(&session, random).await,
         ManagementKind::CloneAtTime => times::clone(&session, random).await,
         ManagementKind::RollbackToTime => times::rollback(&session, random).await,
+        ManagementKind::CloneAtWrite => starts::clone(&session, random).await,
+        ManagementKind::RollbackToWrite => starts::rollback(&session, random).await,
         ManagementKind::DiffMoments => compare::diff_moments(&session, random).await,
         ManagementKind::LeapClock => times::leap(&session, random),
     }
@@ -145,9 +148,7 @@ pub fn certain<T>(
                     session.world.unanswered(number);
                 }
                 _ => {
-                    if let Some(pending) = session.world.answered(number) {
-                        forget(session, &pending);
-                    }
+                    give_up(session, number);
                 }
             }
             session.excuse(what, error.kind(), &error, Reach::Metadata);
@@ -170,6 +171,13 @@ pub fn forget(session: &Session, pending: &Pending) {
             model.decide(receive.vdi, receive.serial, false);
         }
         _ => {}
+    }
+}
+
+/// Something that was asked for did not happen.
+pub fn give_up(session: &Session, number: u64) {
+    if let Some(pending) = session.world.answered(number) {
+        forget(session, &pending);
     }
 }
 

@@ -271,6 +271,18 @@ pub const ALL: &[Mutant] = &[
         focus: Some(Focus::History),
     },
     Mutant {
+        name: "clone_is_one_write_too_far",
+        rule: "30",
+        breaks: "has a clone, or a rollback, of a write begin with the next record, too",
+        focus: Some(Focus::History),
+    },
+    Mutant {
+        name: "replay_starts_at_the_moment",
+        rule: "22",
+        breaks: "replays a clone, or a rollback, of a write as one of the moment that keeps it",
+        focus: Some(Focus::History),
+    },
+    Mutant {
         name: "clone_forgets_history",
         rule: "36",
         breaks: "continues the keyframe where a clone continues a later snapshot",

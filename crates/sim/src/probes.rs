@@ -60,6 +60,8 @@ pub const DECLARED: &[(&str, &str)] = &[
     ("times: the clock went back", "the same, while the clock stood behind the newest snapshot"),
     ("clone: of a time", "a clone of what a disk was at a time"),
     ("rollback: to a time", "a rollback to what a disk was at a time"),
+    ("clone: of a write", "a clone of what a disk was after a write"),
+    ("rollback: to a write", "a rollback to what a disk was after a write"),
     ("receive: a new disk", "a snapshot was received into a new disk"),
     ("receive: onto a disk", "what differs was received onto a disk"),
     ("receive: refused", "a stream built on something else, or the disk was written since"),

@@ -12,7 +12,7 @@ use runtime::Clock;
 use vdi::{SnapshotEntry, Target};
 
 use crate::management::{
-    VDIS_MAX, begin_rollback, created, forget, list_snapshots, new_name, pick, rolled_back,
+    VDIS_MAX, begin_rollback, created, give_up, list_snapshots, new_name, pick, rolled_back,
 };
 use crate::model::{Contents, Place, VdiRef};
 use crate::random::Random;
@@ -32,7 +32,7 @@ pub struct Opened {
     /// Its blocks, by number in the layout.
     pub blocks: Vec<(usize, Vec<u8>)>,
     /// Keeps it.
-    _disk: Rc<dyn Disk>,
+    pub disk: Rc<dyn Disk>,
 }
 
 /// A time as people write it.
@@ -235,20 +235,23 @@ async fn at_time(session: &Session, vdi: VdiRef, random: &mut Random) -> Option<
 
 /// Opens a snapshot, and reads all of it. `None`: it is gone, or damaged.
 pub async fn open(session: &Session, name: &str, entry: &SnapshotEntry) -> Option<Opened> {
-    let world = &session.world;
     let target = Target { vdi: name.to_owned(), snapshot: Some(entry.number.to_string()) };
+    // A moment's time may come.
+    open_target(session, target, entry.changed_bytes.is_some()).await
+}
+
+/// As [`open`], of what may go by itself, or may not.
+pub async fn open_target(session: &Session, target: Target, may_go: bool) -> Option<Opened> {
+    let world = &session.world;
     let disk = match session.store.open_disk(&target).await {
         Ok(disk) => disk,
-        // A moment whose time has come.
-        Err(error) if error.kind() == ErrorKind::NotFound && entry.changed_bytes.is_some() => {
-            return None;
-        }
+        Err(error) if error.kind() == ErrorKind::NotFound && may_go => return None,
         Err(error) => {
             session.excuse(&format!("open {target}"), error.kind(), &error, Reach::Metadata);
             return None;
         }
     };
-    let block_count = entry.size_bytes / BLOCK_SIZE_U64;
+    let block_count = disk.size_bytes() / BLOCK_SIZE_U64;
     let mut blocks = Vec::new();
     for window in world.plan.layout.windows().to_vec() {
         let mut lba = window.first;
@@ -272,7 +275,7 @@ pub async fn open(session: &Session, name: &str, entry: &SnapshotEntry) -> Optio
             lba += count;
         }
     }
-    Some(Opened { target, block_count, blocks, _disk: disk })
+    Some(Opened { target, block_count, blocks, disk })
 }
 
 /// Whether a time was refused for a clock that has leapt: meanwhile, or after the newest was taken, if that is
@@ -281,11 +284,4 @@ fn is_about_the_clock(world: &World, error_ns: i64, error: &vdi::Error) -> bool 
     let has_leapt = error_ns != world.clock.wall_error_ns();
     let was_ahead = world.clock.was_ahead(world.clock.wall_ns());
     error.kind() == ErrorKind::Invalid && (has_leapt || was_ahead)
-}
-
-/// Something that was asked for did not happen.
-fn give_up(session: &Session, number: u64) {
-    if let Some(pending) = session.world.answered(number) {
-        forget(session, &pending);
-    }
 }

@@ -63,9 +63,7 @@ impl Start {
         let snapshot = find_snapshot(vdi, name, &self.snapshot.number.to_string())?;
         let Some(position) = self.position else { return Ok(Self::at(snapshot)) };
         // The checkpoint under way may store it with a tree in place of its history.
-        let forgets = snapshot.point.needs_tree.get()
-            && !base::mutant::active("clone_of_what_is_being_forgotten");
-        if forgets || !snapshot.keeps(position) {
+        if snapshot.point.needs_tree.get() || !snapshot.keeps(position) {
             return Err(not_kept(name, Lsn::new(position.get().saturating_sub(1))));
         }
         Ok(Self { snapshot, position: Some(position) })
@@ -173,9 +171,7 @@ impl Engine {
 
     /// Ends what starts share: the checkpoint that freezes now makes the trees of all of them.
     pub(crate) fn part_starts(&self) {
-        if !base::mutant::active("starts_share_trees_of_others") {
-            self.starts.borrow_mut().clear();
-        }
+        self.starts.borrow_mut().clear();
     }
 }
 
