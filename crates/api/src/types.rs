@@ -164,7 +164,7 @@ pub struct CreateVdi {
     /// Logical size of an empty VDI.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub size_bytes: Option<u64>,
-    /// `NAME` or `NAME@SNAPSHOT` to clone.
+    /// `NAME`, `NAME@SNAPSHOT` or, for a write that is kept, `NAME@lsn:N` to clone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,
     /// Which moments of it are to be kept by themselves.
@@ -317,11 +317,11 @@ pub struct WritePage {
     pub next: Option<u64>,
 }
 
-/// Makes a VDI's contents those of one of its snapshots.
+/// Makes a VDI's contents those of one of its snapshots, or what they were after a write that is kept.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Rollback {
-    /// Label or number of the snapshot.
+    /// Label or number of the snapshot, a time, or `lsn:N` of the write.
     pub snapshot: String,
 }
 

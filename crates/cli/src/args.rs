@@ -171,7 +171,7 @@ pub(crate) enum Command {
     /// Make a new disk from a disk or snapshot, at once and without copying data
     Clone {
         /// What to clone; without @SNAP the disk as it is now, even if it is in use; a time in place
-        /// of SNAP means the disk as it was then
+        /// of SNAP means the disk as it was then, lsn:107 the disk after that write
         #[arg(value_name = "SRC[@SNAP]", value_parser = handle())]
         source: String,
         /// Name of the new disk
@@ -299,7 +299,7 @@ pub(crate) enum Command {
     ///
     /// What was written since is lost, unless a snapshot or the disk's history holds it. Snapshots
     /// stay, later ones too. Clients of the disk are disconnected. NAME@'5 minutes ago' goes back in
-    /// the history.
+    /// the history, NAME@lsn:107 to a write that `parallax log NAME --writes` lists.
     Rollback {
         /// Which snapshot of which disk
         #[arg(value_name = "NAME@SNAP", value_parser = snapshot_target())]

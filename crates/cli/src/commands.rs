@@ -112,8 +112,7 @@ async fn ask(context: Context, command: Command) -> Result<(), Error> {
         }
         Command::Snapshots { name, all } => snapshots::list(&context, &name.name, all).await,
         Command::Rollback { target: (name, snapshot) } => {
-            let snapshot = context.client.snapshot_status(&name, &snapshot).await?;
-            snapshots::rollback(&context, &name, snapshot).await
+            snapshots::rollback(&context, &name, &snapshot).await
         }
         Command::Tree { all } => tree::run(&context, all).await,
         Command::Diff { from, to } => {
@@ -181,6 +180,9 @@ impl Context {
     /// As [`Self::pinned`], and what the snapshot is, if it is one.
     async fn looked_up(&self, handle: String) -> Result<(String, Option<Snapshot>), Error> {
         let Some((name, snapshot)) = handle.split_once('@') else { return Ok((handle, None)) };
+        if snapshot.starts_with(WRITE_PREFIX) {
+            return Ok((handle, None));
+        }
         let found = self.client.snapshot_status(name, snapshot).await?;
         Ok((format!("{name}@{}", found.number), Some(found)))
     }

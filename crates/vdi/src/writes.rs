@@ -338,10 +338,10 @@ pub(crate) fn refuse_write(name: &str, snapshot: &str) -> Result<(), Error> {
         return Ok(());
     }
     let message = format!(
-        "{name}@{snapshot} is a write, and no snapshot: it can be opened, cloned and rolled back to; for \
+        "{name}@{snapshot} is a write, and no snapshot: it can be read, cloned and rolled back to; for \
          everything else take a clone of it: parallax clone {name}@{snapshot} NEW"
     );
-    Err(Error::refused(ErrorKind::Invalid, message))
+    Err(Error::refused(ErrorKind::NotFound, message))
 }
 
 /// The moment that keeps a write, or the snapshot of the position behind it.

@@ -3,8 +3,8 @@
 use api::{Error, Held, Hold, Ledger, Snapshot, TakeSnapshot};
 use serde::Serialize;
 
-use super::Context;
 use super::vdis::{Taken, ledger_end, with_time};
+use super::{Context, WRITE_PREFIX};
 use crate::output::{self, Column, bytes, time};
 
 pub(super) async fn take(
@@ -109,13 +109,16 @@ async fn noted(
     context.print(&Noted { snapshot, ledger }, &text)
 }
 
-pub(super) async fn rollback(
-    context: &Context,
-    name: &str,
-    snapshot: Snapshot,
-) -> Result<(), Error> {
+pub(super) async fn rollback(context: &Context, name: &str, wanted: &str) -> Result<(), Error> {
+    if wanted.starts_with(WRITE_PREFIX) {
+        let vdi = context.client.rollback(name, wanted).await?;
+        let write = format!("{name}@{wanted}");
+        let text = format!("{name} is as it was at {write}");
+        return context.print(&Taken { vdi, snapshot: None, write: Some(write) }, &text);
+    }
+    let snapshot = context.client.snapshot_status(name, wanted).await?;
     // By its number: a time would be another one by now.
     let vdi = context.client.rollback(name, &snapshot.number.to_string()).await?;
     let text = format!("{name} is as it was at {}", with_time(&snapshot));
-    context.print(&Taken { vdi, snapshot: Some(snapshot) }, &text)
+    context.print(&Taken { vdi, snapshot: Some(snapshot), write: None }, &text)
 }

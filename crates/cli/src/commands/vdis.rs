@@ -26,8 +26,10 @@ pub(super) async fn create(
 pub(super) struct Taken {
     #[serde(flatten)]
     pub(super) vdi: Vdi,
-    /// What it is as; `None`: the running disk.
+    /// What it is as; `None`: the running disk, or a write.
     pub(super) snapshot: Option<Snapshot>,
+    /// The write that it is as, as a handle.
+    pub(super) write: Option<String>,
 }
 
 /// A handle as people know it, and which snapshot that is: a time names whatever it meets.
@@ -46,10 +48,11 @@ pub(super) async fn clone(
     name: String,
 ) -> Result<(), Error> {
     let shown = snapshot.as_ref().map_or_else(|| source.clone(), with_time);
+    let write = (snapshot.is_none() && source.contains('@')).then(|| source.clone());
     let request = CreateVdi { name, size_bytes: None, source: Some(source), history: None };
     let vdi = context.client.create(&request).await?;
     let text = format!("cloned {shown} to {} ({})", vdi.name, bytes(vdi.size_bytes));
-    context.print(&Taken { vdi, snapshot }, &text)
+    context.print(&Taken { vdi, snapshot, write }, &text)
 }
 
 pub(super) async fn ls(context: &Context, space: bool) -> Result<(), Error> {

@@ -61,6 +61,8 @@ fn disks_are_files_and_outlive_the_daemon() {
     assert_eq!(read(8192), 5);
     let snapshot = fs::read(place.path("mnt").join(".snapshots/a/s.img")).unwrap();
     assert!(snapshot.len() == 8 << 20 && snapshot[8192] == 9);
+    let write = fs::metadata(place.path("mnt").join(".snapshots/a/lsn:4.img")).unwrap_err();
+    assert_eq!(write.kind(), std::io::ErrorKind::NotFound, "writes have no files");
     let (status, metrics) = request(&place, "GET", "/v1/fuse", "");
     assert_eq!((status, &metrics["fuse_mounts_open"]), (200, &json!(1)), "{metrics}");
 

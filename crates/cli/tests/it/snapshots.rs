@@ -149,6 +149,65 @@ fn the_write_before_the_bad_one_is_found_and_opened() {
     place.fails(1, &["log", "a", "--writes", "--every", "1s"]);
 }
 
+/// A write could be read, and only the moment beside it cloned and gone back to.
+#[test]
+fn a_disk_is_cloned_and_goes_back_to_a_write() {
+    let place = Place::with_store("1G");
+    let _served = place.serve(&[]);
+    place.ok(&["create", "a", "--size", "64M", "--history", "every write for 10m, 24h"]);
+    let write = |byte, offset| format!("write -P {byte} {offset} 8k");
+    let (good, other, bad) = (write(1, "1M"), write(2, "2M"), write(3, "1M"));
+    let options = ["-f", "raw", "-c", &good, "-c", &other, "-c", &bad, "-c", "flush"];
+    place.tool("qemu-io", &[&options[..], &[&place.url("a")]].concat());
+    wait(1500);
+    let list = place.json(&["log", "a", "--writes"]);
+    let handle = |index: usize| list[index]["handle"].as_str().unwrap().to_owned();
+    let (first, second) = (handle(0), handle(1));
+    const MIB: u64 = 1 << 20;
+
+    let said = place.ok(&["clone", &second, "fix"]);
+    assert_eq!(said, format!("cloned {second} to fix (64 MiB)"));
+    let cloned = place.json(&["clone", &first, "first"]);
+    assert_eq!((cloned["write"].as_str(), &cloned["snapshot"]), (Some(&*first), &Value::Null));
+    assert_eq!(place.json(&["clone", "a", "now"])["write"], Value::Null);
+    assert!(place.holds("fix", 1, MIB, 8192) && place.holds("fix", 2, 2 * MIB, 8192));
+    assert!(place.holds("first", 1, MIB, 8192) && place.holds("first", 0, 2 * MIB, 8192));
+    place.write("fix", 5, MIB, 4096);
+
+    // Both moments keep their writes, also behind the rollback.
+    assert_eq!(place.ok(&["rollback", &second]), format!("a is as it was at {second}"));
+    assert!(place.holds("a", 1, MIB, 8192) && place.holds("a", 2, 2 * MIB, 8192));
+    let back = place.json(&["rollback", &first]);
+    assert_eq!((back["write"].as_str(), &back["snapshot"]), (Some(&*first), &Value::Null));
+    assert!(place.holds("a", 0, 2 * MIB, 8192));
+    assert_eq!(place.json(&["log", "a", "--writes"])[1]["handle"], second);
+    place.ok(&["clone", &second, "again"]);
+    assert!(place.holds("again", 2, 2 * MIB, 8192));
+
+    // What needs a snapshot says what to do.
+    for refused in [
+        vec!["attach", &second, "--vhost-user", "a.sock"],
+        vec!["diff", &second, "a"],
+        vec!["diff", "a", &second],
+        vec!["send", &second],
+        vec!["send", "a@1", "--from", &second],
+        vec!["hold", &second],
+        vec!["rm", &second],
+        vec!["info", &second],
+    ] {
+        let said = place.fails(2, &refused);
+        let advice = format!("parallax clone {second} NEW");
+        assert!(said.contains(&advice), "{refused:?}: {said}");
+    }
+    for refused in [["clone", "a@lsn:0", "none"], ["rollback", "a@lsn:0", "--json"]] {
+        let said = place.fails(2, &refused);
+        assert!(said.contains("parallax log a --writes"), "{refused:?}: {said}");
+    }
+    let said = place.fails(1, &["clone", "a@lsn:99999999", "none"]);
+    assert!(said.contains("is to come"), "{said}");
+    place.fails(2, &["clone", "a@lsn:x", "none"]);
+}
+
 #[test]
 fn what_is_held_is_not_deleted() {
     let place = Place::with_store("1G");

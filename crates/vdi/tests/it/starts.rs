@@ -422,7 +422,7 @@ fn a_write_is_no_snapshot() {
         ];
         for (index, error) in refusals.into_iter().enumerate() {
             let error = error.unwrap_or_else(|| panic!("{index} is done"));
-            assert_eq!(error.kind(), ErrorKind::Invalid, "{index}: {error}");
+            assert_eq!(error.kind(), ErrorKind::NotFound, "{index}: {error}");
             let advice = format!("parallax clone {target} NEW");
             assert!(error.to_string().contains(&advice), "{index}: {error}");
         }
