@@ -2,18 +2,18 @@
 
 use std::time::Duration;
 
-use base::{ErrorKind, Lsn, SnapshotNumber, VdiId};
+use base::{Buffer, ErrorKind, Lsn, SnapshotNumber, VdiId};
 use device::Operation;
 use disk::Request;
 use ondisk::RecordBody;
-use parallax_vdi::{FormatOptions, OpenOptions, Store, Target};
+use parallax_vdi::{FormatOptions, OpenOptions, Retention, Store, Target};
 use runtime::Runtime;
 
 use crate::check::{Anatomy, assert_sound, forge_records};
 use crate::gate::{Gate, with_gated_store};
 use crate::ram::{Ram, run};
 use crate::stuck::writes_data;
-use crate::writes::{RULES, assert_each, disk_that_keeps, moments, writes};
+use crate::writes::{RULES, assert_each, at, disk_that_keeps, moments, writes};
 use crate::{
     STORE_BLOCKS, diff, disk, format_options, open, open_options, read, reopened, with_store, write,
 };
@@ -480,4 +480,73 @@ fn a_record_of_what_is_not_kept_loses_what_it_makes() {
     reopened(&ram, |_, store, _| async move {
         assert_holds(&store, "web01", 1).await;
     });
+}
+
+/// The tree is reserved before the record is written: a clone that a full store has no room for is refused, and
+/// one that was made does not keep a checkpoint from its end.
+#[test]
+fn a_full_store_refuses_a_clone_or_makes_its_tree() {
+    /// Blocks that are changed, each below a node of its own.
+    const LEAVES: u64 = 1500;
+    let ram = Ram::default();
+    let device = ram.clone();
+    run(1, move |runtime| async move {
+        let store = with_long_log(&device, &runtime).await;
+        store.create("web01", 4 << 30).await.unwrap();
+        store.retain("web01", Retention::parse(RULES).unwrap()).await.unwrap();
+        let head = disk(&store, "web01").await;
+        for byte in 1..=3u8 {
+            for leaf in 0..LEAVES {
+                write(&head, leaf << 20, &[byte; 4096]).await;
+            }
+        }
+        store.checkpoint().await.unwrap();
+        let all = writes(&store).await;
+        let lsns: Vec<Lsn> = all.iter().map(|write| write.lsn).collect();
+        let number = usize::try_from(LEAVES).unwrap();
+        // They are open, so that no full store takes them.
+        let mut open = Vec::new();
+        for step in 0..20 {
+            open.push(at(&store, lsns[number + 70 * step]).await.unwrap());
+        }
+        store.create("filler", 4 << 30).await.unwrap();
+        let filler = disk(&store, "filler").await;
+        let mut filled = 0;
+        let write_of = |offset| {
+            let data = Buffer::from_bytes(&vec![9; 1 << 16]);
+            Request::Write { offset, length: 1 << 16, data, fua: false }
+        };
+        while filler.submit(write_of(filled)).await.is_ok() {
+            filled += 1 << 16;
+        }
+        let (mut made, mut refused) = (Vec::new(), 0);
+        for step in 0..20 {
+            let lsn = lsns[number + 70 * step];
+            match clone_at(&store, lsn, &format!("fix{step}")).await {
+                Ok(_) => made.push(step),
+                Err(error) => {
+                    assert_eq!(error.kind(), ErrorKind::NoSpace, "{error}");
+                    refused += 1;
+                }
+            }
+        }
+        store.checkpoint().await.expect("there is room for what was made");
+        assert!(refused > 0, "{made:?}");
+        store.remove(&Target::parse("filler")).await.unwrap();
+        drop(filler);
+        store.collect_garbage().await.unwrap();
+        for step in 0..20 {
+            if !made.contains(&step) {
+                let lsn = lsns[number + 70 * step];
+                clone_at(&store, lsn, &format!("fix{step}")).await.unwrap();
+            }
+            let fix = disk(&store, &format!("fix{step}")).await;
+            let last = 70 * step as u64;
+            for (leaf, byte) in [(0, 2), (last, 2), (last + 1, 1), (LEAVES - 1, 1)] {
+                assert_eq!(read(&fix, leaf << 20, 4096).await, [byte; 4096], "{step}: {leaf}");
+            }
+        }
+        store.close().await.unwrap();
+    });
+    assert_sound(&ram, 0);
 }

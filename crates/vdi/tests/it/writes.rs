@@ -47,7 +47,7 @@ pub(crate) async fn writes(store: &Store) -> Vec<VdiWrite> {
     all
 }
 
-async fn at(store: &Store, lsn: Lsn) -> Result<Rc<dyn Disk>, parallax_vdi::Error> {
+pub(crate) async fn at(store: &Store, lsn: Lsn) -> Result<Rc<dyn Disk>, parallax_vdi::Error> {
     store.open_disk(&Target::parse(&format!("web01@lsn:{lsn}"))).await
 }
 
