@@ -101,9 +101,15 @@ pub struct GcReport {
     /// Bytes of memory that its sets of blocks took at most.
     pub memory_bytes: u64,
     /// Whose the blocks were. `None` if it went on with what an earlier run of the store had marked: whose that
-    /// is, is not known; or if it was cut short for somebody who needs space.
+    /// is, is not known; or if it was cut short.
     pub space: Option<GcSpace>,
+    /// Whether it ended before it had been everywhere, as somebody needed what it had freed.
+    pub was_cut_short: bool,
 }
+
+/// When cycles that follow each other have been everywhere.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RoundEnd(u64);
 
 /// Whose the blocks were that were live when a cycle began, each counted once. What changed while it ran is in them
 /// in part.
@@ -204,8 +210,12 @@ pub(crate) struct Collector {
     unstored: RefCell<Option<Rc<BlockSet>>>,
     /// How often a mark stores what it has reached.
     store_every: Duration,
-    /// Where the last cycle ended for somebody who needed space, if it did: the next one begins there.
-    cut_short_at: Cell<Option<Pba>>,
+    /// Where the next cycle begins: the last one may have been cut short there.
+    next_start: Cell<Pba>,
+    /// How often a cycle has come to the end of the store.
+    turns: Cell<u64>,
+    /// Whether the last cycle failed.
+    has_failed: Cell<bool>,
     /// No cycle starts by itself before.
     not_before: Cell<Time>,
     /// Whether the last mark met damage that was not known.
@@ -249,7 +259,9 @@ impl Collector {
             resumed: RefCell::default(),
             unstored: RefCell::default(),
             store_every,
-            cut_short_at: Cell::new(None),
+            next_start: Cell::default(),
+            turns: Cell::new(0),
+            has_failed: Cell::new(false),
             not_before: Cell::new(now.after(QUIET_AFTER_OPEN)),
             gave_up: Cell::new(false),
             memory_bytes_max,
@@ -290,9 +302,19 @@ impl Collector {
         self.in_need.get() > 0
     }
 
-    /// Whether the last cycle has left out a part of the store, as somebody needed what it had freed.
-    pub(crate) fn was_cut_short(&self) -> bool {
-        self.cut_short_at.get().is_some()
+    /// Who waits for space has had all of the store collected when this is reached, be it by cycles that were
+    /// cut short.
+    pub(crate) fn round_from_now(&self) -> RoundEnd {
+        RoundEnd(self.turns.get() + 2)
+    }
+
+    pub(crate) fn has_come_to(&self, RoundEnd(turns): RoundEnd) -> bool {
+        self.turns.get() >= turns
+    }
+
+    /// Whether the last cycle failed: what it was to collect is still there.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.has_failed.get()
     }
 
     /// What a merge takes as replaced.
@@ -443,6 +465,8 @@ impl Engine {
         }
         collector.enter(GcPhase::Idle);
         let pause = self.runtime.now().since(began).saturating_mul(PAUSE_FACTOR).max(PAUSE_MIN);
+        collector.has_failed.set(outcome.is_err());
+        let pause = if outcome.is_err() { pause.max(DELAY_MAX) } else { pause };
         collector.not_before.set(self.runtime.now().after(pause));
         let report = match outcome {
             Ok(report) => report,
@@ -477,43 +501,38 @@ impl Engine {
         gives_up: impl Fn() -> bool,
         attempt: impl AsyncFn() -> Result<Option<T>, Error>,
     ) -> Result<Option<T>, Error> {
-        while self.collect_for_space(&gives_up).await {
+        let end = self.collector.round_from_now();
+        while let Some(report) = self.collect_for_space(&gives_up).await {
             let given = attempt().await?;
-            if given.is_some() || !self.collector.was_cut_short() || gives_up() {
+            let is_all = !report.was_cut_short || self.collector.has_come_to(end);
+            if given.is_some() || is_all || gives_up() {
                 return Ok(given);
             }
         }
         Ok(None)
     }
 
-    /// Runs a cycle for somebody who needs space and may give up, if one may help; whether it ran.
-    async fn collect_for_space(self: &Rc<Self>, gives_up: impl Fn() -> bool) -> bool {
+    /// Runs a cycle for somebody who needs space and may give up, if one may help; `None` if it did not, or
+    /// failed.
+    async fn collect_for_space(self: &Rc<Self>, gives_up: impl Fn() -> bool) -> Option<GcReport> {
         let collector = &self.collector;
         if collector.suspected.get() == 0 && collector.cycle.available() > 0 {
-            return false;
+            return None;
         }
         collector.in_need.set(collector.in_need.get() + 1);
         let outcome = self.collect_garbage(gives_up).await;
         collector.in_need.set(collector.in_need.get() - 1);
-        match outcome {
-            // Also what the mark held back is free now.
-            Ok(_) => true,
-            Err(error) => {
-                tracing::warn!(%error, "garbage could not be collected");
-                false
-            }
-        }
+        // If it ended well, what the mark held back is free now, too.
+        outcome.inspect_err(|error| tracing::warn!(%error, "garbage could not be collected")).ok()
     }
 
-    /// Runs a cycle for somebody who needs space; whether it ended well. What it swept is not free yet.
-    pub(crate) async fn cycle_for_space(self: &Rc<Self>) -> bool {
+    /// Runs a cycle for somebody who needs space; `None` if it failed. What it swept is not free yet.
+    pub(crate) async fn cycle_for_space(self: &Rc<Self>) -> Option<GcReport> {
         let collector = &self.collector;
         collector.in_need.set(collector.in_need.get() + 1);
         let outcome = self.run_or_join_cycle().await;
         collector.in_need.set(collector.in_need.get() - 1);
-        outcome
-            .inspect_err(|error| tracing::warn!(%error, "garbage could not be collected"))
-            .is_ok()
+        outcome.inspect_err(|error| tracing::warn!(%error, "garbage could not be collected")).ok()
     }
 
     /// Starts a cycle in the background if something was deleted, and space is getting short or some time
@@ -548,6 +567,7 @@ impl Engine {
     }
 
     async fn cycle(self: &Rc<Self>) -> Result<GcReport, Error> {
+        self.begin_count();
         // Also takes what an earlier cycle swept and no checkpoint has taken yet.
         if let Err(error) = self.checkpoint(SlotState::Running).await {
             // What is held back since the store was opened may be what it lacks.
@@ -566,7 +586,6 @@ impl Engine {
         let space = already.is_none().then_some(space);
         let mut report = GcReport { space, ..GcReport::default() };
         let mut pasts = BTreeMap::new();
-        self.begin_count();
         let mut round = self.round();
         while let Some(cut) = self.cut(&mut round).await {
             report.passes += 1;
@@ -575,14 +594,16 @@ impl Engine {
             for (id, past) in found {
                 pasts.entry(id).or_insert_with(|| past.without_blocks()).add_blocks(&past);
             }
-            if self.collector.is_needed() && report.freed_blocks > 0 && !round.is_over() {
+            if self.collector.is_needed() && report.freed_blocks > 0 && self.has_more(round) {
                 // Who waits for space waits for no other sections. They come with the next cycle.
-                self.collector.cut_short_at.set(Some(round.at()));
+                self.collector.next_start.set(round.at());
                 self.collector.dropped(self.runtime.now());
+                report.was_cut_short = true;
                 report.space = None;
-                break;
+                return Ok(report);
             }
         }
+        self.collector.next_start.set(Pba::default());
         if let Some(space) = &report.space {
             self.end_count(space.wall_ns, pasts);
         }

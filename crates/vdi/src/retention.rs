@@ -26,6 +26,7 @@ use ondisk::{Origin, Record, RecordBody, TableRecord, VdiRecord};
 
 use crate::Error;
 use crate::engine::Engine;
+use crate::gc::RoundEnd;
 use crate::manage::{Appended, refuse_without_labels};
 use crate::vdi::{Snapshot, Vdi};
 
@@ -312,6 +313,8 @@ impl Engine {
         attempt: impl AsyncFn() -> Result<Option<T>, Error>,
     ) -> Result<Option<T>, Error> {
         let mut waits = 0;
+        // Until then collections that were cut short are worth another before more goes.
+        let mut round: Option<RoundEnd> = None;
         loop {
             // What was given up before is worth waiting for before more goes. Others need not wait for
             // this one's readers.
@@ -331,11 +334,17 @@ impl Engine {
                 continue;
             }
             waits = 0;
-            if self.collector.was_cut_short() && self.cycle_for_space().await {
-                continue;
+            if round.is_none_or(|end| self.collector.has_come_to(end)) {
+                // What nobody can collect gives no space, however much is given up.
+                if self.collector.has_failed() || !self.thin_moments().await {
+                    return Ok(None);
+                }
+                round = Some(self.collector.round_from_now());
             }
-            if !self.thin_moments().await || !self.cycle_for_space().await {
-                return Ok(None);
+            match self.cycle_for_space().await {
+                None => return Ok(None),
+                Some(report) if !report.was_cut_short => round = None,
+                Some(_) => {}
             }
         }
     }
@@ -347,8 +356,9 @@ impl Engine {
             let older: Vec<SnapshotNumber> = {
                 let snapshots = vdi.snapshots.borrow();
                 let unused = snapshots.iter().filter(|snapshot| is_unused_moment(snapshot));
-                let count = snapshots.kept_count().div_ceil(2);
-                unused.take(count).map(|snapshot| snapshot.number).collect()
+                let mut older: Vec<_> = unused.map(|snapshot| snapshot.number).collect();
+                older.truncate(older.len().div_ceil(2));
+                older
             };
             if older.is_empty() {
                 continue;

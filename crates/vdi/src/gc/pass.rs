@@ -48,11 +48,6 @@ impl Section {
         *self == Self::WHOLE
     }
 
-    /// The first block behind it.
-    pub(super) fn end(&self) -> Pba {
-        Pba::new(self.0.end)
-    }
-
     fn page_numbers(&self) -> Range<u64> {
         self.0.start / BITMAP_PAGE_BLOCKS..self.0.end.div_ceil(BITMAP_PAGE_BLOCKS)
     }
@@ -72,6 +67,7 @@ impl Section {
 
 /// How far a cycle has come: from where the one before was cut short to the end of the store, and from its
 /// beginning to there.
+#[derive(Clone, Copy)]
 pub(super) struct Round {
     start: Pba,
     /// The first block behind the last section.
@@ -80,21 +76,21 @@ pub(super) struct Round {
 }
 
 impl Round {
-    fn new(start: Pba) -> Self {
-        Self { start, at: start, has_turned: false }
-    }
-
     pub(super) fn at(&self) -> Pba {
         self.at
     }
 
-    fn is_new(&self) -> bool {
-        self.at == self.start && !self.has_turned
+    /// What of a section it has not come to yet.
+    fn enter(&mut self, Section(mut blocks): Section) -> Option<Section> {
+        if self.has_turned {
+            blocks.end = blocks.end.min(self.start.get());
+        }
+        self.at = Pba::new(blocks.end);
+        (blocks.start < blocks.end).then_some(Section(blocks))
     }
 
-    /// Whether it is known to have been everywhere.
-    pub(super) fn is_over(&self) -> bool {
-        self.at == Section::WHOLE.end() || (self.has_turned && self.at >= self.start)
+    fn is_new(&self) -> bool {
+        self.at == self.start && !self.has_turned
     }
 }
 
@@ -117,8 +113,16 @@ impl Engine {
     /// What a cycle begins with. Where the one before was cut short, for else garbage behind a section that
     /// gives a little each time would never be collected.
     pub(super) fn round(&self) -> Round {
-        let start = self.collector.cut_short_at.take().unwrap_or_default();
-        Round::new(if self.collects_in_one_pass() { Pba::default() } else { start })
+        let start = match self.collects_in_one_pass() {
+            true => Pba::default(),
+            false => self.collector.next_start.get(),
+        };
+        Round { start, at: start, has_turned: false }
+    }
+
+    /// Whether there are sections that it has not come to.
+    pub(super) fn has_more(&self, mut round: Round) -> bool {
+        self.section_behind(&mut round).is_some()
     }
 
     /// The cut of the next pass; `None` if nothing is live in what is left. A cycle of one pass always has it:
@@ -128,12 +132,12 @@ impl Engine {
         if round.is_new() {
             self.collector.begin();
         }
-        let mut section = self.next_section(round)?;
-        let mut candidates = self.live_in(&section).await;
-        while candidates.len() == 0 && !section.is_whole() {
-            section = self.next_section(round)?;
-            candidates = self.live_in(&section).await;
+        let had_turned = round.has_turned;
+        let cut = self.next_cut(round).await;
+        if round.has_turned && !had_turned {
+            self.collector.turns.set(self.collector.turns.get() + 1);
         }
+        let (section, candidates) = cut?;
         let held = || match section.is_whole() {
             true => Held::everything(),
             false => Held::metadata(),
@@ -142,16 +146,25 @@ impl Engine {
         Some(Cut { section, roots: self.roots.get(), candidates })
     }
 
-    fn next_section(&self, round: &mut Round) -> Option<Section> {
+    /// The next section that has candidates, and these.
+    async fn next_cut(&self, round: &mut Round) -> Option<(Section, BlockSet)> {
+        loop {
+            let section = self.section_behind(round)?;
+            let candidates = self.live_in(&section).await;
+            if candidates.len() > 0 || section.is_whole() {
+                return Some((section, candidates));
+            }
+        }
+    }
+
+    /// The next section. The last one ends where the round began: nothing is to be counted twice.
+    fn section_behind(&self, round: &mut Round) -> Option<Section> {
         let mut section = self.section(round.at);
         if section.is_none() && !round.has_turned {
             round.has_turned = true;
             section = self.section(Pba::default());
         }
-        let section =
-            section.filter(|next| !round.has_turned || next.0.start < round.start.get())?;
-        round.at = section.end();
-        Some(section)
+        round.enter(section?)
     }
 
     /// The section that begins with `from`, as large as the memory allows.
@@ -205,6 +218,21 @@ impl Engine {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Also if sections begin elsewhere than they did when it began.
+    #[test]
+    fn a_round_comes_to_each_block_once() {
+        let start = Pba::new(100);
+        let mut round = Round { start, at: start, has_turned: false };
+        let mut enter = |turns: bool, blocks: Range<u64>| {
+            round.has_turned |= turns;
+            round.enter(Section(blocks)).map(|Section(blocks)| blocks)
+        };
+        assert_eq!(enter(false, 100..250), Some(100..250));
+        assert_eq!(enter(true, 0..70), Some(0..70));
+        assert_eq!(enter(true, 70..140), Some(70..100));
+        assert_eq!(enter(true, 100..250), None);
+    }
 
     #[test]
     fn a_section_cuts_pages_at_its_ends() {
