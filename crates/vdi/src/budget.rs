@@ -70,10 +70,11 @@ impl PastBlocks {
         u64::try_from(stay).unwrap_or(self.moment_count)
     }
 
-    /// Adds what lay in another section of addresses.
-    pub(crate) fn add_blocks(&mut self, other: &Self) {
-        self.snapshots += other.snapshots;
-        self.moments += other.moments;
+    /// Adds what a later pass found in another section of addresses, of more moments maybe: these have a part in
+    /// the sum.
+    pub(crate) fn add_blocks(&mut self, later: &Self) {
+        let (snapshots, moments) = (self.snapshots + later.snapshots, self.moments + later.moments);
+        *self = Self { snapshots, moments, ..*later };
     }
 }
 
@@ -149,7 +150,10 @@ impl Engine {
         if !going.is_empty() {
             let count = going.len();
             tracing::info!(disk, count, %held, "the oldest moments of a history that is over its budget go");
-        } else if !counted.iter().any(|it| may_go(it)) && !vdi.budget_told.replace(true) {
+        } else if !counted.is_empty()
+            && !counted.iter().any(|it| may_go(it))
+            && !vdi.budget_told.replace(true)
+        {
             tracing::warn!(
                 disk,
                 %held,

@@ -179,6 +179,10 @@ impl Engine {
         if let Some(snapshot) = vdi.snapshots.borrow().get(number) {
             snapshot.hold.set(None);
             vdi.snapshots_dirty.borrow_mut().insert(number, true);
+            if snapshot.is_kept() {
+                // What it holds counts for the budget of moments from here on.
+                self.collector.dropped(self.runtime.now());
+            }
         }
         vdi.held.borrow_mut().remove(&number);
         self.owed_nodes.set(self.owed_nodes.get() + HOLD_NODES);

@@ -595,6 +595,7 @@ impl Engine {
 
     pub(crate) fn apply_resize(&self, vdi: &Vdi, block_count: u64, lsn: Lsn) {
         let old = vdi.block_count.replace(block_count);
+        vdi.growth.note(old.saturating_sub(block_count));
         self.touch(vdi);
         vdi.branch.borrow().writes.break_at(lsn.plus(1));
         if block_count < old {

@@ -144,6 +144,43 @@ fn a_budget_that_cannot_be_met_leaves_the_newest_moment() {
     });
 }
 
+/// What a shrink cuts off moments hold from then on, though nobody writes anything.
+#[test]
+fn what_is_cut_off_counts() {
+    with_store(|runtime, store| async move {
+        let head = filled(&store, "web01", "1h, at most 8M").await;
+        churn(&runtime, &head, 20).await;
+        runtime.sleep(Duration::from_secs(120)).await;
+        assert!(moments(&store, "web01").await.len() > 10);
+        store.resize("web01", 2 * MIB).await.unwrap();
+        runtime.sleep(Duration::from_secs(600)).await;
+        // All of them hold the same.
+        assert_eq!(moments(&store, "web01").await.len(), 1);
+    });
+}
+
+/// What a moment holds counts from when its hold ends.
+#[test]
+fn what_is_released_counts() {
+    with_store(|runtime, store| async move {
+        let head = filled(&store, "web01", "1h, at most 8M").await;
+        churn(&runtime, &head, 2).await;
+        let (first, _) = moments(&store, "web01").await[0];
+        store.hold("web01", &first.to_string(), None).await.unwrap();
+        for part in 0..BLOCKS / 256 {
+            write(&head, part << 20, &[2; 1 << 20]).await;
+        }
+        churn(&runtime, &head, 2).await;
+        runtime.sleep(Duration::from_secs(300)).await;
+        assert!(moments(&store, "web01").await.contains(&(first, true)));
+        store.release_hold("web01", &first.to_string()).await.unwrap();
+        runtime.sleep(Duration::from_secs(300)).await;
+        let left = moments(&store, "web01").await;
+        assert!(left.iter().all(|&(number, _)| number != first), "{left:?}");
+        assert!(held(&store, "web01").await.unwrap() <= 8 * MIB);
+    });
+}
+
 /// After a start nothing was counted yet, and a budget that may be exceeded has it counted.
 #[test]
 fn a_budget_is_kept_after_a_restart() {
