@@ -34,6 +34,9 @@ use crate::{Error, Stats};
 /// and written again may fill it a thousand times a second.
 const FULL_TOLD_INTERVAL: Duration = Duration::from_secs(60);
 
+/// How often room for nodes is waited for that others take before it can be used.
+const RESERVE_ATTEMPTS_MAX: u32 = 8;
+
 /// The parts of an open store.
 pub(crate) struct Engine {
     pub(crate) runtime: Runtime,
@@ -416,10 +419,20 @@ impl Engine {
             return Ok(());
         }
         let attempt = async || Ok(self.metadata_suffices_for(nodes).await?.then_some(()));
-        self.collect_until(&gives_up, attempt).await?.ok_or_else(|| {
-            let message = "no room is left for metadata: delete VDIs or snapshots";
-            Error::refused(ErrorKind::NoSpace, message)
-        })
+        self.collect_until(&gives_up, attempt).await?.ok_or_else(no_room_for_metadata)
+    }
+
+    /// Whether what [`Self::reserve_nodes`] has waited for is still there, for who appends in this breath: others may
+    /// have taken it since, and a checkpoint must never lack it (design rule 25).
+    ///
+    /// # Errors
+    /// `NoSpace` when others were faster time and again.
+    pub(crate) fn has_metadata_for(&self, nodes: u64, attempts: &mut u32) -> Result<bool, Error> {
+        *attempts += 1;
+        match self.reserve.block_count() >= self.nodes_needed() + 2 * nodes {
+            false if *attempts >= RESERVE_ATTEMPTS_MAX => Err(no_room_for_metadata()),
+            is_there => Ok(is_there),
+        }
     }
 
     fn return_windows(&self) {
@@ -482,6 +495,11 @@ pub(crate) fn stopped(error: &DeviceError) -> Error {
         ErrorKind::Fenced,
         format!("the store stopped after a failed write or flush ({error}); it must be reopened"),
     )
+}
+
+fn no_room_for_metadata() -> Error {
+    let message = "no room is left for metadata: delete VDIs or snapshots";
+    Error::refused(ErrorKind::NoSpace, message)
 }
 
 /// What a request gets that was on its way when its disk went.

@@ -73,13 +73,20 @@ impl Engine {
         name: &str,
     ) -> Result<VdiId, Error> {
         let _request = self.begin_change()?;
-        let (start, nodes) = self.find_start(source).await?;
-        self.reserve_nodes(nodes, || false).await?;
         check_name(name)?;
-        let (one, vdi) = self.manage(&source.vdi).await?;
-        let room = self.room().await?;
+        let (start, mut nodes) = self.find_start(source).await?;
+        let mut attempts = 0;
+        let (one, vdi, room, start) = loop {
+            self.reserve_nodes(nodes, || false).await?;
+            let (one, vdi) = self.manage(&source.vdi).await?;
+            let room = self.room().await?;
+            let start = start.as_ref().map(|start| start.again(&vdi, &source.vdi)).transpose()?;
+            nodes = self.nodes_of_start(&vdi, start.as_ref());
+            if self.has_metadata_for(nodes, &mut attempts)? {
+                break (one, vdi, room, start);
+            }
+        };
         self.refuse_taken(name)?;
-        let start = start.map(|start| start.again(&vdi, &source.vdi)).transpose()?;
         let branch = start.as_ref().map(|start| Rc::clone(&start.snapshot.branch));
         refuse_without_labels(&branch.unwrap_or_else(|| Rc::clone(&vdi.branch.borrow())))?;
         let id = self.next_id();
@@ -276,20 +283,26 @@ impl Engine {
     pub(crate) async fn rollback(self: &Rc<Self>, name: &str, label: &str) -> Result<(), Error> {
         let _request = self.begin_change()?;
         let target = Target { vdi: name.to_owned(), snapshot: Some(label.to_owned()) };
-        let (start, nodes) = self.find_start(&target).await?;
+        let (start, mut nodes) = self.find_start(&target).await?;
         let start = start.ok_or_else(|| not_found(name))?;
-        self.reserve_nodes(nodes, || false).await?;
         let source = |vdi: &Vdi| {
             let start = start.again(vdi, name)?;
             refuse_without_labels(&vdi.branch.borrow())?;
             refuse_without_labels(&start.snapshot.branch)?;
             Ok(start)
         };
-        let Quiet { vdi, all, one } = self.quiet(name, |vdi| source(vdi).map(|_| true)).await?;
-        let (room, room_before, room_behind) =
-            (self.room().await?, self.room().await?, self.room().await?);
-        // It may have been deleted meanwhile.
-        let start = source(&vdi)?;
+        let mut attempts = 0;
+        let (Quiet { vdi, all, one }, [room, room_before, room_behind], start) = loop {
+            self.reserve_nodes(nodes, || false).await?;
+            let quiet = self.quiet(name, |vdi| source(vdi).map(|_| true)).await?;
+            let rooms = [self.room().await?, self.room().await?, self.room().await?];
+            // It may have been deleted meanwhile.
+            let start = source(&quiet.vdi)?;
+            nodes = self.nodes_of_start(&quiet.vdi, Some(&start));
+            if self.has_metadata_for(nodes, &mut attempts)? {
+                break (quiet, rooms, start);
+            }
+        };
         vdi.sever();
         // What is left behind stays in the history, and where it went back stands there, too.
         let has_history = !vdi.retention.borrow().is_off();

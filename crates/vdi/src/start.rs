@@ -17,13 +17,12 @@
 
 use std::rc::Rc;
 
-use base::{Lsn, SnapshotNumber};
+use base::{ErrorKind, Lsn, SnapshotNumber};
 use ondisk::{FANOUT, SlotState};
 
 use crate::Error;
 use crate::branch::{Base, Branch, Contents, Point};
 use crate::engine::{Engine, as_u64};
-use crate::manage::find_snapshot;
 use crate::types::Target;
 use crate::vdi::{Snapshot, Vdi};
 use crate::writes::{AtWrite, is_pending, not_kept};
@@ -60,11 +59,21 @@ impl Start {
     /// # Errors
     /// `NotFound` if it was deleted, or does not keep the position any more.
     pub(crate) fn again(&self, vdi: &Vdi, name: &str) -> Result<Self, Error> {
-        let snapshot = find_snapshot(vdi, name, &self.snapshot.number.to_string())?;
+        let found = vdi.snapshots.borrow().get(self.snapshot.number).cloned();
+        // Another disk may have the name by now.
+        let same = found.filter(|it| it.position == self.snapshot.position);
+        let gone = || match self.position {
+            Some(position) => not_kept(name, Lsn::new(position.get().saturating_sub(1))),
+            None => {
+                let message = format!("{} was deleted meanwhile", self.snapshot.handle(name));
+                Error::refused(ErrorKind::NotFound, message)
+            }
+        };
+        let snapshot = same.ok_or_else(gone)?;
         let Some(position) = self.position else { return Ok(Self::at(snapshot)) };
         // The checkpoint under way may store it with a tree in place of its history.
         if snapshot.point.needs_tree.get() || !snapshot.keeps(position) {
-            return Err(not_kept(name, Lsn::new(position.get().saturating_sub(1))));
+            return Err(gone());
         }
         Ok(Self { snapshot, position: Some(position) })
     }
@@ -125,8 +134,15 @@ impl Engine {
             // With a history it keeps them.
             self.checkpoint(SlotState::Running).await?;
         }
-        let nodes = start.nodes();
+        let nodes = self.nodes_of_start(&vdi, Some(&start));
         Ok((Some(start), nodes))
+    }
+
+    /// Nodes that the tree of a start takes at most that nobody has reserved; `None`: of `vdi` as it is now.
+    pub(crate) fn nodes_of_start(&self, vdi: &Vdi, start: Option<&Start>) -> u64 {
+        let Some(start) = start else { return nodes_of_head(vdi) };
+        let is_shared = || self.starts.borrow().contains_key(&(vdi.id, start.position()));
+        if start.is_apart() && is_shared() { 0 } else { start.nodes() }
     }
 
     /// Where a branch starts, of a snapshot of `vdi`, as its base.

@@ -552,7 +552,8 @@ impl Merge {
             }
         };
         let met = self.points.get(&Rc::as_ptr(point));
-        // Its time may have come meanwhile.
+        // What is opened, so what this checkpoint has frozen, does not forget its writes: a record above the cut may
+        // build on them.
         let writes_from =
             point.writes_from.get().and_then(|from| met.map_or(Some(from), |met| met.writes_from));
         Ok(snapshot.record(root, (history, writes_from), *is_held))

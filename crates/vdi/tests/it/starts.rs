@@ -486,6 +486,16 @@ fn a_record_of_what_is_not_kept_loses_what_it_makes() {
 /// one that was made does not keep a checkpoint from its end.
 #[test]
 fn a_full_store_refuses_a_clone_or_makes_its_tree() {
+    clones_on_a_full_store(false);
+}
+
+/// As many of them at once as at other times one after the other: all find the same room.
+#[test]
+fn a_full_store_refuses_clones_at_once_or_makes_their_trees() {
+    clones_on_a_full_store(true);
+}
+
+fn clones_on_a_full_store(are_at_once: bool) {
     /// Blocks that are changed, each below a node of its own.
     const LEAVES: u64 = 1500;
     let ram = Ram::default();
@@ -520,9 +530,23 @@ fn a_full_store_refuses_a_clone_or_makes_its_tree() {
             filled += 1 << 16;
         }
         let (mut made, mut refused) = (Vec::new(), 0);
+        let mut begun = Vec::new();
         for step in 0..20 {
             let lsn = lsns[number + 70 * step];
-            match clone_at(&store, lsn, &format!("fix{step}")).await {
+            let of_store = store.clone();
+            let clone =
+                runtime.spawn(async move { clone_at(&of_store, lsn, &format!("fix{step}")).await });
+            begun.push(match are_at_once {
+                true => (step, Err(clone)),
+                false => (step, Ok(clone.await)),
+            });
+        }
+        for (step, clone) in begun {
+            let outcome = match clone {
+                Ok(outcome) => outcome,
+                Err(clone) => clone.await,
+            };
+            match outcome {
                 Ok(_) => made.push(step),
                 Err(error) => {
                     assert_eq!(error.kind(), ErrorKind::NoSpace, "{error}");
