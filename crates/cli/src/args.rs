@@ -204,6 +204,8 @@ pub(crate) enum Command {
     /// No history thins what is held, not even when the store is full. A moment may be held, too, also by
     /// its time: NAME@'5 minutes ago'. The hold ends with `release`, or when the time of --until has
     /// come; for a clock that leaps, as much time must have passed while the store was served.
+    /// A moment that is held stands for itself: writes before it that it kept (`every write`) cannot be
+    /// opened any more.
     ///
     /// What is held, and when it ended, goes into a ledger of the disk, whose head `info` shows. Note it
     /// elsewhere: `check` tells of what was altered or removed since it was held.

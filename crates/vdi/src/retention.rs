@@ -5,7 +5,8 @@
 //! rule's age. Ages are of store time, so that a clock that leaps deletes nothing (design rule 38).
 //!
 //! - A moment is taken after a flush of the guest, so it holds everything that the flush covered; and
-//!   when nobody flushes, after a second at most. None is taken while nothing is written.
+//!   when nobody flushes, after a second at most. None is taken while nothing is written. Flushes within ten
+//!   milliseconds share two: one behind the first of them, and one when that time is over.
 //! - It is a snapshot like others, with a number and no label, which a checkpoint gives a history
 //!   (`history.rs`); its record becomes durable with the next flush, and nobody waits for it.
 //! - What was the newest moment when all rules had run out stays: it is what the disk was at their
@@ -128,11 +129,12 @@ impl Engine {
         }
     }
 
-    /// Notes that a guest's flush has succeeded.
+    /// Notes that a guest's flush has succeeded. If the last moment is too young for another, one is taken a
+    /// little later: the last of some flushes is what the guest goes by, and not the first.
     pub(crate) fn note_flush(self: &Rc<Self>, vdi: &Rc<Vdi>) {
         let interval = vdi.retention.borrow().interval();
         if let Some((interval, true)) = interval {
-            self.keep_moment(vdi, interval);
+            self.keep_moment_in(vdi, self.time_to_rest(vdi, interval));
         }
     }
 
@@ -227,14 +229,32 @@ impl Engine {
 
     /// Takes a moment in the background, if something was written and the last one is old enough.
     fn keep_moment(self: &Rc<Self>, vdi: &Rc<Vdi>, interval: Duration) {
+        if self.time_to_rest(vdi, interval).is_zero() {
+            self.keep_moment_in(vdi, Duration::ZERO);
+        }
+    }
+
+    /// Until the last moment is so old.
+    fn time_to_rest(&self, vdi: &Vdi, interval: Duration) -> Duration {
         let now = self.runtime.now();
-        let rested = vdi.moment_at.get().is_none_or(|at| now.since(at) >= interval);
-        let is_due = vdi.changed_blocks.get() > 0 && rested && !vdi.is_leaving();
-        if !is_due || self.read_only || vdi.moment_pending.replace(true) {
+        vdi.moment_at.get().map_or(Duration::ZERO, |at| interval.saturating_sub(now.since(at)))
+    }
+
+    /// Takes a moment in the background, after a while, if something was written.
+    fn keep_moment_in(self: &Rc<Self>, vdi: &Rc<Vdi>, wait: Duration) {
+        let is_wanted = vdi.changed_blocks.get() > 0 && !vdi.is_leaving();
+        if !is_wanted || self.read_only || vdi.moment_pending.replace(true) {
             return;
         }
         let (engine, vdi) = (Rc::clone(self), Rc::clone(vdi));
         drop(self.runtime.spawn(async move {
+            if !wait.is_zero() {
+                engine.runtime.sleep(wait).await;
+            }
+            if engine.closing.get() || vdi.changed_blocks.get() == 0 {
+                vdi.moment_pending.set(false);
+                return;
+            }
             let taken = engine.take_moment(&vdi).await;
             vdi.moment_pending.set(false);
             if let Err(error) = taken {

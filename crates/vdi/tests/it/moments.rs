@@ -78,6 +78,29 @@ fn a_disk_is_opened_as_it_was() {
     assert_sound(&ram_after, 0);
 }
 
+/// Of flushes that follow each other closely, as a file system's two for a sync, the last is the one that somebody
+/// goes back to. Only the first had a moment, and what came behind it waited for up to two seconds.
+#[test]
+fn the_last_of_some_flushes_has_a_moment() {
+    with_store(|runtime, store| async move {
+        store.create("web01", 1 << 30).await.unwrap();
+        store.retain("web01", Retention::parse("10m").unwrap()).await.unwrap();
+        let head = disk(&store, "web01").await;
+        for round in 1..=10u8 {
+            for part in 0..3 {
+                write(&head, part << 12, &[round; 4096]).await;
+                flush(&head).await;
+            }
+            runtime.sleep(Duration::from_millis(100)).await;
+            let time = time_of(&runtime);
+            runtime.sleep(Duration::from_millis(3)).await;
+            let then = disk(&store, &format!("web01@{time}")).await;
+            assert_eq!(read(&then, 2 << 12, 1).await, [round], "{time}");
+        }
+        assert!(kept(&store).await.len() <= 30, "{:?}", kept(&store).await);
+    });
+}
+
 /// Nothing is kept of what is not written; what is too old goes, but for what the disk was then.
 #[test]
 fn moments_go_when_their_time_has_come() {
