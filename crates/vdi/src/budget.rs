@@ -55,11 +55,6 @@ impl PastBlocks {
         self.snapshots == 0 && self.moments == 0
     }
 
-    /// The same moments, before anything of them was counted.
-    pub(crate) fn without_blocks(self) -> Self {
-        Self { snapshots: 0, moments: 0, ..self }
-    }
-
     /// How many of the moments may stay.
     fn staying_moments(&self, budget_blocks: u64) -> u64 {
         if self.moments <= budget_blocks {

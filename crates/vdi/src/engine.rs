@@ -429,7 +429,7 @@ impl Engine {
     /// `NoSpace` when others were faster time and again.
     pub(crate) fn has_metadata_for(&self, nodes: u64, attempts: &mut u32) -> Result<bool, Error> {
         *attempts += 1;
-        match self.reserve.block_count() >= self.nodes_needed() + 2 * nodes {
+        match self.reserve.block_count() >= self.needed_with(nodes) {
             false if *attempts >= RESERVE_ATTEMPTS_MAX => Err(no_room_for_metadata()),
             is_there => Ok(is_there),
         }

@@ -241,6 +241,27 @@ impl Held {
     }
 }
 
+/// Somebody who waits for space.
+struct Need<'a>(&'a Collector);
+
+impl<'a> Need<'a> {
+    fn begin(collector: &'a Collector) -> Self {
+        collector.in_need.set(collector.in_need.get() + 1);
+        Self(collector)
+    }
+}
+
+impl Drop for Need<'_> {
+    fn drop(&mut self) {
+        self.0.in_need.set(self.0.in_need.get() - 1);
+    }
+}
+
+/// What a collection did; that it failed the log is told.
+fn told(outcome: Result<GcReport, Error>) -> Option<GcReport> {
+    outcome.inspect_err(|error| tracing::warn!(%error, "garbage could not be collected")).ok()
+}
+
 impl Collector {
     pub(crate) fn new(now: Time, store_every: Duration, memory_bytes_max: u64) -> Self {
         Self {
@@ -519,20 +540,15 @@ impl Engine {
         if collector.suspected.get() == 0 && collector.cycle.available() > 0 {
             return None;
         }
-        collector.in_need.set(collector.in_need.get() + 1);
-        let outcome = self.collect_garbage(gives_up).await;
-        collector.in_need.set(collector.in_need.get() - 1);
-        // If it ended well, what the mark held back is free now, too.
-        outcome.inspect_err(|error| tracing::warn!(%error, "garbage could not be collected")).ok()
+        let _need = Need::begin(collector);
+        // If it ends well, what the mark held back is free then, too.
+        told(self.collect_garbage(gives_up).await)
     }
 
     /// Runs a cycle for somebody who needs space; `None` if it failed. What it swept is not free yet.
     pub(crate) async fn cycle_for_space(self: &Rc<Self>) -> Option<GcReport> {
-        let collector = &self.collector;
-        collector.in_need.set(collector.in_need.get() + 1);
-        let outcome = self.run_or_join_cycle().await;
-        collector.in_need.set(collector.in_need.get() - 1);
-        outcome.inspect_err(|error| tracing::warn!(%error, "garbage could not be collected")).ok()
+        let _need = Need::begin(&self.collector);
+        told(self.run_or_join_cycle().await)
     }
 
     /// Starts a cycle in the background if something was deleted, and space is getting short or some time
@@ -585,14 +601,14 @@ impl Engine {
         let space = GcSpace { wall_ns: self.runtime.wall_ns(), ..GcSpace::default() };
         let space = already.is_none().then_some(space);
         let mut report = GcReport { space, ..GcReport::default() };
-        let mut pasts = BTreeMap::new();
+        let mut pasts: BTreeMap<VdiId, PastBlocks> = BTreeMap::new();
         let mut round = self.round();
         while let Some(cut) = self.cut(&mut round).await {
             report.passes += 1;
             let already = already.take().unwrap_or_default();
             let found = self.pass(cut, already, &mut report).await?;
             for (id, past) in found {
-                pasts.entry(id).or_insert_with(|| past.without_blocks()).add_blocks(&past);
+                pasts.entry(id).and_modify(|sum| sum.add_blocks(&past)).or_insert(past);
             }
             if self.collector.is_needed() && report.freed_blocks > 0 && self.has_more(round) {
                 // Who waits for space waits for no other sections. They come with the next cycle.

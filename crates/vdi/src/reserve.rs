@@ -113,8 +113,13 @@ impl Engine {
     /// # Errors
     /// If the device fails.
     pub(crate) async fn metadata_suffices_for(&self, nodes: u64) -> Result<bool, Error> {
-        let needed = self.nodes_needed() + 2 * nodes;
+        let needed = self.needed_with(nodes);
         Ok(self.reserve.block_count() >= needed || self.fill_reserve(needed).await?)
+    }
+
+    /// Blocks that the next checkpoints may need, with so many nodes more.
+    pub(crate) fn needed_with(&self, nodes: u64) -> u64 {
+        self.nodes_needed() + 2 * nodes
     }
 
     /// Blocks that the next checkpoints may need.

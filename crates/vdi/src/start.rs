@@ -17,7 +17,7 @@
 
 use std::rc::Rc;
 
-use base::{ErrorKind, Lsn, SnapshotNumber};
+use base::{Lsn, SnapshotNumber};
 use ondisk::{FANOUT, SlotState};
 
 use crate::Error;
@@ -64,10 +64,7 @@ impl Start {
         let same = found.filter(|it| it.position == self.snapshot.position);
         let gone = || match self.position {
             Some(position) => not_kept(name, Lsn::new(position.get().saturating_sub(1))),
-            None => {
-                let message = format!("{} was deleted meanwhile", self.snapshot.handle(name));
-                Error::refused(ErrorKind::NotFound, message)
-            }
+            None => self.snapshot.deleted_meanwhile(name),
         };
         let snapshot = same.ok_or_else(gone)?;
         let Some(position) = self.position else { return Ok(Self::at(snapshot)) };

@@ -4,11 +4,12 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
-use base::{BLOCK_SIZE_U64, ClaimGeneration, Lsn, SnapshotNumber, VdiId};
+use base::{BLOCK_SIZE_U64, ClaimGeneration, ErrorKind, Lsn, SnapshotNumber, VdiId};
 use blockstore::allocator::Window;
 use ondisk::{History, Origin, RootRef, SnapshotRecord};
 use runtime::Time;
 
+use crate::Error;
 use crate::branch::{Branch, Point, View};
 use crate::budget::Growth;
 use crate::holds::Hold;
@@ -160,6 +161,12 @@ impl Snapshot {
             "" => format!("{name}@{}", self.number),
             label => format!("{name}@{label}"),
         }
+    }
+
+    /// What somebody gets who waited for something while it was deleted.
+    pub(crate) fn deleted_meanwhile(&self, name: &str) -> Error {
+        let message = format!("{} was deleted meanwhile", self.handle(name));
+        Error::refused(ErrorKind::NotFound, message)
     }
 
     /// Its contents.

@@ -291,8 +291,7 @@ impl Engine {
         // What was freed until now may be something else.
         let _reader = self.epochs.enter();
         if moment.deleted.get() {
-            let message = format!("{} was deleted meanwhile", moment.handle(name));
-            return Err(Error::refused(ErrorKind::NotFound, message));
+            return Err(moment.deleted_meanwhile(name));
         }
         let Some(from) = moment.point.writes_from.get() else {
             let message = format!(
