@@ -77,6 +77,16 @@ impl Control {
         handle.map(str::to_owned).context("a snapshot without a handle")
     }
 
+    /// Takes a series of snapshots, and returns how many.
+    ///
+    /// # Errors
+    /// As the daemon says.
+    pub(crate) fn series(&mut self, name: &str, every: Duration, count: u32) -> Result<u64> {
+        let body = json!({ "every_us": every.as_micros(), "count": count });
+        let answer = self.ask("POST", &format!("/v1/vdis/{name}/series"), Some(&body))?;
+        answer.get("count").and_then(Value::as_u64).context("a series without a count")
+    }
+
     /// Deletes a snapshot, given by its handle.
     ///
     /// # Errors

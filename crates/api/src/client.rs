@@ -16,8 +16,9 @@ use crate::check::CheckReport;
 use crate::scrub::{BeginCheck, BeginScrub, CheckStatus, ScrubStatus};
 use crate::types::{
     Attach, Attachment, ChangeStore, ChangeVdi, CompleteReceive, CreateVdi, DaemonStatus, Diff,
-    DiffPage, Gc, GcStatus, Hold, IntervalPage, Mounted, Removed, Rollback, Snapshot, SnapshotPage,
-    Space, Stats, StoreSettings, TakeSnapshot, Upgrade, Upgrading, Vdi, VdiPage, WritePage,
+    DiffPage, Gc, GcStatus, Hold, IntervalPage, Mounted, Removed, Rollback, Series, Snapshot,
+    SnapshotPage, Space, Stats, StoreSettings, TakeSeries, TakeSnapshot, Upgrade, Upgrading, Vdi,
+    VdiPage, WritePage,
 };
 use crate::{Error, Kind, percent_encode};
 
@@ -270,12 +271,20 @@ impl Client {
         self.ask(Method::POST, &format!("{}/snapshots", vdi_path(name)), Some(request)).await
     }
 
+    /// Takes a series of snapshots. All are durable on return.
+    ///
+    /// # Errors
+    /// As [`Self::snapshot`]; `Invalid` for one that is empty, or longer than a second. What was taken before stays.
+    pub async fn take_series(&self, name: &str, request: TakeSeries) -> Result<Series, Error> {
+        self.ask(Method::POST, &format!("{}/series", vdi_path(name)), Some(&request)).await
+    }
+
     /// Every snapshot of a VDI, in order of number.
     ///
     /// # Errors
     /// `NotFound`.
     pub async fn snapshots(&self, name: &str) -> Result<Vec<Snapshot>, Error> {
-        self.snapshot_pages(name, true).await
+        self.snapshot_pages(name, true, (0, u64::MAX)).await
     }
 
     /// As [`Self::snapshots`], without the moments that the VDI's history keeps.
@@ -283,18 +292,39 @@ impl Client {
     /// # Errors
     /// `NotFound`.
     pub async fn asked_snapshots(&self, name: &str) -> Result<Vec<Snapshot>, Error> {
-        self.snapshot_pages(name, false).await
+        self.snapshot_pages(name, false, (0, u64::MAX)).await
     }
 
-    async fn snapshot_pages(&self, name: &str, moments: bool) -> Result<Vec<Snapshot>, Error> {
+    /// As [`Self::asked_snapshots`], those with numbers from `first` to `last`.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub async fn asked_snapshots_between(
+        &self,
+        name: &str,
+        first: u64,
+        last: u64,
+    ) -> Result<Vec<Snapshot>, Error> {
+        self.snapshot_pages(name, false, (first.saturating_sub(1), last)).await
+    }
+
+    /// Snapshots with numbers above the first, up to the last.
+    async fn snapshot_pages(
+        &self,
+        name: &str,
+        moments: bool,
+        (mut after, last): (u64, u64),
+    ) -> Result<Vec<Snapshot>, Error> {
         let mut snapshots = Vec::new();
-        let first = format!("{}/snapshots?moments={moments}", vdi_path(name));
-        let mut path = first.clone();
         loop {
+            let path = format!("{}/snapshots?moments={moments}&after={after}", vdi_path(name));
             let page: SnapshotPage = self.ask(Method::GET, &path, NOTHING).await?;
-            snapshots.extend(page.snapshots);
-            let Some(next) = page.next else { return Ok(snapshots) };
-            path = format!("{first}&after={next}");
+            let wanted = page.snapshots.into_iter().filter(|snapshot| snapshot.number <= last);
+            snapshots.extend(wanted);
+            match page.next.filter(|&next| next < last) {
+                Some(next) => after = next,
+                None => return Ok(snapshots),
+            }
         }
     }
 

@@ -19,6 +19,7 @@
 //! | `/v1/vdis/{name}/writes?up_to=&before=&max=` | GET | | [`WritePage`] |
 //! | `/v1/vdis/{name}/snapshots?after=&max=` | GET | | [`SnapshotPage`] |
 //! | `/v1/vdis/{name}/snapshots` | POST | [`TakeSnapshot`] | [`Snapshot`] |
+//! | `/v1/vdis/{name}/series` | POST | [`TakeSeries`] | [`Series`], when all are durable |
 //! | `/v1/vdis/{name}/snapshots/{snapshot}` | GET | | [`Snapshot`] |
 //! | `/v1/vdis/{name}/snapshots/{snapshot}` | DELETE | | [`Removed`] |
 //! | `/v1/vdis/{name}/snapshots/{snapshot}/space` | GET | | [`Space`] |
@@ -63,7 +64,7 @@ pub use types::{
     Attach, Attachment, ChangeStore, ChangeVdi, CompleteReceive, CreateVdi, DIFF_EXTENTS_MAX,
     DaemonStatus, Diff, DiffExtent, DiffPage, FrontendMetrics, Gc, GcPhase, GcSpace, GcStatus,
     Held, Hold, Interval, IntervalPage, Ledger, Mounted, NbdEndpoint, OpenReport, PAGE_MAX, Parent,
-    Past, Removed, Rollback, Snapshot, SnapshotPage, Space, Stats, StoreSettings, TakeSnapshot,
-    Upgrade, Upgrading, Vdi, VdiPage, Write, WritePage,
+    Past, Removed, Rollback, Series, Snapshot, SnapshotPage, Space, Stats, StoreSettings,
+    TakeSeries, TakeSnapshot, Upgrade, Upgrading, Vdi, VdiPage, Write, WritePage,
 };
 pub use url::{percent_decode, percent_encode};

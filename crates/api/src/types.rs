@@ -213,6 +213,27 @@ pub struct TakeSnapshot {
     pub hold: Option<Hold>,
 }
 
+/// Takes a series of snapshots without labels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TakeSeries {
+    /// Microseconds from one to the next.
+    pub every_us: u64,
+    /// How many: 1 to 100,000, within a second.
+    pub count: u32,
+}
+
+/// A series of snapshots that was taken. Numbers in between may be of others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Series {
+    /// Number of the first.
+    pub first: u64,
+    /// Number of the last.
+    pub last: u64,
+    /// How many.
+    pub count: u64,
+}
+
 /// Holds a snapshot or a moment: it cannot be deleted until the hold ends.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -178,35 +178,58 @@ impl Log {
     /// block and all before it have completed.
     pub fn append_admitted(
         &self,
+        admission: Admission,
+        record: &Record,
+    ) -> (Lsn, OneshotReceiver<Result<(), DeviceError>>) {
+        let appended = self.append_unhurried(admission, record);
+        self.commit();
+        appended
+    }
+
+    /// As [`Self::append_admitted`], but nobody waits for it yet: its block is written when it is full, when another
+    /// record goes into it, or when somebody waits at [`Self::completed`], which the caller does before long.
+    pub fn append_unhurried(
+        &self,
         mut admission: Admission,
         record: &Record,
     ) -> (Lsn, OneshotReceiver<Result<(), DeviceError>>) {
         admission.used = true;
         self.0.state.borrow_mut().reserved -= 1;
         self.0.room.notify();
-        self.append(record)
+        self.push(record)
     }
 
     /// Appends a record that may use the reserve: one that says what became of another, or that
     /// recovery writes again.
     pub fn append(&self, record: &Record) -> (Lsn, OneshotReceiver<Result<(), DeviceError>>) {
+        let appended = self.push(record);
+        self.commit();
+        appended
+    }
+
+    /// Has the open block written at the end of the turn, if it has records.
+    fn commit(&self) {
+        let schedule = {
+            let mut state = self.0.state.borrow_mut();
+            state.open.record_count() > 0 && !std::mem::replace(&mut state.commit_scheduled, true)
+        };
+        if schedule {
+            self.schedule_commit();
+        }
+    }
+
+    fn push(&self, record: &Record) -> (Lsn, OneshotReceiver<Result<(), DeviceError>>) {
         let (done, outcome) = oneshot();
         let bytes = record.encoded_bytes();
         if !self.0.state.borrow().open.fits(bytes) {
             self.seal_open();
         }
-        let (lsn, schedule) = {
-            let mut state = self.0.state.borrow_mut();
-            let lsn = state.lsn_next;
-            state.lsn_next = lsn.plus(1);
-            state.open.push(record);
-            state.open_waiters.push(done);
-            state.incomplete.push_back(false);
-            (lsn, !std::mem::replace(&mut state.commit_scheduled, true))
-        };
-        if schedule {
-            self.schedule_commit();
-        }
+        let mut state = self.0.state.borrow_mut();
+        let lsn = state.lsn_next;
+        state.lsn_next = lsn.plus(1);
+        state.open.push(record);
+        state.open_waiters.push(done);
+        state.incomplete.push_back(false);
         (lsn, outcome)
     }
 
@@ -255,6 +278,7 @@ impl Log {
     /// # Errors
     /// If the log has failed.
     pub async fn completed(&self, lsn: Lsn) -> Result<(), DeviceError> {
+        self.commit();
         loop {
             let changed = self.0.completed.changed();
             if self.0.scheduler.watermarks().completed() >= lsn {

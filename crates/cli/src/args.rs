@@ -11,6 +11,7 @@ use clap::builder::{
     NonEmptyStringValueParser, OsStringValueParser, TypedValueParser, ValueParser,
 };
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+use jiff::SignedDuration;
 use stream::Progress;
 
 /// Virtual disks with instant snapshots and clones, for virtual machines.
@@ -183,6 +184,9 @@ pub(crate) enum Command {
     ///
     /// It holds every write that was acknowledged before. The handle is NAME@LABEL, or NAME@17 if
     /// no label is given.
+    ///
+    /// With --every and --for the daemon takes a series by itself, thousands in a second if need be, and the handle
+    /// is that of all: NAME@17..1016, which `rm` takes, too.
     Snapshot {
         /// Name of the disk
         #[arg(value_name = "NAME", value_parser = snapshot_of())]
@@ -197,6 +201,13 @@ pub(crate) enum Command {
         #[arg(long, value_name = "TIME", value_parser = NonEmptyStringValueParser::new())]
         #[arg(requires = "hold")]
         until: Option<String>,
+        /// Take a series: one each so long, such as 100us, 1ms or 5s
+        #[arg(long, value_name = "TIME", value_parser = span())]
+        #[arg(requires = "length", conflicts_with_all = ["label", "hold"])]
+        every: Option<Duration>,
+        /// How long the series goes on, such as 10s
+        #[arg(long = "for", value_name = "TIME", value_parser = span(), requires = "every")]
+        length: Option<Duration>,
     },
 
     /// Hold a snapshot: it cannot be deleted, nor its disk, until the hold ends
@@ -290,7 +301,8 @@ pub(crate) enum Command {
     /// Clones are not affected, whatever they were cloned from. Clients of what is deleted are
     /// disconnected; what is attached has to be detached first. Its space counts as free when
     /// garbage has been collected, which happens by itself: see `parallax gc --help`. What is held is not
-    /// deleted: see `parallax hold --help`.
+    /// deleted: see `parallax hold --help`. NAME@17..1016 deletes a series: what has such a number, but no
+    /// label, and is not held.
     #[command(visible_alias = "remove")]
     Rm {
         #[command(flatten)]
@@ -824,6 +836,18 @@ fn snapshot_of() -> ValueParser {
         (name, Some(label)) => {
             Err(format!("a label has an option: parallax snapshot {name} --label {label}"))
         }
+    })
+}
+
+/// Shortest time from one snapshot of a series to the next.
+const SPAN_MIN: Duration = Duration::from_micros(10);
+
+/// A length of time, down to microseconds.
+fn span() -> ValueParser {
+    ValueParser::new(|text: &str| {
+        let span = text.parse::<SignedDuration>().ok().and_then(|it| Duration::try_from(it).ok());
+        span.filter(|span| *span >= SPAN_MIN)
+            .ok_or("not a time: write 100us, 1ms, 5s or 10m, and 10us at least")
     })
 }
 

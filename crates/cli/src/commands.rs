@@ -16,6 +16,7 @@ mod quickstart;
 mod receive;
 mod scrub;
 mod send;
+mod series;
 mod serve;
 mod snapshots;
 mod stats;
@@ -106,7 +107,10 @@ async fn ask(context: Context, command: Command) -> Result<(), Error> {
             vdis::resize(&context, &name.name, size, shrink).await
         }
         Command::Rm { target: t } => vdis::rm(&context, &t.target.0, t.target.1.as_deref()).await,
-        Command::Snapshot { name, label, hold, until } => {
+        Command::Snapshot { name, every: Some(every), length: Some(length), .. } => {
+            series::take(&context, &name, every, length).await
+        }
+        Command::Snapshot { name, label, hold, until, .. } => {
             let hold = hold.then_some(api::Hold { until });
             snapshots::take(&context, &name, label, hold).await
         }

@@ -40,6 +40,7 @@ pub mod receive;
 pub mod requests;
 pub mod run;
 pub mod scrub;
+pub mod series;
 pub mod session;
 pub mod starts;
 pub mod times;

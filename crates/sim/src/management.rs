@@ -20,6 +20,7 @@ use crate::random::{Random, to_u64};
 use crate::receive;
 use crate::requests;
 use crate::scrub;
+use crate::series;
 use crate::session::{Reach, Session};
 use crate::starts;
 use crate::times;
@@ -40,6 +41,7 @@ pub async fn make(session: Rc<Session>, kind: ManagementKind, mut random: Random
     match kind {
         ManagementKind::Create => create(&session, random).await,
         ManagementKind::Snapshot => snapshot(&session, random).await,
+        ManagementKind::Series => series::take(&session, random).await,
         ManagementKind::CloneSnapshot => clone_snapshot(&session, random).await,
         ManagementKind::CloneHead => clone_head(&session, random).await,
         ManagementKind::Rollback => rollback(&session, random).await,

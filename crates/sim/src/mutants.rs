@@ -199,6 +199,12 @@ pub const ALL: &[Mutant] = &[
         focus: Some(Focus::Branches),
     },
     Mutant {
+        name: "series_is_flushed_up_to_its_first",
+        rule: "30",
+        breaks: "answers a series of snapshots when the first is durable",
+        focus: Some(Focus::Branches),
+    },
+    Mutant {
         name: "gc_frees_newly_live",
         rule: "35",
         breaks: "takes blocks that became live during a mark for garbage",

@@ -169,6 +169,7 @@ pub enum RequestKind {
 pub enum ManagementKind {
     Create,
     Snapshot,
+    Series,
     CloneSnapshot,
     CloneHead,
     Rollback,
@@ -371,6 +372,7 @@ impl Weights {
         let management = vec![
             (weight(6), ManagementKind::Create),
             (weight(20), ManagementKind::Snapshot),
+            (weight(6), ManagementKind::Series),
             (weight(6), ManagementKind::CloneSnapshot),
             (weight(6), ManagementKind::CloneHead),
             (weight(5), ManagementKind::Rollback),

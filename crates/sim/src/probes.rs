@@ -37,6 +37,7 @@ pub const DECLARED: &[(&str, &str)] = &[
     ("flush: failed", "a flush failed, and the VDI stopped"),
     ("store: stopped", "the store stopped after a failure and was reopened"),
     ("snapshot: with requests under way", "a snapshot was taken of a busy VDI"),
+    ("series: taken", "snapshots were taken one after the other, and made durable together"),
     ("snapshot: unsettled at a crash", "a snapshot was asked for, and the crash came first"),
     ("clone: of a running VDI", "a clone without a snapshot"),
     ("clone: of a snapshot", "a clone of a snapshot"),

@@ -250,6 +250,11 @@ impl Engine {
     pub(crate) async fn settle(&self, appended: Appended) -> Result<(), Error> {
         let lsn = appended.0;
         self.complete_record(appended).await?;
+        self.make_durable(lsn).await
+    }
+
+    /// Waits until a record is durable, with all before it: those that are complete on the device.
+    pub(crate) async fn make_durable(&self, lsn: Lsn) -> Result<(), Error> {
         if base::mutant::active("management_without_flush") {
             return Ok(());
         }

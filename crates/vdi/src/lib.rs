@@ -49,6 +49,7 @@ mod release;
 mod reserve;
 mod retention;
 mod scrub;
+mod series;
 mod snapshots;
 mod start;
 pub mod store;
@@ -68,6 +69,6 @@ pub use scrub::{Damage, DamageKind, Owner, ScrubEnd, ScrubReport, ScrubStatus};
 pub use store::Store;
 pub use types::{
     DiffExtent, FormatOptions, HoldEntry, KeptWrite, LedgerEntry, OpenOptions, OpenReport,
-    Received, SnapshotEntry, Stats, Target, VdiDiff, VdiEntry, VdiInterval, VdiIntervals, VdiPast,
-    VdiSpace, VdiWrite, VdiWrites, WantedIntervals, WantedWrites,
+    Received, Series, SnapshotEntry, Stats, Target, VdiDiff, VdiEntry, VdiInterval, VdiIntervals,
+    VdiPast, VdiSpace, VdiWrite, VdiWrites, WantedIntervals, WantedSeries, WantedWrites,
 };

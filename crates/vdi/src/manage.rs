@@ -13,7 +13,7 @@ use ondisk::{
     RecordBody, RootRef,
 };
 
-use blockstore::log::Admission;
+use blockstore::log::{Admission, Log};
 use device::DeviceError;
 use runtime::sync::{OneshotReceiver, Permits};
 
@@ -113,22 +113,37 @@ impl Engine {
         label: Option<&str>,
     ) -> Result<SnapshotNumber, Error> {
         let _request = self.begin_change()?;
-        self.reserve_metadata(|| false).await?;
         let label = label.unwrap_or_default();
         check_label(label)?;
         let vdi = self.find(name).await?;
+        let (number, appended) =
+            self.take_snapshot(name, &vdi, label, Log::append_admitted).await?;
+        // Guests go on; what they wrote before is waited for (design rule 30).
+        self.settle(appended).await?;
+        self.stats.borrow_mut().snapshots += 1;
+        Ok(number)
+    }
+
+    /// Takes a snapshot when there is room for one. The caller completes its record, and makes it durable.
+    pub(crate) async fn take_snapshot(
+        self: &Rc<Self>,
+        name: &str,
+        vdi: &Vdi,
+        label: &str,
+        append: impl FnOnce(&Log, Admission, &Record) -> Appended,
+    ) -> Result<(SnapshotNumber, Appended), Error> {
+        self.reserve_metadata(|| false).await?;
         let room = self.room().await?;
-        refuse_taken_label(&vdi, name, label)?;
+        refuse_taken_label(vdi, name, label)?;
         if vdi.deleted.get() {
             return Err(not_found(name));
         }
         refuse_without_labels(&vdi.branch.borrow())?;
         let number = vdi.snapshot_next.get();
-        let appended = self.append_snapshot(room, &vdi, label, Origin::Asked);
-        // Guests go on; what they wrote before is waited for (design rule 30).
-        self.settle(appended).await?;
-        self.stats.borrow_mut().snapshots += 1;
-        Ok(number)
+        let appended = self.append_snapshot_with(vdi, label, Origin::Asked, |body| {
+            append(&self.log, room, &Record { vdi: vdi.id, claim: vdi.claim, body })
+        });
+        Ok((number, appended))
     }
 
     /// Appends the record of the next snapshot, and applies it.

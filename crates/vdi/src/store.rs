@@ -20,8 +20,9 @@ use crate::{GcReport, GcStatus, ScrubReport, ScrubStatus, background, recovery};
 
 use crate::Error;
 use crate::types::{
-    FormatOptions, HoldEntry, OpenOptions, OpenReport, Received, SnapshotEntry, Stats, Target,
-    VdiDiff, VdiEntry, VdiIntervals, VdiSpace, VdiWrite, VdiWrites, WantedIntervals, WantedWrites,
+    FormatOptions, HoldEntry, OpenOptions, OpenReport, Received, Series, SnapshotEntry, Stats,
+    Target, VdiDiff, VdiEntry, VdiIntervals, VdiSpace, VdiWrite, VdiWrites, WantedIntervals,
+    WantedSeries, WantedWrites,
 };
 
 /// An open store. Clones share it. What changes it is finished once it has begun, also if the future
@@ -124,6 +125,17 @@ impl Store {
         let (engine, name) = (Rc::clone(&self.0), name.to_owned());
         let label = label.map(str::to_owned);
         self.finish(async move { engine.snapshot(&name, label.as_deref()).await }).await
+    }
+
+    /// Takes a series of snapshots, at most 100,000 within a second: as [`Self::snapshot`], each at its time after
+    /// the call, or as soon after that as can be. All are durable on return; if one cannot be taken, those before
+    /// it stay, and the error tells of them.
+    ///
+    /// # Errors
+    /// `NotFound`; `NoSpace`; `Invalid` for a series that is empty or longer.
+    pub async fn snapshot_series(&self, name: &str, wanted: WantedSeries) -> Result<Series, Error> {
+        let (engine, name) = (Rc::clone(&self.0), name.to_owned());
+        self.finish(async move { engine.series(&name, wanted).await }).await
     }
 
     /// Lists at most `max` VDIs whose names come after `after`, in order of name.

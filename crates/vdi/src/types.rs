@@ -232,6 +232,26 @@ pub struct VdiWrite {
     pub length: u64,
 }
 
+/// A series of snapshots that is to be taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WantedSeries {
+    /// From one to the next.
+    pub every: Duration,
+    /// How many.
+    pub count: u32,
+}
+
+/// Snapshots that were taken one after the other. Others may have been taken in between.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Series {
+    /// Number of the first.
+    pub first: SnapshotNumber,
+    /// Number of the last.
+    pub last: SnapshotNumber,
+    /// How many.
+    pub count: u32,
+}
+
 /// A write, and the moment that keeps it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KeptWrite {

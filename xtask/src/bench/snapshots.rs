@@ -30,8 +30,10 @@ const QCOW2_INTERVAL: Duration = Duration::from_millis(500);
 /// the curve.
 const RATES: [(u32, Option<f64>); 4] =
     [(10, None), (100, None), (1_000, Some(0.95)), (10_000, Some(0.9))];
-/// Connections that they come by.
+/// Connections that they come by, if each is asked for.
 const CLIENTS: u32 = 16;
+/// Series that they come in, if they are asked for so.
+const SERIES_PER_SECOND: u32 = 10;
 const NODE_BYTES: u64 = 4096;
 const VERSION_BYTES: u64 = 32;
 const SNAPSHOT_BYTES: u64 = 256;
@@ -181,28 +183,52 @@ fn say(round: usize, who: &str, quiet: Figures, busy: Figures, times: &[f64]) {
     ));
 }
 
-/// Many snapshots of a disk under random writes, by as many clients as it takes.
+/// How many snapshots are asked for.
+#[derive(Clone, Copy)]
+enum Way {
+    /// Each by a request, of as many clients as it takes.
+    Requests,
+    /// In series, one after the other.
+    Series,
+}
+
+impl Way {
+    fn said(self) -> &'static str {
+        match self {
+            Self::Requests => "by 16 clients",
+            Self::Series => "in series",
+        }
+    }
+}
+
+/// Many snapshots of a disk under random writes, each asked for by itself and in series.
 ///
 /// # Errors
 /// If the server or fio fails.
 pub(crate) fn rate(bench: &Bench) -> Result<Measured> {
     ensure!(bench.binary.is_some(), "there is no peer to measure here");
     let mut lines = Vec::new();
-    let mut curve = Curve::new("ours");
+    let mut curves = Vec::new();
     let mut quiet = Vec::new();
-    for (per_second, factor) in RATES {
-        let rated = Rated::measure(bench, per_second)?;
-        quiet.extend(&rated.without.values);
-        curve.points.push((quantile(&rated.taken, 0.5), quantile(&rated.with.values, 0.5)));
-        lines.extend(factor.map(|factor| rated.line(per_second, factor)));
+    for (way, label) in [(Way::Requests, "ours, by 16 clients"), (Way::Series, "ours, in series")] {
+        let mut curve = Curve::new(label);
+        for (per_second, factor) in RATES {
+            let rated = Rated::measure(bench, way, per_second)?;
+            quiet.extend(&rated.without.values);
+            curve.points.push((quantile(&rated.taken, 0.5), quantile(&rated.with.values, 0.5)));
+            lines.extend(factor.map(|factor| rated.line(way, per_second, factor)));
+        }
+        curves.push(curve);
     }
-    curve.points.insert(0, (0.0, quantile(&quiet, 0.5)));
+    for curve in &mut curves {
+        curve.points.insert(0, (0.0, quantile(&quiet, 0.5)));
+    }
     let plot = Plot {
         file: "snapshot-rate".to_owned(),
         title: "Random writes of a guest while snapshots are taken (4 KiB, depth 32)".to_owned(),
         across: "snapshots a second that were taken".to_owned(),
         unit: Unit::Iops,
-        curves: vec![curve],
+        curves,
     };
     Ok(Measured { lines, plots: vec![plot] })
 }
@@ -215,27 +241,30 @@ struct Rated {
     taken: Vec<f64>,
     /// All metadata, in bytes, by snapshots.
     metadata: Vec<f64>,
-    /// Milliseconds of each.
+    /// Milliseconds of each that was asked for by itself.
     times: Vec<f64>,
 }
 
 impl Rated {
-    fn measure(bench: &Bench, per_second: u32) -> Result<Self> {
+    fn measure(bench: &Bench, way: Way, per_second: u32) -> Result<Self> {
         let (with, without) = (Column::new("ours"), Column::new(OURS_WITHOUT));
         let [taken, metadata, times] = Default::default();
         let mut rated = Self { with, without, taken, metadata, times };
         for round in 1..=bench.scale.rounds {
-            rated.round(bench, per_second, round)?;
+            rated.round(bench, way, per_second, round)?;
         }
         Ok(rated)
     }
 
-    fn round(&mut self, bench: &Bench, per_second: u32, round: usize) -> Result<()> {
+    fn round(&mut self, bench: &Bench, way: Way, per_second: u32, round: usize) -> Result<()> {
         let mut stage = Stage::new(bench, Setting::NBD, Subject::Ours, State::FilledAnew);
         let quiet = stage.turn(&BUSY)?.figures;
         let (busy, times, counts) = stage.turn_with(|bench, server| {
             let before = counted(server)?;
-            let (busy, times) = beside_many(bench, server, per_second)?;
+            let (busy, times) = match way {
+                Way::Requests => beside_many(bench, server, per_second)?,
+                Way::Series => (beside_series(bench, server, per_second)?, Vec::new()),
+            };
             let mut counts = counted(server)?;
             for (count, before) in counts.iter_mut().zip(before) {
                 *count -= before;
@@ -248,11 +277,11 @@ impl Rated {
         let bytes = (nodes * NODE_BYTES + versions * VERSION_BYTES) as f64 / snapshots as f64
             + SNAPSHOT_BYTES as f64;
         console::say(&format!(
-            "{per_second} a second, round {round}: {:.0} op/s without, {:.0} op/s with {rate:.0} snapshots a \
-             second, median {:.3} ms; {nodes} nodes, {versions} versions",
+            "{per_second} a second {}, round {round}: {:.0} op/s without, {:.0} op/s with {rate:.0} snapshots a \
+             second; {nodes} nodes, {versions} versions",
+            way.said(),
             quiet.iops,
-            busy.iops,
-            quantile(&times, 0.5)
+            busy.iops
         ));
         self.without.values.push(quiet.iops);
         self.with.values.push(busy.iops);
@@ -262,17 +291,22 @@ impl Rated {
         Ok(())
     }
 
-    fn line(self, per_second: u32, factor: f64) -> Line {
+    fn line(self, way: Way, per_second: u32, factor: f64) -> Line {
+        let (taken, metadata) = (quantile(&self.taken, 0.5), quantile(&self.metadata, 0.5));
+        let took = match way {
+            Way::Requests => format!(
+                ", in {:.2} ms (median) and {:.2} ms (99th percentile)",
+                quantile(&self.times, 0.5),
+                quantile(&self.times, 0.99)
+            ),
+            Way::Series => String::new(),
+        };
         let note = format!(
-            "{:.0} a second were taken, in {:.2} ms (median) and {:.2} ms (99th percentile); all metadata by \
-             snapshots: {:.0} bytes",
-            quantile(&self.taken, 0.5),
-            quantile(&self.times, 0.5),
-            quantile(&self.times, 0.99),
-            quantile(&self.metadata, 0.5)
+            "{taken:.0} a second were taken{took}; all metadata by snapshots: {metadata:.0} bytes"
         );
+        let way = way.said();
         Line {
-            measure: format!("random write, depth 32, with {per_second} snapshots a second"),
+            measure: format!("random write, depth 32, with {per_second} snapshots a second {way}"),
             unit: Unit::Iops,
             columns: vec![self.with, self.without],
             goals: vec![Goal::AtLeastTimes { factor, column: OURS_WITHOUT.to_owned() }],
@@ -322,6 +356,28 @@ fn beside_many(bench: &Bench, server: &Server, per_second: u32) -> Result<(Figur
             times.extend(client.join().map_err(|_| anyhow::anyhow!("a client panicked"))??);
         }
         Ok((figures?, times))
+    })
+}
+
+/// The load, while so many snapshots a second are taken in series.
+fn beside_series(bench: &Bench, server: &Server, per_second: u32) -> Result<Figures> {
+    let every = Duration::from_secs(1) / per_second;
+    let count = (per_second / SERIES_PER_SECOND).max(1);
+    let mut control = Control::connect(&server.control_socket())?;
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let client = scope.spawn(|| -> Result<()> {
+            while !done.load(Ordering::Relaxed) {
+                let end = clock::now() + every * count;
+                control.series(EXPORT, every, count)?;
+                clock::sleep(end.saturating_duration_since(clock::now()));
+            }
+            Ok(())
+        });
+        let figures = load(bench, server);
+        done.store(true, Ordering::Relaxed);
+        client.join().map_err(|_| anyhow::anyhow!("the client panicked"))??;
+        figures
     })
 }
 

@@ -3,7 +3,7 @@
 use api::{ChangeVdi, CreateVdi, Error, Kind, Ledger, Snapshot, Space, Vdi};
 use serde::Serialize;
 
-use super::{Context, snapshots};
+use super::{Context, series, snapshots};
 use crate::args::NewSize;
 use crate::output::{self, Column, bytes, count, time};
 
@@ -265,6 +265,16 @@ pub(super) async fn resize(
 }
 
 pub(super) async fn rm(context: &Context, name: &str, snapshot: Option<&str>) -> Result<(), Error> {
+    let range = snapshot.and_then(series::parse).zip(snapshot);
+    if let Some((range, written)) = range {
+        match context.client.snapshot_status(name, written).await {
+            Err(error) if error.kind == Kind::NotFound => {
+                return series::remove(context, name, range).await;
+            }
+            // A label may look like that.
+            label => drop(label?),
+        }
+    }
     let removed = match snapshot {
         Some(snapshot) => context.client.remove_snapshot(name, snapshot).await?,
         None => context.client.remove(name).await?,

@@ -357,3 +357,40 @@ fn the_tree_shows_who_comes_from_whom() {
     let json = place.json(&["tree"]);
     assert_eq!(json[0]["snapshots"][0]["clones"][0]["name"], "web");
 }
+
+#[test]
+fn a_series_is_taken_and_deleted_by_its_handle() {
+    let place = Place::with_store("1G");
+    let _served = place.serve(&[]);
+    place.ok(&["create", "a", "--size", "64M"]);
+    place.write("a", 1, 0, 65_536);
+    assert_eq!(place.ok(&["snapshot", "a", "--every", "1ms", "--for", "300ms"]), "a@1..300");
+    place.write("a", 2, 0, 65_536);
+    assert!(place.holds("a%40300", 1, 0, 65_536));
+    let taken = place.json(&["snapshot", "a", "--every", "100us", "--for", "50ms"]);
+    assert_eq!((&taken["handle"], &taken["count"]), (&json!("a@301..800"), &json!(500)));
+    assert!(taken["seconds"].as_f64().unwrap() >= 0.049, "{taken}");
+    assert!(place.holds("a%40301", 2, 0, 65_536));
+    assert_eq!(place.ok(&["snapshot", "a", "--every", "1h", "--for", "1h"]), "a@801");
+
+    // What has a label or is held stays, and so does what lies outside.
+    assert_eq!(place.ok(&["snapshot", "a", "--label", "mine"]), "a@mine");
+    place.ok(&["hold", "a@400"]);
+    let said = place.ok(&["rm", "a@2..5000"]);
+    assert_eq!(said, "deleted 799 snapshots of a@2..5000; held, and still there: 1");
+    let left = place.json(&["snapshots", "a"]);
+    let left: Vec<_> = left.as_array().unwrap().iter().map(|one| one["handle"].clone()).collect();
+    assert_eq!(left, ["a@1", "a@400", "a@mine"]);
+    let again = place.fails(2, &["rm", "a@2..300"]);
+    assert!(again.contains("parallax snapshots a"), "{again}");
+    // A label may look like a series.
+    place.ok(&["snapshot", "a", "--label", "1..9"]);
+    assert_eq!(place.ok(&["rm", "a@1..9"]), "deleted a@1..9");
+    assert_eq!(place.json(&["rm", "a@1..9"]), json!({ "removed": "a@1..9", "snapshots": 1 }));
+
+    for wrong in [&["--every", "1ms"][..], &["--for", "1s"], &["--every", "1us", "--for", "1s"]] {
+        place.fails(1, &[&["snapshot", "a"][..], wrong].concat());
+    }
+    let missing = place.fails(2, &["snapshot", "b", "--every", "1ms", "--for", "1s"]);
+    assert!(missing.contains('b'), "{missing}");
+}

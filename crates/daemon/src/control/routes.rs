@@ -7,8 +7,8 @@ use api::{
     Attach, Attachment, BeginCheck, BeginScrub, ChangeStore, ChangeVdi, CheckReport, CheckStatus,
     CompleteReceive, CreateVdi, DIFF_EXTENTS_MAX, DaemonStatus, DiffPage, Error, FrontendMetrics,
     Gc, GcStatus, Hold, IntervalPage, Kind, Mounted, PAGE_MAX, Removed, Rollback, ScrubStatus,
-    Snapshot, SnapshotPage, Space, Stats, StoreSettings, TakeSnapshot, Upgrade, Upgrading, Vdi,
-    VdiPage, WritePage,
+    Series, Snapshot, SnapshotPage, Space, Stats, StoreSettings, TakeSeries, TakeSnapshot, Upgrade,
+    Upgrading, Vdi, VdiPage, WritePage,
 };
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -16,7 +16,9 @@ use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use base::{ErrorKind, Lsn, SnapshotNumber, SnapshotUuid};
 use serde::Deserialize;
-use vdi::{GcReport, Received, Retention, Store, Target, WantedIntervals, WantedWrites};
+use vdi::{
+    GcReport, Received, Retention, Store, Target, WantedIntervals, WantedSeries, WantedWrites,
+};
 
 use super::extract::{Body, Failure, Parameters, Segments};
 use crate::convert;
@@ -52,6 +54,7 @@ pub(super) fn router(current: Current) -> Router {
         .route("/vdis/{name}/intervals", get(intervals))
         .route("/vdis/{name}/writes", get(writes))
         .route("/vdis/{name}/snapshots", get(snapshots).post(take_snapshot))
+        .route("/vdis/{name}/series", post(take_series))
         .route("/vdis/{name}/snapshots/{snapshot}", get(snapshot).delete(remove_snapshot))
         .route("/vdis/{name}/snapshots/{snapshot}/space", get(snapshot_space))
         .route("/vdis/{name}/snapshots/{snapshot}/hold", post(hold).delete(release))
@@ -477,6 +480,20 @@ async fn take_snapshot(
     };
     let entry = current.call(answer).await?;
     Ok((StatusCode::CREATED, Json(convert::snapshot(&name, entry))))
+}
+
+async fn take_series(
+    State(current): State<Current>,
+    Segments(name): Segments<String>,
+    Body(request): Body<TakeSeries>,
+) -> Result<(StatusCode, Json<Series>), Failure> {
+    let TakeSeries { every_us, count } = request;
+    let wanted = WantedSeries { every: Duration::from_micros(every_us), count };
+    let answer = async move |served: &Served| served.store.snapshot_series(&name, wanted).await;
+    let taken = current.call(answer).await?;
+    let (first, last) = (taken.first.get(), taken.last.get());
+    let series = Series { first, last, count: taken.count.into() };
+    Ok((StatusCode::CREATED, Json(series)))
 }
 
 async fn hold(

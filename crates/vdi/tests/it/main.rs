@@ -30,6 +30,7 @@ mod ram;
 mod receive;
 mod reopen;
 mod scrub;
+mod series;
 mod space;
 mod starts;
 mod stuck;
