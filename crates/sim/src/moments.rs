@@ -39,12 +39,12 @@ const RETENTIONS: [&str; 10] = [
     "every write for 1h",
     "every write for 3s, 500ms for 10s",
     "1h, at most 256K",
-    "every 1s for 1h, at most 1",
+    "every 1s for 1h, at most 1B",
     "every write for 1h, at most 1M",
 ];
 
 /// Budgets that are given to VDIs when nothing writes to them any more.
-pub const LAST_BUDGETS: [&str; 2] = ["1h, at most 128K", "1h, at most 1"];
+pub const LAST_BUDGETS: [&str; 2] = ["1h, at most 128K", "1h, at most 1B"];
 
 /// Collections that it may take until a history is within its budget.
 const COLLECTIONS_MAX: usize = 30;

@@ -337,8 +337,8 @@ pub(crate) fn refuse_write(name: &str, snapshot: &str) -> Result<(), Error> {
         return Ok(());
     }
     let message = format!(
-        "{name}@{snapshot} is a write, and no snapshot: it can be read, cloned and rolled back to; for \
-         everything else take a clone of it: parallax clone {name}@{snapshot} NEW"
+        "{name}@{snapshot} names a write, and this takes a snapshot: a write that is kept can be read, cloned and \
+         rolled back to; for everything else take a clone of it: parallax clone {name}@{snapshot} NEW"
     );
     Err(Error::refused(ErrorKind::NotFound, message))
 }

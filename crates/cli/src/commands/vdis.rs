@@ -242,7 +242,9 @@ pub(super) async fn set(context: &Context, name: &str, history: String) -> Resul
     let vdi = context.client.change(name, &request).await?;
     let text = match (vdi.history.as_str(), vdi.moment_count) {
         ("off", count @ 1..) => {
-            format!("history of {name}: off; {} are being deleted", output::count(count, "moment"))
+            let held = if vdi.held_count > 0 { ", but for what is held" } else { "" };
+            let moments = output::count(count, "moment");
+            format!("history of {name}: off; {moments} are being deleted{held}")
         }
         _ => format!("history of {name}: {}", self::history(&vdi)),
     };

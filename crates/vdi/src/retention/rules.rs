@@ -38,8 +38,9 @@ impl Retention {
         }
         let refuse = |what: &str| {
             let message = format!(
-                "'{text}' is no history: {what}; give `off`, an age such as `24h`, or rules such as \
-                 `every 1s for 1h, 1m for 1d, 1h for 30d`, and `at most 20G` behind them for a bound"
+                "'{text}' is no history: {what}; give `off`, an age such as `24h`, rules such as \
+                 `every 1s for 1h, 1m for 1d, 1h for 30d` or `every write for 10m, 24h`, and `at most 20G` behind \
+                 them for a bound"
             );
             Error::refused(ErrorKind::Invalid, message)
         };
@@ -189,15 +190,18 @@ fn parse_rule(text: &str) -> Option<KeepRule> {
     (rule.for_s > 0 && (every == "flush" || rule.every_ms > 0)).then_some(rule)
 }
 
-/// `20G`.
+/// `20G`. A number alone would be bytes: whoever forgets the unit would lose the history.
 fn parse_budget(text: &str) -> Result<NonZeroU64, String> {
+    if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err(format!("{text} of what? write `{AT_MOST}{text}G`, or another unit"));
+    }
     NonZeroU64::new(parse_bytes(text)?).ok_or_else(|| "0 bytes hold nothing".to_owned())
 }
 
 /// A budget as [`parse_bytes`] takes it.
 fn show_budget(bytes: u64) -> String {
     let whole = UNITS.iter().find(|(_, shift)| bytes.is_multiple_of(1 << shift));
-    whole.map_or_else(|| bytes.to_string(), |(unit, shift)| format!("{}{unit}", bytes >> shift))
+    whole.map_or_else(|| format!("{bytes}B"), |(unit, shift)| format!("{}{unit}", bytes >> shift))
 }
 
 impl fmt::Display for Retention {
@@ -244,7 +248,7 @@ mod tests {
                 "every flush for 1h, 1m for 1d,  at most  1.5 TiB ",
                 "every flush for 1h, 1m for 1d, at most 1536G",
             ),
-            ("1h, at most 4097", "every flush for 1h, at most 4097"),
+            ("1h, at most 4097b", "every flush for 1h, at most 4097B"),
             ("1h, at most 15.5E", "every flush for 1h, at most 16252928T"),
         ] {
             let retention = Retention::parse(text).unwrap();
@@ -277,7 +281,8 @@ mod tests {
             ("1h, at most 20G, 1m for 1d", "stands once, at the end"),
             ("1h, at most 1G, at most 2G", "stands once, at the end"),
             ("1h, at most much", "'much' is not a size"),
-            ("1h, at most 0", "0 bytes hold nothing"),
+            ("1h, at most 0K", "0 bytes hold nothing"),
+            ("1h, at most 20", "write `at most 20G`"),
             ("1h, at most 16E", "16 EiB or more"),
             ("1h, at most", "a rule is not understood"),
         ] {

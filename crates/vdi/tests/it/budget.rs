@@ -118,7 +118,7 @@ fn a_history_of_writes_stays_within_its_budget() {
 #[test]
 fn a_budget_that_cannot_be_met_leaves_the_newest_moment() {
     with_store(|runtime, store| async move {
-        let head = filled(&store, "web01", "1d, at most 1").await;
+        let head = filled(&store, "web01", "1d, at most 1B").await;
         churn(&runtime, &head, 10).await;
         let held = moments(&store, "web01").await[0].0;
         store.hold("web01", &held.to_string(), None).await.unwrap();
