@@ -13,7 +13,7 @@ pub struct BeginScrub {
 }
 
 /// Checks a store that a daemon serves.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BeginCheck {
     /// Whether data is read too: by scrub, at its rate.
@@ -25,6 +25,10 @@ pub struct BeginCheck {
     /// A number of the client's own, by which it asks how far this check is.
     #[serde(default)]
     pub token: u64,
+    /// Where ledgers of holds ended when somebody noted it, as `web01=2:3f9a…`: an error if one does not hold that
+    /// any more.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ledgers: Vec<String>,
 }
 
 /// How far a check of a store that is served is.

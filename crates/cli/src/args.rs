@@ -589,6 +589,11 @@ pub(crate) struct Check {
     /// Check metadata only, not the data of disks: takes seconds instead of minutes
     #[arg(long)]
     pub(crate) quick: bool,
+    /// Find out whether the ledger of a disk still holds what `hold` or `info` once showed of it
+    ///
+    /// Who has altered or removed what was held, and then the ledger, too, cannot have kept that.
+    #[arg(long, value_name = "NAME=RECORD:DIGITS")]
+    pub(crate) ledger: Vec<String>,
     /// Use the page cache: only for file systems without direct I/O
     #[arg(long)]
     pub(crate) buffered: bool,

@@ -256,7 +256,7 @@ impl Run {
         let runtime = executor.runtime().clone();
         let errors_before = Injected::now(&world);
         let outcome = executor
-            .run(async move { vdi::check::check(&device, &runtime, options, &|_| {}).await });
+            .run(async move { vdi::check::check(&device, &runtime, options, &[], &|_| {}).await });
         executor.kill();
         match outcome {
             Driven::Done(Ok(report)) => {
@@ -443,7 +443,7 @@ impl Run {
         let options = CheckOptions { repair: false, read_data: true, boot_id, nonce };
         let runtime = executor.runtime().clone();
         let outcome = executor
-            .run(async move { vdi::check::check(&device, &runtime, options, &|_| {}).await });
+            .run(async move { vdi::check::check(&device, &runtime, options, &[], &|_| {}).await });
         executor.kill();
         if let Driven::Done(Ok(report)) = outcome {
             world.probe("scrub: compared");

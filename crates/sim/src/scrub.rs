@@ -46,7 +46,7 @@ pub async fn quietly(session: Rc<Session>) -> Option<BTreeSet<u64>> {
 /// Checks the store while clients go on.
 pub async fn check(session: &Session, random: &mut Random) {
     let rate = random.between(1 << 20, 256 << 20);
-    match session.store.check(random.chance(300), Some(rate), |_| {}).await {
+    match session.store.check(random.chance(300), Some(rate), Vec::new(), |_| {}).await {
         Ok(report) => {
             judge_check(session, &report);
             session.world.probe("check: online");

@@ -23,11 +23,15 @@ mod ledger;
 mod online;
 mod repair;
 
-use base::Pba;
+use base::{ErrorKind, Pba};
 use device::Device;
+use ondisk::Digest;
 use runtime::Runtime;
 
 use crate::Error;
+
+/// Fewest digits of a head that somebody has noted: nobody makes another ledger whose head begins with them.
+const NOTED_DIGITS_MIN: usize = 16;
 
 /// How to check.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,6 +44,43 @@ pub struct CheckOptions {
     pub boot_id: [u8; 16],
     /// Random nonce of the epoch in which a repair writes.
     pub nonce: u64,
+}
+
+/// The head of a VDI's ledger of holds as somebody noted it: what stands up to there must not have changed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NotedHead {
+    /// Name of the VDI.
+    pub vdi: String,
+    /// Number of the record, from 1.
+    pub record: u64,
+    /// The digits that its chain begins with, 16 at least, in small letters.
+    pub digits: String,
+}
+
+impl NotedHead {
+    /// Parses `web01=2:3f9a…`: the name of the VDI, and its ledger's head as it is shown.
+    ///
+    /// # Errors
+    /// `Invalid`, with what would be right.
+    pub fn parse(text: &str) -> Result<Self, Error> {
+        let parts = text.rsplit_once('=').and_then(|(vdi, head)| {
+            let (record, digits) = head.split_once(':')?;
+            Some((vdi, record.parse().ok()?, digits.to_ascii_lowercase()))
+        });
+        let is_head = |(vdi, record, digits): &(&str, u64, String)| {
+            let (shortest, whole) = (NOTED_DIGITS_MIN, Digest::default().to_string().len());
+            let is_hex = digits.bytes().all(|byte| byte.is_ascii_hexdigit());
+            !vdi.is_empty() && *record > 0 && (shortest..=whole).contains(&digits.len()) && is_hex
+        };
+        let (vdi, record, digits) = parts.filter(is_head).ok_or_else(|| {
+            let message = format!(
+                "'{text}' is not where a ledger ended: write the disk and what `hold` or `info` showed, as \
+                 web01=2:3f9a…, with {NOTED_DIGITS_MIN} of its digits at least"
+            );
+            Error::refused(ErrorKind::Invalid, message)
+        })?;
+        Ok(Self { vdi: vdi.to_owned(), record, digits })
+    }
 }
 
 /// What a check is at.
@@ -172,7 +213,7 @@ impl CheckReport {
     }
 }
 
-/// Checks the store on `device`, which nobody uses meanwhile.
+/// Checks the store on `device`, which nobody uses meanwhile, and that its ledgers still hold what was `noted`.
 ///
 /// With `repair`, what can be repaired is, and the store is checked again:
 /// - a damaged superblock copy is written again from the other one;
@@ -192,15 +233,16 @@ pub async fn check(
     device: &Device,
     runtime: &Runtime,
     options: CheckOptions,
+    noted: &[NotedHead],
     progress: &dyn Fn(CheckProgress),
 ) -> Result<CheckReport, Error> {
-    let examined = examine::examine(device, runtime, options, progress).await?;
+    let examined = examine::examine(device, runtime, options, noted, progress).await?;
     if !options.repair {
         return Ok(examined.report);
     }
     progress(CheckProgress { stage: CheckStage::Repair, done: 0, total: 0 });
     let repairs = repair::repair(device, runtime, &examined).await?;
-    let again = examine::examine(device, runtime, options, progress).await?;
+    let again = examine::examine(device, runtime, options, noted, progress).await?;
     Ok(CheckReport { repairs, ..again.report })
 }
 
@@ -217,7 +259,7 @@ pub(crate) async fn restore_tables(
 ) -> Result<Option<Vec<String>>, Error> {
     let (boot_id, nonce) = (options.boot_id, options.nonce);
     let options = CheckOptions { repair: true, read_data: false, boot_id, nonce };
-    let examined = examine::examine(device, runtime, options, &|_| {}).await?;
+    let examined = examine::examine(device, runtime, options, &[], &|_| {}).await?;
     let space = &examined.space;
     // Which blocks are in use is known from the bitmaps or from all trees.
     let knows_use = space.bitmaps_are_complete || space.trees_are_complete;

@@ -8,7 +8,7 @@ use device::{Device, DeviceError};
 use disk::Disk;
 use runtime::Runtime;
 
-use crate::check::{CheckProgress, CheckReport};
+use crate::check::{CheckProgress, CheckReport, NotedHead};
 use crate::engine::{Engine, as_u64};
 use crate::handle::{SnapshotHandle, VdiHandle};
 use crate::manage::not_found;
@@ -547,7 +547,7 @@ impl Store {
     /// Checks the store while it is in use: what one checkpoint published is held to what
     /// [`crate::check`] holds a store to, but for the log and the older slot. With `read_data`, scrub
     /// reads the data then, at its rate or at `rate_bytes`, in a pass that begins after that of somebody else. Guests go on; what becomes free while metadata
-    /// is walked is held back until that has ended. Changes nothing.
+    /// is walked is held back until that has ended. Ledgers must still hold what was `noted`. Changes nothing.
     ///
     /// # Errors
     /// `Busy` if somebody needs the space that is held back, or scrub was stopped; `Io` if the device fails;
@@ -556,11 +556,14 @@ impl Store {
         &self,
         read_data: bool,
         rate_bytes: Option<u64>,
+        noted: Vec<NotedHead>,
         progress: impl Fn(CheckProgress) + 'static,
     ) -> Result<CheckReport, Error> {
         let engine = Rc::clone(&self.0);
-        self.finish(async move { engine.check_online(read_data, rate_bytes, &progress).await })
-            .await
+        self.finish(
+            async move { engine.check_online(read_data, rate_bytes, &noted, &progress).await },
+        )
+        .await
     }
 
     /// Current counters.

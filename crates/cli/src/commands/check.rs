@@ -17,7 +17,12 @@ pub(super) async fn online(context: &Context, check: &Check) -> Result<(), Error
     let bar = progress::bar("check", 0);
     // Its own number is what tells it from others that check at the same time.
     let token = std::process::id().into();
-    let request = BeginCheck { read_data: !check.quick, rate_bytes: None, token };
+    let request = BeginCheck {
+        read_data: !check.quick,
+        rate_bytes: None,
+        token,
+        ledgers: check.ledger.clone(),
+    };
     let report = tokio::select! {
         report = context.client.check(request) => report,
         never = watch(context, token, &bar) => match never {},
@@ -60,10 +65,11 @@ pub(super) fn run(check: &Check, json: bool) -> Result<(), Error> {
         repair: check.repair,
         read_data: !check.quick,
         buffered: check.buffered,
+        ledgers: check.ledger.clone(),
     };
     let bar = progress::bar("check", 0);
     let drawn = bar.clone();
-    let report = daemon::offline::check(path, options, move |at| {
+    let report = daemon::offline::check(path, &options, move |at| {
         drawn.set_message(format!("check {}", at.stage));
         drawn.set_length(at.total);
         drawn.set_position(at.done);

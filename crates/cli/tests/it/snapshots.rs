@@ -211,7 +211,7 @@ fn a_disk_is_cloned_and_goes_back_to_a_write() {
 #[test]
 fn what_is_held_is_not_deleted() {
     let place = Place::with_store("1G");
-    let _served = place.serve(&[]);
+    let served = place.serve(&[]);
     place.ok(&["create", "a", "--size", "64M"]);
     place.fails(1, &["snapshot", "a", "--until", "1d"]);
     let refused = place.fails(1, &["snapshot", "a", "--hold", "--until", "yesterday"]);
@@ -243,6 +243,20 @@ fn what_is_held_is_not_deleted() {
     assert!(place.ok(&["release", "a@1"]).starts_with("a@1 is not held any more; its ledger: 4:"));
     place.fails(1, &["release", "a@1"]);
     place.fails(2, &["hold", "a@none"]);
+
+    // What was noted of the ledger can be looked for, while the store is served and when it is not.
+    let noted = |record: u64| format!("a={record}:{head}");
+    place.ok(&["check", "--online", "--quick", "--ledger", &noted(2)]);
+    let altered = place.run(&["check", "--online", "--quick", "--ledger", &noted(1)]);
+    assert_eq!(altered.code, Some(4), "{altered:?}");
+    assert!(altered.stdout.contains("is not the one that was noted"), "{altered:?}");
+    let refused = place.fails(1, &["check", "--online", "--ledger", "a=2"]);
+    assert!(refused.contains("web01=2:3f9a"), "{refused}");
+    served.stop();
+    place.ok(&["check", "store", "--quick", "--ledger", &noted(2)]);
+    let altered = place.run(&["check", "store", "--quick", "--ledger", &noted(5)]);
+    assert_eq!(altered.code, Some(4), "{altered:?}");
+    let _served = place.serve(&[]);
     assert_eq!(place.ok(&["rm", "a"]), "deleted a with 2 snapshots");
 }
 

@@ -16,6 +16,7 @@ use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use base::{ErrorKind, Lsn, SnapshotNumber, SnapshotUuid};
 use serde::Deserialize;
+use vdi::check::NotedHead;
 use vdi::{
     GcReport, Received, Retention, Store, Target, WantedIntervals, WantedSeries, WantedWrites,
 };
@@ -150,9 +151,12 @@ async fn check(
     Body(request): Body<BeginCheck>,
 ) -> Answer<CheckReport> {
     let answer = async move |served: &Served| {
+        let noted: Result<Vec<NotedHead>, _> =
+            request.ledgers.iter().map(|text| NotedHead::parse(text)).collect();
+        let noted = noted?;
         let (shown, token) = (Rc::clone(&served.checking), request.token);
         let tell = move |at| _ = shown.borrow_mut().insert(token, at);
-        let report = served.store.check(request.read_data, request.rate_bytes, tell).await;
+        let report = served.store.check(request.read_data, request.rate_bytes, noted, tell).await;
         served.checking.borrow_mut().remove(&token);
         report
     };

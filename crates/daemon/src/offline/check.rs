@@ -4,11 +4,12 @@ use std::path::Path;
 
 use api::Error;
 use base::ErrorKind;
+use vdi::check::NotedHead;
 
 use crate::{convert, open};
 
 /// How to check a store.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Check {
     /// Repair what can be repaired.
     pub repair: bool,
@@ -16,6 +17,8 @@ pub struct Check {
     pub read_data: bool,
     /// Go through the page cache, for file systems without O_DIRECT.
     pub buffered: bool,
+    /// As [`api::BeginCheck::ledgers`].
+    pub ledgers: Vec<String>,
 }
 
 /// How far a check is.
@@ -34,12 +37,15 @@ pub struct CheckProgress {
 ///
 /// # Errors
 /// `Busy` if a daemon has it open; `NotFound` or `Damaged` if there is no superblock to start
-/// from. Damage elsewhere is what the report is about, and no error.
+/// from; `Invalid` for a ledger that is none. Damage elsewhere is what the report is about, and no error.
 pub fn check(
     path: &Path,
-    check: Check,
+    check: &Check,
     progress: impl Fn(CheckProgress) + 'static,
 ) -> Result<api::CheckReport, Error> {
+    let noted: Result<Vec<NotedHead>, vdi::Error> =
+        check.ledgers.iter().map(|text| NotedHead::parse(text)).collect();
+    let noted = noted.map_err(|error| Error::new(error.kind(), error.to_string()))?;
     let reactor = open::reactor()?;
     let access = if check.repair { open::Access::Exclusive } else { open::Access::ReadOnly };
     let device_options = open::DeviceOptions { access, buffered: check.buffered };
@@ -58,8 +64,8 @@ pub fn check(
             total: at.total,
         });
     };
-    let outcome =
-        reactor.run(async move { vdi::check::check(&device, &runtime, options, &tell).await });
+    let outcome = reactor
+        .run(async move { vdi::check::check(&device, &runtime, options, &noted, &tell).await });
     reactor.runtime().kill();
     let report = outcome
         .map_err(|e| Error::system("go on with the I/O engine", &e))?

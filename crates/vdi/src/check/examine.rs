@@ -16,7 +16,7 @@ use ondisk::{
 use runtime::Runtime;
 
 use super::audit::{Audit, Tree, TreeKind, runs};
-use super::{CheckOptions, CheckProgress, CheckReport, CheckStage, FindingKind, ledger};
+use super::{CheckOptions, CheckProgress, CheckReport, CheckStage, FindingKind, NotedHead, ledger};
 use crate::Error;
 use crate::claim::{self, Place};
 use crate::engine::{Engine, as_u64};
@@ -107,6 +107,8 @@ struct Examiner<'a> {
     stage: CheckStage,
     /// The trees of each VDI that were walked for the newer slot.
     walked: HashMap<u64, (RootRef, RootRef, RootRef)>,
+    /// What ledgers must still hold.
+    noted: &'a [NotedHead],
     /// Whose store it is, if it is in use.
     engine: Option<&'a Engine>,
     /// What it leaves to those who use it.
@@ -121,6 +123,7 @@ pub(super) async fn examine(
     device: &Device,
     runtime: &Runtime,
     options: CheckOptions,
+    noted: &[NotedHead],
     progress: &dyn Fn(CheckProgress),
 ) -> Result<Examined, Error> {
     let found = superblock::read(device, runtime, options.repair).await?;
@@ -129,6 +132,7 @@ pub(super) async fn examine(
     let scheduler = WriteScheduler::new(runtime.clone(), device.clone());
     let at = Place { device, runtime, geometry: &geometry, checksums: &checksums, host: HOST };
     let mut examiner = Examiner::new(&at, scheduler, options.read_data, progress, None);
+    examiner.noted = noted;
     for &at in &found.damaged {
         let message = format!("the copy of the superblock at block {at} is damaged");
         examiner.audit.error(FindingKind::Superblock, Some(at), message);
@@ -181,10 +185,12 @@ pub(super) async fn examine_cut(
     engine: &Engine,
     slot: &HostSlot,
     live: &BlockSet,
+    noted: &[NotedHead],
     progress: &dyn Fn(CheckProgress),
 ) -> Result<CheckReport, Error> {
     let scheduler = engine.scheduler.clone();
     let mut examiner = Examiner::new(&engine.place(), scheduler, false, progress, Some(engine));
+    examiner.noted = noted;
     let found = superblock::read(&engine.device, &engine.runtime, false).await?;
     for &at in &found.damaged {
         let message = format!("the copy of the superblock at block {at} is damaged");
@@ -228,6 +234,7 @@ impl<'a> Examiner<'a> {
             space: Space::default(),
             stage: CheckStage::Log,
             walked: HashMap::new(),
+            noted: &[],
             engine,
             pace: engine.map(Pace::new),
         }
@@ -588,6 +595,12 @@ impl<'a> Examiner<'a> {
                 self.wrong(format!("{name} is in the directory, but VDI {index} has no record"));
             }
         }
+        for NotedHead { vdi, .. } in self.noted {
+            if !self.names().iter().any(|(_, name)| name == vdi) {
+                let message = format!("{vdi}: its ledger was noted, and there is no such disk");
+                self.audit.error(FindingKind::Ledger, None, message);
+            }
+        }
         self.audit.counts().vdis = as_u64(self.space.vdis.len());
     }
 
@@ -648,6 +661,17 @@ impl<'a> Examiner<'a> {
         }
         if let Some(message) = lost {
             self.audit.warn(FindingKind::Ledger, None, message);
+        }
+        for noted in self.noted.iter().filter(|noted| noted.vdi == name) {
+            match ledger::compare(noted, &records) {
+                ledger::Compared::Same => {}
+                ledger::Compared::Unknown(message) => {
+                    self.audit.warn(FindingKind::Ledger, None, message);
+                }
+                ledger::Compared::Changed(message) => {
+                    self.audit.error(FindingKind::Ledger, None, message);
+                }
+            }
         }
     }
 

@@ -5,8 +5,45 @@ use std::collections::BTreeMap;
 use base::StoreUuid;
 use ondisk::{Digest, LedgerKind, LedgerRecord, SnapshotRecord, VdiRecord};
 
-use super::FindingKind;
+use super::{FindingKind, NotedHead};
 use crate::ledger::{broken, holds};
+
+/// What became of a head that somebody has noted.
+pub(super) enum Compared {
+    /// It stands there.
+    Same,
+    /// It cannot be told, as it says.
+    Unknown(String),
+    /// It does not.
+    Changed(String),
+}
+
+/// Looks for a noted head among the records of a ledger, which are chained up to its own.
+pub(super) fn compare(noted: &NotedHead, ledger: &[LedgerRecord]) -> Compared {
+    let NotedHead { vdi, record, digits } = noted;
+    let chain = ledger.iter().find(|it| it.sequence == *record).map(|it| it.chain);
+    // A fold says what was chained before it.
+    let folded = ledger.first().filter(|first| first.sequence == record + 1).map(|it| it.digest);
+    let (first, last) = match (ledger.first(), ledger.last()) {
+        (Some(first), Some(last)) => (first.sequence, last.sequence),
+        _ => (1, 0),
+    };
+    match chain.or(folded) {
+        Some(chain) if chain.to_string().starts_with(digits) => Compared::Same,
+        Some(chain) => Compared::Changed(format!(
+            "{vdi}: record {record} of its ledger is not the one that was noted: it is {chain}. What it says \
+             of held snapshots proves nothing: compare them with a copy"
+        )),
+        None if *record > last => Compared::Changed(format!(
+            "{vdi}: its ledger was noted up to record {record}, and ends at {last}: records were taken away, or \
+             the store is an older copy"
+        )),
+        None => Compared::Unknown(format!(
+            "{vdi}: record {record} of its ledger was folded into record {first}, as a ledger does after some \
+             thousand: it cannot be told whether it is the one that was noted. Note where it ends now"
+        )),
+    }
+}
 
 /// What is wrong with the ledger of the VDI `name`, and with what it says that is held; and what is
 /// unusual.

@@ -15,7 +15,7 @@ use base::Pba;
 use ondisk::SlotState;
 
 use super::examine;
-use super::{CheckProgress, CheckReport, CheckStage, Finding, FindingKind};
+use super::{CheckProgress, CheckReport, CheckStage, Finding, FindingKind, NotedHead};
 use crate::engine::Engine;
 use crate::{Damage, DamageKind, Error, Owner, ScrubEnd};
 
@@ -31,6 +31,7 @@ impl Engine {
         self: &Rc<Self>,
         read_data: bool,
         rate_bytes: Option<u64>,
+        noted: &[NotedHead],
         progress: &dyn Fn(CheckProgress),
     ) -> Result<CheckReport, Error> {
         self.go_on()?;
@@ -39,7 +40,7 @@ impl Engine {
             self.checkpoint(SlotState::Running).await?;
         }
         let (slot, live, held_back) = self.hold_back().await?;
-        let report = examine::examine_cut(self, &slot, &live, progress).await;
+        let report = examine::examine_cut(self, &slot, &live, noted, progress).await;
         self.let_go(held_back);
         let mut report = report?;
         if read_data {

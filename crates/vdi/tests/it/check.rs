@@ -10,7 +10,7 @@ use ondisk::{
     Checksums, Entry, EntryState, ExtentKind, ExtentRecord, HostSlot, LogBlock, LogBlockBuilder,
     LogSegment, Node, Record, RecordBody, RootRef, Seal, TableRecord, VdiRecord,
 };
-use parallax_vdi::check::{CheckOptions, CheckReport, FindingKind, check};
+use parallax_vdi::check::{CheckOptions, CheckReport, FindingKind, NotedHead, check};
 use parallax_vdi::dump::Dump;
 use parallax_vdi::{Store, Target};
 use runtime::Runtime;
@@ -22,9 +22,15 @@ pub(crate) const OPTIONS: CheckOptions =
     CheckOptions { repair: false, read_data: true, boot_id: [1; 16], nonce: 5 };
 
 pub(crate) fn checked(ram: &Ram, options: CheckOptions) -> CheckReport {
+    checked_for(ram, options, Vec::new())
+}
+
+/// Also whether ledgers hold what was noted.
+pub(crate) fn checked_for(ram: &Ram, options: CheckOptions, noted: Vec<NotedHead>) -> CheckReport {
     let ram = ram.clone();
     run(9, |runtime| async move {
-        check(&ram.device(STORE_BLOCKS), &runtime, options, &|_| {}).await.expect("a store")
+        let device = ram.device(STORE_BLOCKS);
+        check(&device, &runtime, options, &noted, &|_| {}).await.expect("a store")
     })
 }
 

@@ -281,12 +281,12 @@ fn what_a_collection_keeps_in_memory_is_bounded() {
         assert!(is_filled(&kept, 120, 7).await);
         let report = store.collect_garbage().await.unwrap();
         assert_eq!(report.freed_blocks, 0, "all of it was found");
-        let found = store.check(false, None, |_| {}).await.unwrap();
+        let found = store.check(false, None, Vec::new(), |_| {}).await.unwrap();
         assert!(found.is_clean(), "{:?}", found.errors);
         store.close().await.unwrap();
     });
     let report = run(9, |runtime| async move {
-        check(&ram.device(BLOCKS), &runtime, OPTIONS, &|_| {}).await.unwrap()
+        check(&ram.device(BLOCKS), &runtime, OPTIONS, &[], &|_| {}).await.unwrap()
     });
     assert!(report.is_clean(), "{:?}", report.errors);
     assert_eq!(report.counts.leaked_blocks, 0);

@@ -7,10 +7,10 @@ use base::{Block, ErrorKind, SnapshotNumber};
 use device::Operation;
 use disk::{Disk, Request};
 use ondisk::{LedgerKind, LedgerRecord, RootRef, SnapshotRecord, TableRecord, VdiRecord};
-use parallax_vdi::check::{CheckOptions, FindingKind};
+use parallax_vdi::check::{CheckOptions, FindingKind, NotedHead};
 use parallax_vdi::{Received, Retention, SnapshotEntry, Store, Target};
 
-use crate::check::{Anatomy, OPTIONS, assert_sound, checked, kinds};
+use crate::check::{Anatomy, OPTIONS, assert_sound, checked, checked_for, kinds};
 use crate::gate::with_gated_store;
 use crate::ram::{Ram, WALL_START_NS, run, run_at};
 use crate::{STORE_BLOCKS, disk, format_options, open, read, reopened, with_store, write};
@@ -401,7 +401,8 @@ fn the_check_tells_of_a_broken_ledger() {
     }
     // Who leaves the last record out everywhere has another head, which somebody may have noted.
     let ram = store_with_holds(true);
-    let noted = Anatomy::of(&ram).vdi(1).ledger_head;
+    let noted = noted_of(&ram);
+    compare(&ram, &noted, "");
     forge(&ram, |anatomy, vdi| {
         let mut records = ledger_of(anatomy);
         let last = records.pop().unwrap();
@@ -413,7 +414,57 @@ fn the_check_tells_of_a_broken_ledger() {
     });
     forge_snapshot(&ram, 2, |it| Some(SnapshotRecord { is_held: false, ..it }));
     assert_sound(&ram, 0);
-    assert_ne!(Anatomy::of(&ram).vdi(1).ledger_head, noted);
+    compare(&ram, &noted[..1], "");
+    compare(&ram, &noted, "was noted up to record 2, and ends at 1");
+}
+
+/// Where the ledger ended after each of its records, as somebody noted it.
+fn noted_of(ram: &Ram) -> Vec<String> {
+    let records = ledger_of(&Anatomy::of(ram));
+    records.iter().map(|record| format!("web01={}:{}", record.sequence, record.chain)).collect()
+}
+
+/// Checks a store that is closed, and once more while it is in use, against what was noted: the error that
+/// contains `wrong`, or none.
+fn compare(ram: &Ram, noted: &[String], wrong: &str) {
+    let noted: Vec<NotedHead> = noted.iter().map(|it| NotedHead::parse(it).unwrap()).collect();
+    let offline = checked_for(ram, OPTIONS, noted.clone());
+    let online = reopened(ram, |_, store, _| async move {
+        let report = store.check(false, None, noted, |_| {}).await.unwrap();
+        store.close().await.unwrap();
+        report
+    });
+    for report in [offline, online] {
+        let said: Vec<&str> = report.errors.iter().map(|it| it.message.as_str()).collect();
+        match wrong {
+            "" => assert_eq!(said, [""; 0]),
+            _ => assert!(said.len() == 1 && said[0].contains(wrong), "{said:?}"),
+        }
+    }
+}
+
+#[test]
+fn what_was_noted_of_a_ledger_is_found_in_it_or_missed() {
+    let ram = store_with_holds(true);
+    let noted = noted_of(&ram);
+    compare(&ram, &noted, "");
+    // Seventeen of its digits will do, also large ones.
+    compare(
+        &ram,
+        &[noted[1][..noted[1].len() - 47].to_ascii_uppercase().replace("WEB", "web")],
+        "",
+    );
+    let other = noted[1].replace("web01=2:", "web01=1:");
+    compare(&ram, &[other], "record 1 of its ledger is not the one that was noted");
+    compare(&ram, &[noted[0].replace("web01", "web02")], "there is no such disk");
+    for nonsense in
+        ["web01", "web01=2", "web01=2:3f9a", "=1:0123456789abcdef", "a=0:0123456789abcdef"]
+    {
+        let error = NotedHead::parse(nonsense).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{nonsense}");
+    }
+    let long = format!("web01=1:{}", "0".repeat(65));
+    NotedHead::parse(&long).unwrap_err();
 }
 
 /// A page of the ledger rots: what was held is, until somebody releases it, and the loss is told of.
@@ -499,6 +550,14 @@ fn a_ledger_is_bounded() {
     let records = ledger_of(&Anatomy::of(&ram));
     assert!(records.len() < 200, "{}", records.len());
     assert_eq!((records[0].kind, records[0].sequence), (LedgerKind::Folded, 4_097));
+    // The fold says what it is chained to; of what was before nobody can tell.
+    compare(&ram, &[format!("web01=4096:{}", records[0].digest)], "");
+    compare(&ram, &[format!("web01=4096:{}", records[0].chain)], "not the one that was noted");
+    let before = NotedHead::parse(&format!("web01=17:{}", records[0].chain)).unwrap();
+    let report = checked_for(&ram, OPTIONS, vec![before]);
+    assert!(
+        report.is_clean() && report.warnings[0].message.contains("was folded into record 4097")
+    );
     reopened(&ram, |_, store, _| async move {
         refused(&store, "web01@first").await;
         store.close().await.unwrap();

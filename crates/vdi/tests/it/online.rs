@@ -14,7 +14,7 @@ use crate::scrub::{busy_store, turmoil};
 use crate::{disk, open, write};
 
 async fn check(store: &Store) -> CheckReport {
-    store.check(true, Some(0), |_| {}).await.unwrap()
+    store.check(true, Some(0), Vec::new(), |_| {}).await.unwrap()
 }
 
 fn checked(ram: &Ram) -> CheckReport {
@@ -40,7 +40,7 @@ fn nothing_is_cried_about_while_everything_changes() {
                 let tell = move |at: parallax_vdi::check::CheckProgress| {
                     seen.borrow_mut().push(at.stage);
                 };
-                let report = store.check(true, Some(32 << 20), tell).await.unwrap();
+                let report = store.check(true, Some(32 << 20), Vec::new(), tell).await.unwrap();
                 assert!(report.is_clean(), "{seed}: {:#?}", report.errors);
                 assert_eq!(report.warnings, [], "{seed}");
                 assert_eq!(report.counts.vdis, 2);
@@ -146,7 +146,7 @@ fn a_check_gives_way_to_who_needs_space() {
             let (checked, answer) = (store.clone(), Rc::new(RefCell::new(None)));
             let slot = Rc::clone(&answer);
             let check = runtime.spawn(async move {
-                *slot.borrow_mut() = Some(checked.check(false, None, |_| {}).await);
+                *slot.borrow_mut() = Some(checked.check(false, None, Vec::new(), |_| {}).await);
             });
             let data = base::Buffer::from_bytes(&vec![9; 1 << 20]);
             let offset = (index % 40) << 20;
