@@ -382,6 +382,20 @@ impl Client {
         self.ask(Method::DELETE, &snapshot_path(name, snapshot), NOTHING).await
     }
 
+    /// Deletes a snapshot that was listed before, unless what has its number by now is another one. Durable on return.
+    ///
+    /// # Errors
+    /// `NotFound`, also if it is another one.
+    pub async fn remove_listed_snapshot(
+        &self,
+        name: &str,
+        snapshot: &Snapshot,
+    ) -> Result<Removed, Error> {
+        let path = snapshot_path(name, &snapshot.number.to_string());
+        let path = format!("{path}?uuid={}", percent_encode(&snapshot.uuid));
+        self.ask(Method::DELETE, &path, NOTHING).await
+    }
+
     /// Everything that differs between two VDIs or snapshots: as much memory as there are
     /// differences.
     ///

@@ -21,7 +21,7 @@
 //! | `/v1/vdis/{name}/snapshots` | POST | [`TakeSnapshot`] | [`Snapshot`] |
 //! | `/v1/vdis/{name}/series` | POST | [`TakeSeries`] | [`Series`], when all are durable |
 //! | `/v1/vdis/{name}/snapshots/{snapshot}` | GET | | [`Snapshot`] |
-//! | `/v1/vdis/{name}/snapshots/{snapshot}` | DELETE | | [`Removed`] |
+//! | `/v1/vdis/{name}/snapshots/{snapshot}?uuid=` | DELETE | | [`Removed`]; with `uuid`, of that one only |
 //! | `/v1/vdis/{name}/snapshots/{snapshot}/space` | GET | | [`Space`] |
 //! | `/v1/vdis/{name}/snapshots/{snapshot}/hold` | POST | [`Hold`] | [`Snapshot`] |
 //! | `/v1/vdis/{name}/snapshots/{snapshot}/hold` | DELETE | | [`Snapshot`] |

@@ -219,7 +219,7 @@ pub struct TakeSnapshot {
 pub struct TakeSeries {
     /// Microseconds from one to the next.
     pub every_us: u64,
-    /// How many: 1 to 100,000, within a second.
+    /// How many: 1 to 25,000, within a second.
     pub count: u32,
 }
 

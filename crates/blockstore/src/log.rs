@@ -1,8 +1,8 @@
 //! The write-ahead log of one host: a ring of chained blocks, written in groups.
 //!
 //! Life of a record: [`Log::admit`] waits for room, [`Log::append`] gives it its LSN and puts it
-//! into the open block; at the end of the turn the block is sealed and written, together with
-//! whatever else was appended; the receiver answers when this block *and every block before it*
+//! into the open block; at the end of the turn, if it is in a hurry, the block is sealed and written, together
+//! with whatever else was appended; the receiver answers when this block *and every block before it*
 //! have completed (design rule 1). When its data has completed too, the owner says
 //! [`Log::complete`]; that moves the completed watermark, which the next flush carries to F.
 //!
@@ -82,6 +82,8 @@ struct State {
     reserved: u64,
     open: LogBlockBuilder,
     open_waiters: Vec<OneshotSender<Result<(), DeviceError>>>,
+    /// Whether somebody waits for the open block.
+    hurried: bool,
     commit_scheduled: bool,
     /// Sealed blocks in order, until they and all before them have completed.
     in_flight: VecDeque<SealedBlock>,
@@ -122,6 +124,7 @@ impl Log {
             reserved: 0,
             open: LogBlockBuilder::default(),
             open_waiters: Vec::new(),
+            hurried: false,
             commit_scheduled: false,
             in_flight: VecDeque::new(),
             incomplete: VecDeque::new(),
@@ -211,7 +214,8 @@ impl Log {
     fn commit(&self) {
         let schedule = {
             let mut state = self.0.state.borrow_mut();
-            state.open.record_count() > 0 && !std::mem::replace(&mut state.commit_scheduled, true)
+            state.hurried = state.open.record_count() > 0;
+            state.hurried && !std::mem::replace(&mut state.commit_scheduled, true)
         };
         if schedule {
             self.schedule_commit();
@@ -468,13 +472,13 @@ impl Log {
         let log = self.clone();
         drop(self.0.runtime.spawn(async move {
             log.0.runtime.turn_end().await;
-            let busy = {
+            let due = {
                 let mut state = log.0.state.borrow_mut();
                 state.commit_scheduled = false;
-                state.in_flight.len() >= BLOCKS_IN_FLIGHT_MAX
+                // When busy, the completion of a block commits what gathers meanwhile.
+                state.hurried && state.in_flight.len() < BLOCKS_IN_FLIGHT_MAX
             };
-            // When busy, the completion of a block commits what gathers meanwhile.
-            if !busy {
+            if due {
                 log.seal_open();
             }
         }));
@@ -491,6 +495,7 @@ impl Log {
     fn seal_block(&self) {
         if let Some(error) = self.0.scheduler.failure() {
             let mut state = self.0.state.borrow_mut();
+            state.hurried = false;
             state.open = LogBlockBuilder::default();
             let waiters = std::mem::take(&mut state.open_waiters);
             drop(state);
@@ -525,6 +530,7 @@ impl Log {
             };
             state.previous = state.open.seal(&config.checksums, &seal, &mut buffer);
             state.position = position.plus(1);
+            state.hurried = false;
             state.durable_noted = durable;
             let covered = state.above_durable.partition_point(|&(last, _)| last <= durable);
             state.above_durable.drain(..covered);
@@ -568,7 +574,7 @@ impl Log {
                 waiter.send(outcome);
             }
         }
-        let commit = state.open.record_count() > 0 && state.in_flight.len() < BLOCKS_IN_FLIGHT_MAX;
+        let commit = state.hurried && state.in_flight.len() < BLOCKS_IN_FLIGHT_MAX;
         let schedule = commit && !std::mem::replace(&mut state.commit_scheduled, true);
         drop(state);
         if schedule {

@@ -851,8 +851,10 @@ const SPAN_MIN: Duration = Duration::from_micros(10);
 fn span() -> ValueParser {
     ValueParser::new(|text: &str| {
         let span = text.parse::<SignedDuration>().ok().and_then(|it| Duration::try_from(it).ok());
-        span.filter(|span| *span >= SPAN_MIN)
-            .ok_or("not a time: write 100us, 1ms, 5s or 10m, and 10us at least")
+        let is_whole = |span: &Duration| span.subsec_nanos().is_multiple_of(1000);
+        span.filter(|span| *span >= SPAN_MIN && is_whole(span)).ok_or(
+            "not a time: write 100us, 1ms, 5s or 10m, in whole microseconds, and 10us at least",
+        )
     })
 }
 

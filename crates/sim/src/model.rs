@@ -410,6 +410,15 @@ impl Model {
         Some(Contents { blocks: snapshot.blocks.clone(), copied_at: Moment::NEVER })
     }
 
+    /// Whether a snapshot may be later than another: whether what was read of it lacks nothing that was
+    /// read of the other.
+    #[must_use]
+    pub fn goes_on(&self, vdi: VdiRef, earlier: u64, later: u64) -> bool {
+        let snapshots = &self.vdi(vdi).snapshots;
+        let pair = snapshots.get(&earlier).zip(snapshots.get(&later));
+        pair.is_none_or(|(earlier, later)| later.earliest_out >= earlier.latest_in)
+    }
+
     /// Whether every block of a snapshot was read.
     #[must_use]
     pub fn is_settled(&self, vdi: VdiRef, number: u64) -> bool {

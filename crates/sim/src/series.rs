@@ -30,8 +30,17 @@ pub async fn take(session: &Session, random: &mut Random) {
     }
     let Some(numbers) = take_of(session, vdi, count, random).await else { return };
     if random.chance(300) {
-        for number in numbers {
+        for &number in &numbers {
             settle_snapshot(session, vdi, number).await;
+        }
+        for pair in numbers.windows(2) {
+            let goes_on = world.model.borrow().goes_on(vdi, pair[0], pair[1]);
+            if !goes_on {
+                world.fail(format!(
+                    "snapshot {} has more than {}, which is later",
+                    pair[0], pair[1]
+                ));
+            }
         }
     }
     world.release(vdi);
@@ -89,7 +98,9 @@ async fn take_of(
     if !is_as_said {
         world.fail(format!("{what} of {count} gave {answer:?}, and there are {numbers:?}"));
     }
-    world.probe("series: taken");
+    if answer.is_ok() {
+        world.probe("series: taken");
+    }
     for &number in &numbers {
         let pending = under_way.pop().and_then(|it| world.answered(it));
         let Some(Pending::Snapshot { source, .. }) = pending else { return None };

@@ -10,7 +10,7 @@ use std::rc::Rc;
 use base::{BLOCK_SIZE_U64, BirthLabel, ClaimGeneration, ErrorKind, Lsn, SnapshotNumber, VdiId};
 use ondisk::{
     BLOCKS_MAX, DirectoryRecord, LABEL_BYTES_MAX, NAME_BYTES_MAX, Origin, RangeState, Record,
-    RecordBody, RootRef,
+    RecordBody, RootRef, SnapshotRecord, TableRecord,
 };
 
 use blockstore::log::{Admission, Log};
@@ -30,6 +30,9 @@ use crate::writes::{WRITE_PREFIX, refuse_write};
 
 /// Claims rise when VDIs move between hosts; a host that never lets go stays in the first.
 const FIRST_CLAIM: ClaimGeneration = ClaimGeneration::new(1);
+
+/// Nodes above the pages of a table of snapshots that a checkpoint writes, beyond one of 256 pages.
+const SNAPSHOT_PATH_NODES: u64 = 2;
 
 /// What stands in a record for a VDI as it is now.
 const NO_SNAPSHOT: SnapshotNumber = SnapshotNumber::new(0);
@@ -603,7 +606,7 @@ impl Engine {
             deleted: Cell::new(false),
         });
         vdi.snapshots.borrow_mut().insert(snapshot);
-        vdi.snapshots_dirty.borrow_mut().insert(number, true);
+        self.owe_snapshot(vdi, number, true);
         vdi.snapshot_next.set(SnapshotNumber::new(number.get() + 1));
         self.touch(vdi);
     }
@@ -612,9 +615,22 @@ impl Engine {
         if let Some(snapshot) = vdi.snapshots.borrow_mut().remove(number) {
             snapshot.deleted.set(true);
             self.collector.dropped(self.runtime.now());
-            vdi.snapshots_dirty.borrow_mut().insert(number, false);
+            self.owe_snapshot(vdi, number, false);
         }
         self.touch(vdi);
+    }
+
+    /// Notes that the next checkpoint writes the record of a snapshot, or takes it out of its page.
+    pub(crate) fn owe_snapshot(&self, vdi: &Vdi, number: SnapshotNumber, exists: bool) {
+        let mut dirty = vdi.snapshots_dirty.borrow_mut();
+        let first = number.get() - number.get() % SnapshotRecord::PER_PAGE;
+        let page =
+            SnapshotNumber::new(first)..SnapshotNumber::new(first + SnapshotRecord::PER_PAGE);
+        if dirty.range(page).next().is_none() {
+            let path = if dirty.is_empty() { SNAPSHOT_PATH_NODES } else { 0 };
+            self.owed_nodes.set(self.owed_nodes.get() + 1 + path);
+        }
+        dirty.insert(number, exists);
     }
 
     pub(crate) fn apply_rename(&self, id: VdiId, name: &str) {

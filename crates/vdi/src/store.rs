@@ -127,7 +127,7 @@ impl Store {
         self.finish(async move { engine.snapshot(&name, label.as_deref()).await }).await
     }
 
-    /// Takes a series of snapshots, at most 100,000 within a second: as [`Self::snapshot`], each at its time after
+    /// Takes a series of snapshots, at most 25,000 within a second: as [`Self::snapshot`], each at its time after
     /// the call, or as soon after that as can be. All are durable on return; if one cannot be taken, those before
     /// it stay, and the error tells of them.
     ///

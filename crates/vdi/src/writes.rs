@@ -220,7 +220,7 @@ impl Engine {
             let is_due = snapshot.point.writes_from.get().is_some() && age_ns > for_ns;
             if is_due && Rc::strong_count(snapshot) == 1 {
                 snapshot.point.writes_from.set(None);
-                vdi.snapshots_dirty.borrow_mut().entry(snapshot.number).or_insert(true);
+                self.owe_snapshot(vdi, snapshot.number, true);
                 ended = true;
             }
         }

@@ -560,11 +560,24 @@ async fn snapshot(
     Ok(Json(convert::snapshot(&name, current.call(answer).await?)))
 }
 
+#[derive(Deserialize)]
+struct WhichSnapshot {
+    uuid: Option<String>,
+}
+
 async fn remove_snapshot(
     State(current): State<Current>,
     Segments((vdi, snapshot)): Segments<(String, String)>,
+    Parameters(which): Parameters<WhichSnapshot>,
 ) -> Answer<Removed> {
+    let wanted = which.uuid.as_deref().map(parse_uuid).transpose()?;
     let answer = async move |served: &Served| {
+        if let Some(wanted) = wanted
+            && served.store.snapshot_info(&vdi, &snapshot).await?.uuid != wanted
+        {
+            let message = format!("{vdi}@{snapshot} is another snapshot by now");
+            return Err(refused(ErrorKind::NotFound, message));
+        }
         let target = Target { vdi, snapshot: Some(snapshot) };
         refuse_attached(served, &target).await?;
         served.store.remove(&target).await?;

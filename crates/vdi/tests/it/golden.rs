@@ -139,7 +139,7 @@ async fn fill(store: &Store) {
     store.resize("renamed", 1 << 20).await.unwrap();
     store.rollback("rolled", "good").await.unwrap();
     store.retain("rolled", Retention::default()).await.unwrap();
-    store.retain("renamed", Retention::parse("1h, at most 4097").unwrap()).await.unwrap();
+    store.retain("renamed", Retention::parse("1h, at most 4097B").unwrap()).await.unwrap();
     let by_default = Retention::parse("every 1h for 1d, at most 20G").unwrap();
     store.retain_by_default(by_default).await.unwrap();
 }
@@ -201,7 +201,7 @@ async fn look_at_budgets(store: &Store, version: &str) {
     let by_default = store.default_retention().to_string();
     if version == BUDGETS {
         assert_eq!(past, "every 1h for 1d, at most 3G");
-        assert_eq!(renamed, "every flush for 1h, at most 4097");
+        assert_eq!(renamed, "every flush for 1h, at most 4097B");
         assert_eq!(by_default, "every 1h for 1d, at most 20G");
         return;
     }

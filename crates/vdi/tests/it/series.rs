@@ -2,10 +2,13 @@
 
 use std::time::Duration;
 
-use base::{ErrorKind, SnapshotNumber};
-use parallax_vdi::{SnapshotEntry, Store, Target, WantedSeries};
+use base::{Buffer, ErrorKind, SnapshotNumber};
+use disk::Request;
+use parallax_vdi::{FormatOptions, SnapshotEntry, Store, Target, WantedSeries};
 
-use crate::{disk, read, reopened, with_store, write};
+use crate::check::assert_sound;
+use crate::ram::{Ram, run};
+use crate::{STORE_BLOCKS, disk, format_options, open, read, reopened, with_store, write};
 
 const EVERY: Duration = Duration::from_micros(100);
 
@@ -82,6 +85,89 @@ fn a_series_may_be_longer_than_the_log() {
     assert_eq!(count, 20_000);
 }
 
+/// One that is late all the time left nobody else a turn.
+#[test]
+fn guests_go_on_while_a_series_catches_up() {
+    with_store(|runtime, store| async move {
+        store.create("web01", 8 << 20).await.unwrap();
+        let head = disk(&store, "web01").await;
+        let taker = store.clone();
+        // The log has room for more.
+        let wanted = WantedSeries { every: Duration::ZERO, count: 900 };
+        let taken = runtime.spawn(async move { taker.snapshot_series("web01", wanted).await });
+        write(&head, 0, &[1; 4096]).await;
+        let next = store.snapshot("web01", None).await.unwrap().get();
+        assert!(next < 500, "{next} were taken beside one write and one snapshot");
+        assert_eq!(taken.await.unwrap().count, 900);
+    });
+}
+
+/// Each record of a quiet disk was a block of the log.
+#[test]
+fn records_of_a_series_share_blocks_of_the_log() {
+    with_store(|_, store| async move {
+        store.create("web01", 8 << 20).await.unwrap();
+        let before = store.stats().log_blocks;
+        let wanted = WantedSeries { every: EVERY, count: 2_000 };
+        store.snapshot_series("web01", wanted).await.unwrap();
+        let blocks = store.stats().log_blocks - before;
+        assert!(blocks < 40, "{blocks} blocks");
+    });
+}
+
+/// A checkpoint that a series makes due must find the blocks that it needs: pages for records of snapshots.
+#[test]
+fn a_series_is_cut_short_before_a_full_store_cannot_write_it_down() {
+    // How much room is left when the last checkpoint begins is another each time.
+    for first in [4_000, 9_000, 14_000, 19_000] {
+        fill_up(first);
+    }
+}
+
+fn fill_up(first: u32) {
+    let ram = Ram::default();
+    let device = ram.clone();
+    let count = run(1, move |runtime| async move {
+        // Long enough for more pages than checkpoints have room for beside what guests changed.
+        let options = FormatOptions { log_bytes: Some(4 << 20), ..format_options() };
+        Store::format(&device.device(STORE_BLOCKS), &runtime, &options).await.unwrap();
+        let (store, _) = open(&device, &runtime).await;
+        store.create("web01", 1 << 30).await.unwrap();
+        let head = disk(&store, "web01").await;
+        let mut offset = 0;
+        let data = vec![7; 1 << 20];
+        loop {
+            let data = Buffer::from_bytes(&data);
+            let request = Request::Write { offset, length: 1 << 20, data, fua: false };
+            if head.submit(request).await.is_err() {
+                break;
+            }
+            offset += 1 << 20;
+        }
+        let wanted = WantedSeries { every: Duration::ZERO, count: 25_000 };
+        let mut count = first;
+        let first = WantedSeries { count: first, ..wanted };
+        store.snapshot_series("web01", first).await.unwrap();
+        loop {
+            match store.snapshot_series("web01", wanted).await {
+                Ok(series) => count += series.count,
+                Err(error) => {
+                    assert_eq!(error.kind(), ErrorKind::NoSpace, "{error}");
+                    break;
+                }
+            }
+            assert!(count < 2_000_000, "the store never fills");
+        }
+        store.checkpoint().await.unwrap();
+        assert_eq!(read(&head, 0, 4096).await, [7; 4096]);
+        store.close().await.unwrap();
+        count
+    });
+    assert_sound(&ram, 0);
+    let listed = reopened(&ram, |_, store, _| async move { list(&store).await.len() });
+    assert!(listed >= count as usize, "{listed} of {count}");
+}
+
 #[test]
 fn a_series_that_is_cut_short_says_how_far_it_came() {
     with_store(|runtime, store| async move {
@@ -106,7 +192,7 @@ fn a_series_has_bounds() {
         store.create("web01", 8 << 20).await.unwrap();
         let second = Duration::from_secs(1);
         for (every, count) in
-            [(EVERY, 0), (Duration::ZERO, 100_001), (second, 3), (Duration::MAX, u32::MAX)]
+            [(EVERY, 0), (Duration::ZERO, 25_001), (second, 3), (Duration::MAX, u32::MAX)]
         {
             let refused = store.snapshot_series("web01", WantedSeries { every, count }).await;
             assert_eq!(refused.unwrap_err().kind(), ErrorKind::Invalid, "{every:?}, {count}");
