@@ -591,7 +591,8 @@ pub(crate) struct Check {
     pub(crate) quick: bool,
     /// Find out whether the ledger of a disk still holds what `hold` or `info` once showed of it
     ///
-    /// Who has altered or removed what was held, and then the ledger, too, cannot have kept that.
+    /// Who has altered or removed what was held, and then the ledger, too, cannot have kept that. Holds that ended
+    /// since are warned of. It is an error as well if nothing can be told, as when old records were folded.
     #[arg(long, value_name = "NAME=RECORD:DIGITS")]
     pub(crate) ledger: Vec<String>,
     /// Use the page cache: only for file systems without direct I/O
@@ -847,13 +848,16 @@ fn snapshot_of() -> ValueParser {
 /// Shortest time from one snapshot of a series to the next.
 const SPAN_MIN: Duration = Duration::from_micros(10);
 
+/// Longest, and longest time that a series goes on: a year.
+const SPAN_MAX: Duration = Duration::from_secs(366 * 24 * 3600);
+
 /// A length of time, down to microseconds.
 fn span() -> ValueParser {
     ValueParser::new(|text: &str| {
         let span = text.parse::<SignedDuration>().ok().and_then(|it| Duration::try_from(it).ok());
         let is_whole = |span: &Duration| span.subsec_nanos().is_multiple_of(1000);
-        span.filter(|span| *span >= SPAN_MIN && is_whole(span)).ok_or(
-            "not a time: write 100us, 1ms, 5s or 10m, in whole microseconds, and 10us at least",
+        span.filter(|span| (SPAN_MIN..=SPAN_MAX).contains(span) && is_whole(span)).ok_or(
+            "not a time: write 100us, 1ms, 5s or 10m, in whole microseconds, from 10us to a year",
         )
     })
 }

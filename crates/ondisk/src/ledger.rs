@@ -53,6 +53,19 @@ impl Digest {
         Self(hasher.finalize().into())
     }
 
+    /// Parses 64 hexadecimal digits.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        let mut digest = Self::default();
+        if text.len() != 2 * Self::BYTES || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+            return None;
+        }
+        for (byte, at) in digest.0.iter_mut().zip((0..text.len()).step_by(2)) {
+            *byte = u8::from_str_radix(text.get(at..at + 2)?, 16).ok()?;
+        }
+        Some(digest)
+    }
+
     /// What the first record of a VDI's ledger is chained to.
     #[must_use]
     pub fn origin(store: StoreUuid, vdi: VdiId) -> Self {

@@ -25,13 +25,10 @@ mod repair;
 
 use base::{ErrorKind, Pba};
 use device::Device;
-use ondisk::Digest;
+use ondisk::{Digest, RECORD_NUMBER_END};
 use runtime::Runtime;
 
 use crate::Error;
-
-/// Fewest digits of a head that somebody has noted: nobody makes another ledger whose head begins with them.
-const NOTED_DIGITS_MIN: usize = 16;
 
 /// How to check.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -53,8 +50,8 @@ pub struct NotedHead {
     pub vdi: String,
     /// Number of the record, from 1.
     pub record: u64,
-    /// The digits that its chain begins with, 16 at least, in small letters.
-    pub digits: String,
+    /// Its chain.
+    pub digest: Digest,
 }
 
 impl NotedHead {
@@ -65,21 +62,19 @@ impl NotedHead {
     pub fn parse(text: &str) -> Result<Self, Error> {
         let parts = text.rsplit_once('=').and_then(|(vdi, head)| {
             let (record, digits) = head.split_once(':')?;
-            Some((vdi, record.parse().ok()?, digits.to_ascii_lowercase()))
+            Some((vdi, record.parse().ok()?, Digest::parse(digits)?))
         });
-        let is_head = |(vdi, record, digits): &(&str, u64, String)| {
-            let (shortest, whole) = (NOTED_DIGITS_MIN, Digest::default().to_string().len());
-            let is_hex = digits.bytes().all(|byte| byte.is_ascii_hexdigit());
-            !vdi.is_empty() && *record > 0 && (shortest..=whole).contains(&digits.len()) && is_hex
+        let is_head = |&(vdi, record, _): &(&str, u64, Digest)| {
+            !vdi.is_empty() && (1..RECORD_NUMBER_END).contains(&record)
         };
-        let (vdi, record, digits) = parts.filter(is_head).ok_or_else(|| {
+        let (vdi, record, digest) = parts.filter(is_head).ok_or_else(|| {
             let message = format!(
                 "'{text}' is not where a ledger ended: write the disk and what `hold` or `info` showed, as \
-                 web01=2:3f9a…, with {NOTED_DIGITS_MIN} of its digits at least"
+                 web01=2:3f9a…, with all 64 digits"
             );
             Error::refused(ErrorKind::Invalid, message)
         })?;
-        Ok(Self { vdi: vdi.to_owned(), record, digits })
+        Ok(Self { vdi: vdi.to_owned(), record, digest })
     }
 }
 

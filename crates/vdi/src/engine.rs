@@ -379,6 +379,15 @@ impl Engine {
         self.reserve_nodes(0, gives_up).await
     }
 
+    /// Has what is changed written down before a deletion adds to it, if there may be no room for both. A deletion is
+    /// never refused for that: it makes room.
+    pub(crate) async fn make_way_for_deletion(self: &Rc<Self>) {
+        if !matches!(self.metadata_suffices().await, Ok(true)) {
+            // Whoever waits for it, or the next one, says what is wrong.
+            let _ = self.publish_twice().await;
+        }
+    }
+
     /// As [`Self::reserve_metadata`], for a guest's change: moments go before it is refused.
     ///
     /// # Errors

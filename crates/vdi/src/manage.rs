@@ -280,6 +280,7 @@ impl Engine {
     }
 
     async fn remove_snapshot(self: &Rc<Self>, name: &str, label: &str) -> Result<(), Error> {
+        self.make_way_for_deletion().await;
         let (one, vdi) = self.manage(name).await?;
         let (room_before, room) = (self.room().await?, self.room().await?);
         let snapshot = find_snapshot(&vdi, name, label)?;

@@ -300,6 +300,7 @@ impl Engine {
     ) -> Result<(), Error> {
         for numbers in numbers.chunks(DELETED_AT_ONCE) {
             let _request = self.begin_change()?;
+            self.make_way_for_deletion().await;
             let mut under_way = Vec::with_capacity(numbers.len());
             for &number in numbers {
                 let one = self.management.acquire(1).await;

@@ -222,6 +222,10 @@ impl Engine {
                 snapshot.point.writes_from.set(None);
                 self.owe_snapshot(vdi, snapshot.number, true);
                 ended = true;
+                if self.nodes_needed() > self.reserve.block_count() {
+                    // The next turn goes on, when a checkpoint has written this down.
+                    break;
+                }
             }
         }
         if ended {

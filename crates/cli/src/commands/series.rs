@@ -53,10 +53,11 @@ pub(super) async fn take(
         ended = pieces.take(context, name, every, wanted) => ended,
         _ = tokio::signal::ctrl_c() => Ok(()),
     };
-    let ended = match ended {
-        Ok(()) => pieces.end().await,
-        failed => failed,
-    };
+    // What is under way is taken all the same.
+    let ended = ended.and(tokio::select! {
+        rest = pieces.end() => rest,
+        _ = tokio::signal::ctrl_c() => Ok(()),
+    });
     pieces.bar.finish_and_clear();
     if let Err(error) = ended {
         return Err(after(name, pieces.range, error));
@@ -107,10 +108,11 @@ impl Pieces {
 
     /// Waits for those under way.
     async fn end(&mut self) -> Result<(), Error> {
+        let mut ended = Ok(());
         while !self.under_way.is_empty() {
-            self.one().await?;
+            ended = ended.and(self.one().await);
         }
-        Ok(())
+        ended
     }
 
     async fn one(&mut self) -> Result<(), Error> {

@@ -30,6 +30,9 @@ use crate::{devices, upgrade};
 /// How long a block device may take to be opened before it is taken away.
 const LOOK_MAX: Duration = Duration::from_secs(5);
 
+/// Most ledgers that a check compares with what was noted.
+const LEDGERS_MAX: usize = 1000;
+
 /// The history of a disk that has none of its own.
 const INHERIT: &str = "inherit";
 
@@ -150,6 +153,10 @@ async fn check(
     State(current): State<Current>,
     Body(request): Body<BeginCheck>,
 ) -> Answer<CheckReport> {
+    if request.ledgers.len() > LEDGERS_MAX {
+        let message = format!("at most {LEDGERS_MAX} ledgers can be compared at a time");
+        return Err(Error::new(Kind::Invalid, message).into());
+    }
     let answer = async move |served: &Served| {
         let noted: Result<Vec<NotedHead>, _> =
             request.ledgers.iter().map(|text| NotedHead::parse(text)).collect();

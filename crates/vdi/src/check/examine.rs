@@ -595,11 +595,16 @@ impl<'a> Examiner<'a> {
                 self.wrong(format!("{name} is in the directory, but VDI {index} has no record"));
             }
         }
-        for NotedHead { vdi, .. } in self.noted {
-            if !self.names().iter().any(|(_, name)| name == vdi) {
-                let message = format!("{vdi}: its ledger was noted, and there is no such disk");
-                self.audit.error(FindingKind::Ledger, None, message);
-            }
+        let noted: HashSet<&str> = self.noted.iter().map(|noted| noted.vdi.as_str()).collect();
+        let directory = self.space.directory.values();
+        let found: HashSet<&str> =
+            directory.map(|it| it.name.as_str()).filter(|name| noted.contains(name)).collect();
+        for vdi in noted.difference(&found) {
+            let message = format!(
+                "{vdi}: its ledger was noted, and there is no such disk: it was deleted, or has another name (also \
+                 one that only the log has until the next start)"
+            );
+            self.audit.error(FindingKind::Ledger, None, message);
         }
         self.audit.counts().vdis = as_u64(self.space.vdis.len());
     }
@@ -664,13 +669,9 @@ impl<'a> Examiner<'a> {
         }
         for noted in self.noted.iter().filter(|noted| noted.vdi == name) {
             match ledger::compare(noted, &records) {
-                ledger::Compared::Same => {}
-                ledger::Compared::Unknown(message) => {
-                    self.audit.warn(FindingKind::Ledger, None, message);
-                }
-                ledger::Compared::Changed(message) => {
-                    self.audit.error(FindingKind::Ledger, None, message);
-                }
+                Ok(None) => {}
+                Ok(Some(message)) => self.audit.warn(FindingKind::Ledger, None, message),
+                Err(message) => self.audit.error(FindingKind::Ledger, None, message),
             }
         }
     }

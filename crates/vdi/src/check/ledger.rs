@@ -1,48 +1,70 @@
 //! Whether what is held is there, and is what it was when it was held.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use base::StoreUuid;
+use base::{SnapshotNumber, StoreUuid};
 use ondisk::{Digest, LedgerKind, LedgerRecord, SnapshotRecord, VdiRecord};
 
 use super::{FindingKind, NotedHead};
 use crate::ledger::{broken, holds};
 
-/// What became of a head that somebody has noted.
-pub(super) enum Compared {
-    /// It stands there.
-    Same,
-    /// It cannot be told, as it says.
-    Unknown(String),
-    /// It does not.
-    Changed(String),
-}
-
-/// Looks for a noted head among the records of a ledger, which are chained up to its own.
-pub(super) fn compare(noted: &NotedHead, ledger: &[LedgerRecord]) -> Compared {
-    let NotedHead { vdi, record, digits } = noted;
-    let chain = ledger.iter().find(|it| it.sequence == *record).map(|it| it.chain);
-    // A fold says what was chained before it.
-    let folded = ledger.first().filter(|first| first.sequence == record + 1).map(|it| it.digest);
-    let (first, last) = match (ledger.first(), ledger.last()) {
-        (Some(first), Some(last)) => (first.sequence, last.sequence),
-        _ => (1, 0),
-    };
-    match chain.or(folded) {
-        Some(chain) if chain.to_string().starts_with(digits) => Compared::Same,
-        Some(chain) => Compared::Changed(format!(
-            "{vdi}: record {record} of its ledger is not the one that was noted: it is {chain}. What it says \
-             of held snapshots proves nothing: compare them with a copy"
-        )),
-        None if *record > last => Compared::Changed(format!(
-            "{vdi}: its ledger was noted up to record {record}, and ends at {last}: records were taken away, or \
-             the store is an older copy"
-        )),
-        None => Compared::Unknown(format!(
-            "{vdi}: record {record} of its ledger was folded into record {first}, as a ledger does after some \
-             thousand: it cannot be told whether it is the one that was noted. Note where it ends now"
+/// Looks for a noted head among the records of a ledger, which are chained up to its own. What ended since of what
+/// was held then, if the record is there.
+///
+/// # Errors
+/// Why it does not prove that everything is there that was noted.
+pub(super) fn compare(
+    noted: &NotedHead,
+    ledger: &[LedgerRecord],
+) -> Result<Option<String>, String> {
+    let NotedHead { vdi, record, digest } = noted;
+    let proves_nothing = "What it says of held snapshots proves nothing: compare them with a copy";
+    if let Some(found) = ledger.iter().position(|it| it.sequence == *record) {
+        let (then, since) = ledger.split_at(found + 1);
+        return match then.last().filter(|it| it.chain == *digest) {
+            Some(_) => Ok(ended_since(noted, &holds(then), since)),
+            None => Err(format!(
+                "{vdi}: record {record} of its ledger is not the one that was noted. {proves_nothing}"
+            )),
+        };
+    }
+    match (ledger.first(), ledger.last()) {
+        (Some(first), Some(last)) if *record < first.sequence => {
+            let end = format!("Note where it ends now, at {}:{}", last.sequence, last.chain);
+            let why = match first.kind {
+                LedgerKind::Lost => "was lost to damage",
+                _ => "was folded, as those of a ledger are after some thousand",
+            };
+            // Whoever knows what was noted can make a fold that names it, and leaves out what he likes.
+            Err(format!(
+                "{vdi}: record {record} of its ledger is not there any more: it {why}. {proves_nothing}. {end}"
+            ))
+        }
+        (_, last) => Err(format!(
+            "{vdi}: its ledger was noted up to record {record}, and ends at {}: records were taken away, the \
+             store is an older copy, or they were lost to damage. {proves_nothing}",
+            last.map_or(0, |last| last.sequence)
         )),
     }
+}
+
+/// Which holds have ended since a head was noted: somebody may have ended one to remove what it held.
+fn ended_since(
+    noted: &NotedHead,
+    held: &BTreeMap<SnapshotNumber, LedgerRecord>,
+    since: &[LedgerRecord],
+) -> Option<String> {
+    let NotedHead { vdi, record, .. } = noted;
+    let ends = since.iter().filter(|it| {
+        matches!(it.kind, LedgerKind::Released | LedgerKind::Ended) && held.contains_key(&it.number)
+    });
+    let ended: BTreeSet<String> = ends.map(|it| format!("{vdi}@{}", it.number)).collect();
+    let names: Vec<String> = ended.into_iter().collect();
+    let message = format!(
+        "{vdi}: held at record {record} of its ledger, and released since: {}",
+        names.join(", ")
+    );
+    (!names.is_empty()).then_some(message)
 }
 
 /// What is wrong with the ledger of the VDI `name`, and with what it says that is held; and what is

@@ -192,7 +192,8 @@ fn parse_rule(text: &str) -> Option<KeepRule> {
 
 /// `20G`. A number alone would be bytes: whoever forgets the unit would lose the history.
 fn parse_budget(text: &str) -> Result<NonZeroU64, String> {
-    if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
+    let text = text.trim();
+    if text.ends_with(|last: char| last.is_ascii_digit() || last == '.') {
         return Err(format!("{text} of what? write `{AT_MOST}{text}G`, or another unit"));
     }
     NonZeroU64::new(parse_bytes(text)?).ok_or_else(|| "0 bytes hold nothing".to_owned())
@@ -283,6 +284,8 @@ mod tests {
             ("1h, at most much", "'much' is not a size"),
             ("1h, at most 0K", "0 bytes hold nothing"),
             ("1h, at most 20", "write `at most 20G`"),
+            ("1h, at most  20 ", "write `at most 20G`"),
+            ("1h, at most 1.5", "write `at most 1.5G`"),
             ("1h, at most 16E", "16 EiB or more"),
             ("1h, at most", "a rule is not understood"),
         ] {
