@@ -145,18 +145,29 @@ pub fn certain<T>(
         Ok(value) => Some(value),
         Err(error) => {
             session.world.trace.note(|| format!("         {what}: {error}"));
-            match error.kind() {
-                ErrorKind::Io | ErrorKind::Corrupt | ErrorKind::Fenced => {
-                    session.world.unanswered(number);
-                }
-                _ => {
-                    give_up(session, number);
-                }
+            if leaves_it_open(error.kind()) {
+                session.world.unanswered(number);
+            } else {
+                give_up(session, number);
             }
             session.excuse(what, error.kind(), &error, Reach::Metadata);
             None
         }
     }
+}
+
+/// Whether it is not certain what became of a request that failed so.
+#[must_use]
+pub fn leaves_it_open(kind: ErrorKind) -> bool {
+    matches!(kind, ErrorKind::Io | ErrorKind::Corrupt | ErrorKind::Fenced)
+}
+
+/// Whether a snapshot of a VDI without a label is asked for, or several are.
+#[must_use]
+pub fn unlabelled_is_pending(session: &Session, vdi: VdiRef) -> bool {
+    session
+        .world
+        .is_pending(|p| matches!(p, Pending::Snapshot { vdi: v, label: None, .. } if *v == vdi))
 }
 
 /// What was asked for did not happen.
@@ -189,9 +200,7 @@ async fn snapshot(session: &Session, random: &mut Random) {
     if world.model.borrow().vdi(vdi).snapshots.len() >= SNAPSHOTS_MAX || !world.hold(vdi, false) {
         return;
     }
-    let unlabelled =
-        |p: &Pending| matches!(p, Pending::Snapshot { vdi: v, label: None, .. } if *v == vdi);
-    let label = (random.chance(600) || world.is_pending(unlabelled))
+    let label = (random.chance(600) || unlabelled_is_pending(session, vdi))
         .then(|| format!("label-{}", world.number()));
     let Some(snapshot) = take_snapshot(session, vdi, label).await else { return };
     if random.chance(300) {

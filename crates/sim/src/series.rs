@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use base::ErrorKind;
 use vdi::WantedSeries;
 
 use crate::management::{
-    SNAPSHOTS_MAX, add_snapshot, give_up, list_snapshots, pick, settle_snapshot,
+    SNAPSHOTS_MAX, add_snapshot, give_up, leaves_it_open, list_snapshots, pick, settle_snapshot,
+    unlabelled_is_pending,
 };
 use crate::model::VdiRef;
 use crate::random::{Random, to_u64};
@@ -23,9 +23,8 @@ pub async fn take(session: &Session, random: &mut Random) {
     let count = random.between(1, COUNT_MAX);
     let room = SNAPSHOTS_MAX.saturating_sub(world.model.borrow().vdi(vdi).snapshots.len());
     // What has no label is told from others by being the only one under way.
-    let unlabelled =
-        |p: &Pending| matches!(p, Pending::Snapshot { vdi: v, label: None, .. } if *v == vdi);
-    if count > to_u64(room) || world.is_pending(unlabelled) || !world.hold(vdi, false) {
+    let is_told = !unlabelled_is_pending(session, vdi);
+    if count > to_u64(room) || !is_told || !world.hold(vdi, false) {
         return;
     }
     let Some(numbers) = take_of(session, vdi, count, random).await else { return };
@@ -71,7 +70,7 @@ async fn take_of(
     if let Err(error) = &answer {
         world.trace.note(|| format!("         {what}: {error}"));
         session.excuse(&what, error.kind(), error, Reach::Metadata);
-        if matches!(error.kind(), ErrorKind::Io | ErrorKind::Corrupt | ErrorKind::Fenced) {
+        if leaves_it_open(error.kind()) {
             unanswered(under_way);
             return None;
         }

@@ -313,10 +313,7 @@ impl Engine {
             ledger.frozen_count -= vdi.ledger_events.len();
             ledger.events.splice(0..0, vdi.ledger_events);
             let mut dirty = vdi.vdi.snapshots_dirty.borrow_mut();
-            for (number, snapshot) in vdi.snapshots {
-                let number = base::SnapshotNumber::new(number);
-                dirty.entry(number).or_insert(snapshot.is_some());
-            }
+            dirty.extend(vdi.snapshots.into_keys().map(base::SnapshotNumber::new));
         }
     }
 
@@ -508,7 +505,7 @@ fn freeze_vdi(vdi: &Rc<Vdi>) -> FrozenVdi {
         snapshot_next: vdi.snapshot_next.get(),
         snapshot_count: as_u64(snapshots.count()),
         snapshots: dirty
-            .into_keys()
+            .into_iter()
             .map(|number| (number.get(), snapshots.get(number).map(frozen)))
             .collect(),
         ledger_events,

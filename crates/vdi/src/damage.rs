@@ -105,7 +105,7 @@ impl Engine {
                     let Some(vdi) = registry.loaded.get(id) else { continue };
                     let snapshots = vdi.snapshots.borrow();
                     let mut dirty = vdi.snapshots_dirty.borrow_mut();
-                    dirty.extend(snapshots.iter().map(|snapshot| (snapshot.number, true)));
+                    dirty.extend(snapshots.iter().map(|snapshot| snapshot.number));
                     vdi.snapshot_table.set(RootRef::empty(1));
                     registry.dirty.insert(*id);
                 }

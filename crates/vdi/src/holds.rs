@@ -160,7 +160,7 @@ impl Engine {
         };
         snapshot.hold.set(Some(Hold { until }));
         vdi.held.borrow_mut().insert(number);
-        self.owe_snapshot(vdi, number, true);
+        self.owe_snapshot(vdi, number);
         self.want_tree(vdi, &snapshot);
         self.owed_nodes.set(self.owed_nodes.get() + HOLD_NODES);
         let kind = LedgerKind::Held;
@@ -178,7 +178,7 @@ impl Engine {
     ) {
         if let Some(snapshot) = vdi.snapshots.borrow().get(number) {
             snapshot.hold.set(None);
-            self.owe_snapshot(vdi, number, true);
+            self.owe_snapshot(vdi, number);
             if snapshot.is_kept() {
                 // What it holds counts for the budget of moments from here on.
                 self.collector.dropped(self.runtime.now());

@@ -607,7 +607,7 @@ impl Engine {
             deleted: Cell::new(false),
         });
         vdi.snapshots.borrow_mut().insert(snapshot);
-        self.owe_snapshot(vdi, number, true);
+        self.owe_snapshot(vdi, number);
         vdi.snapshot_next.set(SnapshotNumber::new(number.get() + 1));
         self.touch(vdi);
     }
@@ -616,13 +616,13 @@ impl Engine {
         if let Some(snapshot) = vdi.snapshots.borrow_mut().remove(number) {
             snapshot.deleted.set(true);
             self.collector.dropped(self.runtime.now());
-            self.owe_snapshot(vdi, number, false);
+            self.owe_snapshot(vdi, number);
         }
         self.touch(vdi);
     }
 
     /// Notes that the next checkpoint writes the record of a snapshot, or takes it out of its page.
-    pub(crate) fn owe_snapshot(&self, vdi: &Vdi, number: SnapshotNumber, exists: bool) {
+    pub(crate) fn owe_snapshot(&self, vdi: &Vdi, number: SnapshotNumber) {
         let mut dirty = vdi.snapshots_dirty.borrow_mut();
         let first = number.get() - number.get() % SnapshotRecord::PER_PAGE;
         let page =
@@ -631,7 +631,7 @@ impl Engine {
             let path = if dirty.is_empty() { SNAPSHOT_PATH_NODES } else { 0 };
             self.owed_nodes.set(self.owed_nodes.get() + 1 + path);
         }
-        dirty.insert(number, exists);
+        dirty.insert(number);
     }
 
     pub(crate) fn apply_rename(&self, id: VdiId, name: &str) {

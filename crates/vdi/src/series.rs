@@ -71,6 +71,7 @@ impl Engine {
         name: &str,
         vdi: &Vdi,
     ) -> Result<(SnapshotNumber, Lsn), Error> {
+        // A store that is being closed takes no more of it.
         let _request = self.begin_change()?;
         let (number, appended) = self.take_snapshot(name, vdi, "", Log::append_unhurried).await?;
         let lsn = appended.0;

@@ -167,7 +167,7 @@ impl Engine {
         }
         snapshot.branch.note_tree(point);
         self.owed_nodes.set(self.owed_nodes.get() + nodes);
-        self.owe_snapshot(vdi, snapshot.number, true);
+        self.owe_snapshot(vdi, snapshot.number);
         self.touch(vdi);
     }
 

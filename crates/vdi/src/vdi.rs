@@ -1,7 +1,7 @@
 //! A VDI and its snapshots in memory.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::rc::Rc;
 
 use base::{BLOCK_SIZE_U64, ClaimGeneration, ErrorKind, Lsn, SnapshotNumber, VdiId};
@@ -44,8 +44,8 @@ pub(crate) struct Vdi {
     pub(crate) leaving: Cell<u32>,
     pub(crate) snapshots: RefCell<Snapshots>,
     pub(crate) snapshot_next: Cell<SnapshotNumber>,
-    /// Snapshots taken (`true`) or deleted since the last checkpoint.
-    pub(crate) snapshots_dirty: RefCell<BTreeMap<SnapshotNumber, bool>>,
+    /// Snapshots whose records the next checkpoint writes or takes away: see [`crate::engine::Engine::owe_snapshot`].
+    pub(crate) snapshots_dirty: RefCell<BTreeSet<SnapshotNumber>>,
     /// The table of its snapshots as the last checkpoint wrote it.
     pub(crate) snapshot_table: Cell<RootRef>,
     /// Numbers of its snapshots that are held.

@@ -220,7 +220,7 @@ impl Engine {
             let is_due = snapshot.point.writes_from.get().is_some() && age_ns > for_ns;
             if is_due && Rc::strong_count(snapshot) == 1 {
                 snapshot.point.writes_from.set(None);
-                self.owe_snapshot(vdi, snapshot.number, true);
+                self.owe_snapshot(vdi, snapshot.number);
                 ended = true;
                 if self.nodes_needed() > self.reserve.block_count() {
                     // The next turn goes on, when a checkpoint has written this down.

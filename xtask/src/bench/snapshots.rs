@@ -195,10 +195,10 @@ enum Way {
 }
 
 impl Way {
-    fn said(self) -> &'static str {
+    fn said(self) -> String {
         match self {
-            Self::Requests => "by 16 clients",
-            Self::Series => "in series",
+            Self::Requests => format!("by {CLIENTS} clients"),
+            Self::Series => "in series".to_owned(),
         }
     }
 }
@@ -212,8 +212,8 @@ pub(crate) fn rate(bench: &Bench) -> Result<Measured> {
     let mut lines = Vec::new();
     let mut curves = Vec::new();
     let mut quiet = Vec::new();
-    for (way, label) in [(Way::Requests, "ours, by 16 clients"), (Way::Series, "ours, in series")] {
-        let mut curve = Curve::new(label);
+    for way in [Way::Requests, Way::Series] {
+        let mut curve = Curve::new(&format!("ours, {}", way.said()));
         for (per_second, factor) in RATES {
             let rated = Rated::measure(bench, way, per_second)?;
             quiet.extend(&rated.without.values);

@@ -267,9 +267,10 @@ pub(super) async fn resize(
 }
 
 pub(super) async fn rm(context: &Context, name: &str, snapshot: Option<&str>) -> Result<(), Error> {
-    let range = snapshot.and_then(series::parse).zip(snapshot);
-    if let Some((range, written)) = range {
-        match context.client.snapshot_status(name, written).await {
+    if let Some(snapshot) = snapshot
+        && let Some(range) = series::parse(snapshot)
+    {
+        match context.client.snapshot_status(name, snapshot).await {
             Err(error) if error.kind == Kind::NotFound => {
                 return series::remove(context, name, range).await;
             }
